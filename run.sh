@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# Set up, get data, train a model and print its text: one command on a fresh machine. Say ./run.sh --help.
+# Needs Python 3.11 or newer; runs on any bash from 3.2 (macOS) on.
+set -euo pipefail
+unset CDPATH # or cd may go elsewhere, and print where
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+usage() {
+  cat <<'TEXT'
+Train a small GPT on this machine and read its text.
+
+usage: ./run.sh [options]
+
+Makes a virtual environment in .venv, prepares data, trains, and prints a sample. What is already done is not
+done again. Without a GPU it trains the preset "tiny" on text that is on this machine (some minutes). With GPUs
+it fetches published FineWeb shards (about 2 GB) and starts the speedrun on all of them.
+
+options:
+  --prompt=TEXT   text for the sample to go on from
+  --retrain       train again, although a trained model is there
+  --cpu           train the preset "tiny" on the CPU, although there is a GPU
+  --setup         make the virtual environment and stop
+  --help          show this help
+TEXT
+}
+
+say() { printf '[%s] %s\n' "$1" "$2"; }
+
+fail() { # fail MESSAGE [EXIT_CODE]
+  printf 'run.sh: %s\n' "$1" >&2
+  exit "${2:-2}"
+}
+
+took() { # took START: the time since then, START being a value of SECONDS
+  local s=$((SECONDS - $1))
+  if ((s < 60)); then echo "$s s"; else echo "$((s / 60)) min $((s % 60)) s"; fi
+}
+
+run() { # run PHASE COMMAND...: shows the command's output; its failure ends everything
+  local phase=$1 code=0
+  shift
+  "$@" || code=$?
+  ((code == 0)) || fail "$phase failed with exit code $code: $*" "$code"
+}
+
+last_lines() { tail -n 15 | cut -c 1-300 >&2; }
+
+# -----------------------------------------------------------------------------
+# Environment
+
+find_python() { # prints the name of the first Python that is new enough
+  local name version seen=""
+  for name in python3 python3.14 python3.13 python3.12 python3.11 python; do
+    # The name alone proves nothing: version managers install commands that only say "not found".
+    version=$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    if ((${version%%.*} == 3 && ${version#*.} >= 11)); then
+      echo "$name"
+      return
+    fi
+    seen="${seen:+$seen, }$name is $version"
+  done
+  fail "needs Python 3.11 or newer (${seen:-there is none}); install it, for example from python.org, then run this again"
+}
+
+make_venv() { # make_venv [--clear]
+  local python output code=0
+  python=$(find_python)
+  output=$("$python" -m venv "$@" .venv 2>&1) || code=$?
+  ((code != 0)) || return 0
+  case $output in
+    *ensurepip* | *"No module named venv"*)
+      fail "$python cannot make a virtual environment; on Debian or Ubuntu: sudo apt install $python-venv, then again" ;;
+  esac
+  printf '%s\n' "$output" | last_lines
+  fail "setup failed with exit code $code: $python -m venv .venv" "$code"
+}
+
+setup() { # makes .venv what requirements.txt says; nothing to do when its stamp names this folder and these lines
+  local start=$SECONDS code=0 stamp=.venv/minutegpt.stamp want have
+  want="$PWD $(cksum <requirements.txt)"
+  have=$(cat "$stamp" 2>/dev/null || true)
+  if [[ $have == "$want" ]] && .venv/bin/python -c "" 2>/dev/null; then
+    say setup ".venv is up to date"
+    return
+  fi
+  # Commands in an environment hold its path: one that was moved is made anew, as is one whose Python is gone.
+  # Without our stamp it may be the user's own: that is completed, never cleared.
+  if [[ -n $have && ${have% * *} != "$PWD" ]] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    make_venv ${have:+--clear}
+  fi
+  rm -f "$stamp"
+  say setup "installing the packages into .venv; PyTorch is large, so this can take some minutes"
+  .venv/bin/python -m pip install --no-input -r requirements.txt >.venv/pip.log 2>&1 || code=$?
+  if ((code != 0)); then
+    last_lines <.venv/pip.log
+    fail "setup failed with exit code $code: pip install -r requirements.txt (more lines in .venv/pip.log)" "$code"
+  fi
+  printf '%s\n' "$want" >"$stamp"
+  say setup ".venv is ready ($(took "$start")); to work in it by hand: source .venv/bin/activate"
+}
+
+# -----------------------------------------------------------------------------
+# Data, training, sample
+
+find_gpus() { # sets gpu to 1 when PyTorch can use one
+  nvidia-smi -L >/dev/null 2>&1 || return 0
+  if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    gpu=1
+  else
+    say setup "nvidia-smi finds a GPU, but PyTorch cannot use it (driver too old?): going on with the CPU"
+  fi
+}
+
+prepare_fineweb() { # false when the hub cannot be reached
+  local start=$SECONDS code=0
+  .venv/bin/python data/fineweb.py 9 || code=$?
+  ((code == 0 || code == 2)) || fail "data failed with exit code $code: data/fineweb.py 9" "$code"
+  ((code == 0)) || return 1
+  say data "FineWeb is in data/fineweb10B ($(took "$start")); more of it: .venv/bin/python data/fineweb.py --help"
+}
+
+prepare_local() {
+  local start=$SECONDS
+  run data .venv/bin/python data/text.py --tokenizer=bytes --out=data/local
+  say data "data/local has text of this machine ($(took "$start")); your own: .venv/bin/python data/text.py --help"
+}
+
+newest_checkpoint() { # run folders begin with date and time, so the last name is the newest
+  local folder newest=""
+  for folder in logs/*/checkpoint; do [[ ! -d $folder ]] || newest=$folder; done
+  echo "$newest"
+}
+
+train() { # train PRESET COMMAND...: unless that preset was trained here before and its checkpoint still stands
+  local preset=$1 start=$SECONDS checkpoint finished
+  shift
+  finished=logs/finished_$preset
+  checkpoint=$(cat "$finished" 2>/dev/null || true)
+  if ((!retrain)) && [[ -n $checkpoint && -d $checkpoint ]]; then
+    say train "nothing to train, ${checkpoint%/*} has the $preset model; ./run.sh --retrain trains again"
+    return
+  fi
+  say train "$(printf '%q ' "$@")" # quoted as a shell needs it
+  run train "$@"
+  checkpoint=$(newest_checkpoint)
+  [[ -n $checkpoint ]] || fail "train failed: no logs/*/checkpoint afterwards" 1
+  printf '%s\n' "$checkpoint" >"$finished"
+  say train "the $preset model is trained ($(took "$start")); its log, curve and checkpoint: ${checkpoint%/*}"
+}
+
+sample() {
+  local start=$SECONDS
+  run sample .venv/bin/python sample.py ${prompt:+"--prompt=$prompt"}
+  say sample "that was the model's text ($(took "$start")); give it a beginning: ./run.sh --prompt='The old house'"
+}
+
+main() {
+  prompt="" retrain=0 cpu=0 gpu=0 setup_only=0
+  local option
+  for option in "$@"; do
+    case $option in
+      --prompt=?*) prompt=${option#--prompt=} ;;
+      --retrain) retrain=1 ;;
+      --cpu) cpu=1 ;;
+      --setup) setup_only=1 ;;
+      --help | -h)
+        usage
+        return ;;
+      --prompt*) fail "$option: give the text as --prompt='The old house'" ;;
+      *) fail "unknown option $option; ./run.sh --help lists the options" ;;
+    esac
+  done
+  trap 'fail "stopped; ./run.sh goes on with what is missing" 130' INT
+
+  setup
+  ((!setup_only)) || return 0
+  if ((cpu)); then export CUDA_VISIBLE_DEVICES=""; else find_gpus; fi
+  if ((gpu)) && prepare_fineweb; then
+    train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
+  else
+    ((!gpu)) || say data "no speedrun without FineWeb: training the tiny preset on one GPU, on the text of this machine"
+    prepare_local
+    train tiny .venv/bin/python train_gpt.py --preset=tiny \
+      --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin'
+  fi
+  sample
+}
+
+main "$@"

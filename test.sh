@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up and run every test: one command on a fresh machine. Further arguments go to pytest:
+#   ./test.sh                                  all tests
+#   ./test.sh tests/test_commands.py -k help   some of them
+set -euo pipefail
+unset CDPATH # or cd may go elsewhere, and print where
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+./run.sh --setup
+exec .venv/bin/python -m pytest -q "$@"

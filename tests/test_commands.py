@@ -1,0 +1,312 @@
+"""run.sh, test.sh and .ci/run: options, phases, what a second run does, and what happens when something is missing.
+
+The scripts are copied into a folder with spaces in its name and run with a PATH that holds only a few system commands
+and stand-ins: a `python3` that makes a stand-in environment, whose `python` and `torchrun` write down how they were
+called and leave the files the real ones would. What each stand-in answers is set by files in the `answers` folder.
+
+Run: python -m pytest tests/test_commands.py
+"""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASH = shutil.which("bash")
+SYSTEM_COMMANDS = ("bash", "cat", "chmod", "cksum", "cp", "cut", "dirname", "env", "mkdir", "rm", "sleep", "tail")
+TRAIN_TINY = "train_gpt.py --preset=tiny --train_files=data/local/train_*.bin --val_files=data/local/val_*.bin"
+TRAIN_SPEEDRUN = "torchrun: --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun"
+DATA_LOCAL = "data/text.py --tokenizer=bytes --out=data/local"
+
+# One stand-in for every command: it looks at its own name and at its arguments.
+STAND_IN = r"""#!@BASH@
+home="@HOME@"
+answer() { cat "$home/answers/$1" 2>/dev/null || echo "$2"; }   # answer NAME DEFAULT
+name=${0##*/}
+case "$name: $*" in
+  *"version_info"*) answer version 3.12; exit 0 ;;
+  *"-c import sys, torch"*) exit "$(answer torch_cuda 1)" ;;
+  *": -c "*) exit 0 ;;
+  "nvidia-smi: -L") exit "$(answer nvidia_smi 1)" ;;
+esac
+[[ $* == "-m pip --version" ]] && exit 0
+printf '%s\n' "$name: $*" >>"$home/calls"
+case "$*" in
+  "-m venv"*)
+    if [[ -e "$home/answers/venv_output" ]]; then answer venv_output; exit 1; fi
+    mkdir -p .venv/bin
+    for made in python torchrun; do cp "$0" ".venv/bin/$made"; done ;;
+  "-m pip install"*) echo "noise from pip"; exit "$(answer pip 0)" ;;
+  data/fineweb.py*) exit "$(answer fineweb 0)" ;;
+  data/text.py*) exit "$(answer text 0)" ;;
+  *train_gpt.py*)
+    sleep "$(answer train_seconds 0)"
+    code=$(answer train 0)
+    ((code != 0)) || mkdir -p "logs/2026-01-0$(answer day 1)_10-00-00_train_gpt_aa/checkpoint"
+    exit "$code" ;;
+  sample.py*) echo "Once there was a model. GPUs: ${CUDA_VISIBLE_DEVICES-all}" ;;
+esac
+"""
+
+
+class Machine:
+    """A project folder with the scripts in it, and the commands that the machine has."""
+
+    def __init__(self, folder):
+        self.folder, self.bin, self.project = folder, folder / "bin", folder / "a project with spaces"
+        self.answers, self.environment = folder / "answers", {"PATH": str(self.bin), "HOME": str(folder)}
+        for path in (self.bin, self.project / ".ci", self.answers):
+            path.mkdir(parents=True)
+        for script in ("run.sh", "test.sh", ".ci/run", "requirements.txt"):
+            shutil.copy(ROOT / script, self.project / script)
+        for command in SYSTEM_COMMANDS:
+            (self.bin / command).symlink_to(shutil.which(command))
+        self.add("python3", "nvidia-smi")
+
+    def add(self, *names):
+        for name in names:
+            path = self.bin / name
+            path.write_text(STAND_IN.replace("@BASH@", BASH).replace("@HOME@", str(self.folder)))
+            path.chmod(0o755)
+
+    def answer(self, **values):
+        """Sets what the stand-ins answer: exit codes, Python's version, the output of a failing venv."""
+        for name, value in values.items():
+            (self.answers / name).write_text(f"{value}\n")
+
+    def start(self, *arguments, script="run.sh", cwd=None):
+        """Runs a script of the project and returns the finished process; `.calls` lists what it called."""
+        (self.folder / "calls").write_text("")
+        done = subprocess.run([str(self.project / script), *arguments], cwd=cwd or self.folder, env=self.environment,
+                              text=True, timeout=30, capture_output=True)
+        done.calls = self.calls()
+        return done
+
+    def calls(self):
+        """What the stand-ins were called with since the last start, one line a call."""
+        return (self.folder / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+def phases(done):
+    """The phase names of the lines that run.sh itself printed, each once, in order."""
+    return list(dict.fromkeys(re.findall(r"^\[(\w+)\]", done.stdout, re.M)))
+
+
+# -----------------------------------------------------------------------------
+# Options
+
+@pytest.mark.parametrize("script", ["run.sh", "test.sh", ".ci/run"])
+def test_scripts_parse_and_are_executable(script):
+    assert subprocess.run([BASH, "-n", ROOT / script], capture_output=True).stderr == b""
+    assert os.access(ROOT / script, os.X_OK)
+
+
+def test_help_lists_every_option_and_starts_nothing(machine):
+    done = machine.start("--help")
+    assert (done.returncode, done.stderr, done.calls) == (0, "", [])
+    case_label = r"^      (--\w+)(?:=\?\*| \| -h)?\)"
+    accepted = re.findall(case_label, (ROOT / "run.sh").read_text(), re.M)
+    assert {"--help", "--prompt", "--retrain"} <= set(accepted)
+    assert sorted(re.findall(r"^  (--\w+)", done.stdout, re.M)) == sorted(accepted)
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("option", ["--frobnicate", "tiny", "--prompt", "--prompt="])
+def test_an_option_it_does_not_know_stops_it_with_one_line(machine, option):
+    done = machine.start("--retrain", option)
+    assert (done.returncode, done.stdout, done.calls) == (2, "", [])
+    assert done.stderr.startswith("run.sh: ") and option in done.stderr and done.stderr.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
+# Phases
+
+def test_a_fresh_machine_without_a_gpu(machine):
+    done = machine.start("--prompt=The old house")
+    assert done.returncode == 0, done.stderr
+    assert done.calls == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt",
+                          f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}", "python: sample.py --prompt=The old house"]
+    assert phases(done) == ["setup", "data", "train", "sample"]
+    assert "Once there was a model. GPUs: all" in done.stdout
+    assert "noise from pip" not in done.stdout + done.stderr
+    assert "logs/2026-01-01_10-00-00_train_gpt_aa" in done.stdout
+    for phase in phases(done):  # how long, and what to type next
+        last = [line for line in done.stdout.splitlines() if line.startswith(f"[{phase}]")][-1]
+        assert re.search(r"\(\d+ s\)", last), last
+
+
+def test_a_second_run_does_nothing_again_but_the_sample(machine):
+    machine.start()
+    done = machine.start(cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert done.calls == [f"python: {DATA_LOCAL}", "python: sample.py"]
+    assert ".venv is up to date" in done.stdout
+    assert "nothing to train" in done.stdout and "--retrain trains again" in done.stdout
+
+
+def test_retrain_trains_again_and_the_newest_model_is_named(machine):
+    machine.start()
+    machine.answer(day=2)
+    done = machine.start("--retrain")
+    assert f"python: {TRAIN_TINY}" in done.calls and "logs/2026-01-02_10" in done.stdout
+    assert "nothing to train, logs/2026-01-02_10" in machine.start().stdout
+
+
+def test_a_model_that_was_deleted_is_trained_again(machine):
+    machine.start()
+    shutil.rmtree(machine.project / "logs/2026-01-01_10-00-00_train_gpt_aa")
+    assert f"python: {TRAIN_TINY}" in machine.start().calls
+
+
+def test_changed_requirements_are_installed_into_the_same_environment(machine):
+    machine.start("--setup")
+    with open(machine.project / "requirements.txt", "a") as file:
+        file.write("one-more\n")
+    assert machine.start("--setup").calls == ["python: -m pip install --no-input -r requirements.txt"]
+    assert machine.start("--setup").calls == []
+
+
+def test_a_moved_project_gets_a_new_environment(machine):
+    machine.start("--setup")
+    machine.project = machine.project.rename(machine.folder / "moved here")
+    assert machine.start("--setup").calls[0] == "python3: -m venv --clear .venv"
+
+
+@pytest.mark.parametrize("cuda, calls", [(0, [TRAIN_SPEEDRUN]), (1, [f"python: {TRAIN_TINY}"])])
+def test_gpus_get_the_speedrun_when_pytorch_can_use_them(machine, cuda, calls):
+    machine.answer(nvidia_smi=0, torch_cuda=cuda)
+    done = machine.start()
+    assert done.returncode == 0, done.stderr
+    assert [call for call in done.calls if "train_gpt" in call] == calls
+    assert ("python: data/fineweb.py 9" in done.calls) == (cuda == 0)
+    assert (f"python: {DATA_LOCAL}" in done.calls) == (cuda == 1)
+    assert ("PyTorch cannot use it" in done.stdout) == (cuda == 1)
+
+
+def test_a_tiny_model_does_not_pass_for_the_speedrun(machine):
+    machine.start()
+    machine.answer(nvidia_smi=0, torch_cuda=0, day=2)
+    assert TRAIN_SPEEDRUN in machine.start().calls
+
+
+def test_cpu_hides_the_gpus(machine):
+    machine.answer(nvidia_smi=0, torch_cuda=0)
+    done = machine.start("--cpu")
+    assert [call for call in done.calls if "fineweb" in call or "torchrun" in call] == []
+    assert f"python: {TRAIN_TINY}" in done.calls
+    assert "model. GPUs: \n" in done.stdout  # CUDA_VISIBLE_DEVICES was empty, not unset
+
+
+def test_without_the_hub_the_gpu_trains_the_tiny_model_and_says_so(machine):
+    machine.answer(nvidia_smi=0, torch_cuda=0, fineweb=2)
+    done = machine.start()
+    assert done.returncode == 0, done.stderr
+    assert done.calls[2:] == ["python: data/fineweb.py 9", f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}",
+                              "python: sample.py"]
+    assert len([line for line in done.stdout.splitlines() if "no speedrun without FineWeb" in line]) == 1
+
+
+# -----------------------------------------------------------------------------
+# Failures
+
+@pytest.mark.parametrize("name, phase, code", [("text", "data", 3), ("train", "train", 1), ("train", "train", 2)])
+def test_a_failing_phase_ends_the_run_with_its_name_and_code(machine, name, phase, code):
+    machine.answer(**{name: code})
+    done = machine.start()
+    assert done.returncode == code
+    assert done.stderr.startswith(f"run.sh: {phase} failed with exit code {code}: ") and done.stderr.count("\n") == 1
+    assert "sample.py" not in done.calls[-1]
+    assert "nothing to train" not in machine.start().stdout
+
+
+def test_fineweb_failing_for_another_reason_is_not_taken_for_a_missing_hub(machine):
+    machine.answer(nvidia_smi=0, torch_cuda=0, fineweb=1)
+    done = machine.start()
+    assert done.returncode == 1 and "data failed with exit code 1" in done.stderr
+    assert done.calls[-1] == "python: data/fineweb.py 9"
+
+
+def test_ctrl_c_ends_with_one_line_and_code_130(machine):
+    machine.answer(train_seconds=20)
+    (machine.folder / "calls").write_text("")
+    process = subprocess.Popen([machine.project / "run.sh"], env=machine.environment, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 10
+    while f"python: {TRAIN_TINY}" not in machine.calls() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all of them
+    errors = process.communicate(timeout=10)[1]
+    assert (process.returncode, errors.count("\n")) == (130, 1) and errors.startswith("run.sh: stopped")
+
+
+def test_failing_pip_shows_its_last_lines_and_is_tried_again(machine):
+    machine.answer(pip=1)
+    done = machine.start()
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "noise from pip"
+    assert done.stderr.splitlines()[-1].startswith("run.sh: setup failed with exit code 1: pip install")
+    assert not any("data/" in call for call in done.calls)
+    machine.answer(pip=0)
+    assert machine.start("--setup").calls == ["python: -m pip install --no-input -r requirements.txt"]
+
+
+def test_an_environment_that_was_half_changed_is_not_taken_for_up_to_date(machine):
+    machine.start("--setup")
+    shutil.copy(machine.project / "requirements.txt", machine.folder / "before")
+    (machine.project / "requirements.txt").write_text("something-else\n")
+    machine.answer(pip=1)
+    machine.start("--setup")
+    shutil.copy(machine.folder / "before", machine.project / "requirements.txt")
+    assert len(machine.start("--setup").calls) == 1
+
+
+def test_python_too_old(machine):
+    machine.answer(version="3.10")
+    done = machine.start()
+    assert (done.returncode, done.calls) == (2, [])
+    assert done.stderr.count("\n") == 1 and "3.11 or newer" in done.stderr and "python3 is 3.10" in done.stderr
+    assert not (machine.project / ".venv").exists()
+
+
+def test_no_python_at_all(machine):
+    (machine.bin / "python3").unlink()
+    done = machine.start()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "there is none" in done.stderr
+
+
+def test_a_newer_python_beside_an_old_one_is_found(machine):
+    (machine.bin / "python3").write_text(f"#!{BASH}\necho 3.9\n")
+    (machine.bin / "python3.13").write_text(f"#!{BASH}\necho 'python3.13: command not found' >&2\nexit 127\n")
+    (machine.bin / "python3.13").chmod(0o755)
+    machine.add("python3.12")
+    done = machine.start("--setup")
+    assert done.returncode == 0 and done.calls[0] == "python3.12: -m venv .venv"
+
+
+def test_python_without_ensurepip_says_what_to_install(machine):
+    machine.answer(venv_output="The virtual environment was not created: ensurepip is not available.")
+    done = machine.start()
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "apt install python3-venv" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# test.sh and .ci/run
+
+@pytest.mark.parametrize("script", ["test.sh", ".ci/run"])
+def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
+    arguments = () if script == ".ci/run" else ("tests/test_x.py", "-k", "a name")
+    done = machine.start(*arguments, script=script)
+    assert done.returncode == 0, done.stderr
+    assert done.calls[:2] == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt"]
+    assert done.calls[2:] == [" ".join(("python: -m pytest -q", *arguments))]

@@ -1,0 +1,1589 @@
+"""Train a GPT-2-class model to 3.28 validation loss on FineWeb, as fast as possible.
+
+    python data/fineweb.py 9                                              # validation shard + 0.9 B training tokens
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                 # the speedrun; any number of GPUs works
+    python train_gpt.py --preset=tiny                                     # three minutes on a laptop CPU
+    cp train_gpt.py my_idea.py                                            # edit a table row, run both, compare the logs
+
+The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
+embeddings) beside a small transformer, NorMuon for matrices and Adam for tables, everything growing in stages.
+Facts and figures come from the public NanoGPT speedrun (KellerJordan/modded-nanogpt, record 89; "#n" below is its record
+n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Optimizer.step, main.
+
+Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
+"""
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# -----------------------------------------------------------------------------
+# Hyperparameters
+
+@dataclass(frozen=True)
+class Stage:                     # what changes along the run; one row a stage
+    until: float                 # where it ends, as a fraction of num_iterations (past 1: the extension)
+    batch_tokens: int            # per step, over all ranks
+    max_doc_tokens: int          # longer documents are cut
+    short: int                   # attention windows in tokens
+    long: int
+    lr: float                    # factor on every learning rate before the cooldown
+    next_tokens: tuple           # loss weights of the next three tokens: (at the start, at the end) of the stage
+    prefix: tuple                # loss weight of the prefix token (see prefix_tokens): (start, end)
+
+
+STAGES = (
+    #     until    batch   docs short  long    lr  next_tokens                    prefix
+    Stage(1 / 3, 131_072,  896,  128,  384, 1.00, ((1, .5, .25), (1, .5, 0)), (.25, .25)),
+    Stage(2 / 3, 262_144, 2048,  384,  896, 1.52, ((1, .5, 0), (1, 0, 0)),    (.25, 0)),
+    Stage(1.000, 393_216, 2048,  640, 1408, 1.73, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
+    Stage(1.012, 393_216, 2048,  768, 1664, 1.73, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
+)
+
+
+@dataclass(frozen=True)
+class Layer:                     # what differs between layers; one row a layer
+    attention: str = "plain"     # "plain", "paired" (two heads share one softmax, #58) or "" (none: a gated skip instead)
+    window: str = "short"        # "long" layers also take half of each key from the previous token (#49)
+    values: int = -1             # value embedding table added to the values, -1: none
+    reads: int = -1              # attention reads the output of this layer, -1: the residual stream
+    skip: int = -1               # layer whose output a layer without attention adds
+    xsa: bool = False            # remove from the attention output what lies along the token's own value (#82)
+    gate: bool = False           # gate each head's output
+    mix: bool = False            # dense dynamic connections to earlier states (MUDD, arXiv 2502.12170, #81)
+
+
+LAYERS = (
+    Layer("paired"),                                                        # 0
+    Layer(values=0, xsa=True),                                              # 1
+    Layer("paired", values=1),                                              # 2
+    Layer(window="long", xsa=True, gate=True),                              # 3
+    Layer(xsa=True),                                                        # 4
+    Layer("paired"),                                                        # 5
+    Layer("", skip=3),                                                      # 6
+    Layer(xsa=True),                                                        # 7
+    Layer(values=2, reads=7),                                               # 8
+    Layer("paired", values=3, reads=7),                                     # 9
+    Layer(window="long", values=4, reads=7, gate=True, mix=True),           # 10
+)
+
+TINY_STAGES = (
+    Stage(1 / 3,   4_096,  512,   64,  128, 1.00, ((1, .5, .25), (1, .5, 0)), (0, 0)),
+    Stage(1.000,   8_192, 1024,   64,  256, 1.40, ((1, .5, 0), (1, 0, 0)),    (0, 0)),
+)
+TINY_LAYERS = (
+    Layer(values=0),                                                        # 0
+    Layer(window="long", values=1, gate=True),                              # 1
+    Layer("", skip=1),                                                      # 2
+    Layer(xsa=True),                                                        # 3
+    Layer(window="long", values=2, reads=3, gate=True, mix=True),           # 4
+)
+
+
+@dataclass(frozen=True)
+class Rule:                      # how one parameter is trained and shared between ranks; one row a parameter
+    rule: str                    # "muon" (orthogonalised momentum, every step) or "adam" (odd steps only, #39)
+    lr: float | tuple            # peak learning rate; a tuple alternates over the matrices of a bank
+    betas: tuple                 # adam: first and second moment; muon: second moment only, its momentum is scheduled
+    decay: float                 # cautious weight decay; adam: times lr^2, muon: times lr (#43, #50)
+    shared: str                  # "shard": each rank updates a slice, then all gather; "all": all ranks update all
+
+
+PARAMETERS = {
+    # name               rule    lr              betas         decay  shared    in the order of communication
+    "attn_scales":  Rule("adam", 0.04,           (0.90, 0.99), 0,     "all"),
+    "smear_lambda": Rule("adam", 0.04,           (0.90, 0.99), 0,     "all"),
+    "skip_lambda":  Rule("adam", 0.04,           (0.90, 0.99), 0,     "all"),
+    "smear_gate":   Rule("adam", 8e-5,           (0.90, 0.99), 0,     "all"),
+    "resid_lambdas": Rule("adam", 0.04,          (0.90, 0.95), 0,     "all"),
+    "post_lambdas": Rule("adam", 0.008,          (0.90, 0.95), 0,     "all"),
+    "value_gates":  Rule("adam", 0.008,          (0.90, 0.99), 0.005, "all"),
+    "gate_fc":      Rule("adam", 8e-4,           (0.90, 0.99), 0.005, "all"),
+    "gate_proj":    Rule("adam", 8e-4,           (0.90, 0.99), 0.005, "all"),
+    "gate_bias":    Rule("adam", 8e-4,           (0.90, 0.99), 0,     "all"),
+    "gate_scale":   Rule("adam", 8e-4,           (0.90, 0.99), 0,     "all"),
+    "mix_fc":       Rule("adam", 0.002,          (0.90, 0.99), 0.005, "all"),
+    "mix_proj":     Rule("adam", 0.002,          (0.90, 0.99), 0.005, "all"),
+    "mix_bias":     Rule("adam", 0.002,          (0.90, 0.99), 0,     "all"),
+    "value_embeds": Rule("adam", 0.6,            (0.75, 0.95), 0.025, "shard"),
+    "bigram_embed": Rule("adam", 0.6,            (0.75, 0.95), 0.025, "shard"),
+    "lm_head":      Rule("adam", 0.008,          (0.50, 0.95), 0.75,  "shard"),
+    "embed":        Rule("adam", 0.008,          (0.50, 0.95), 0.75,  "shard"),     # trained from the untie step on
+    "attn_qk":      Rule("muon", 0.023,          (0.90,),      1.2,   "shard"),
+    "attn_vo":      Rule("muon", 0.023,          (0.90,),      1.2,   "shard"),
+    "mlp":          Rule("muon", (0.046, 0.092), (0.90,),      1.2,   "shard"),     # c_fc, c_proj
+}
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    # data
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"    # glob of training shards, read once in name order
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"        # glob of validation shards
+    val_tokens: int = 10_485_760         # fixed by the track: the metric is the mean loss over exactly these
+    val_stream_tokens: int = 131_072     # whole documents are packed into streams of this length for validation
+    slot_tokens: int = 16_384            # a batch is made of slots of whole documents; the unit ranks share out
+    micro_batch_tokens: int = 0          # tokens per forward on a rank; 0: as memory allows
+    # schedule
+    num_iterations: int = 1270           # scales the whole schedule
+    stop_after: int = 0                  # end after this many steps, schedule unchanged; 0: off
+    val_every: int = 250                 # steps between validations; 0: only first and last
+    stages: tuple[Stage, ...] = STAGES
+    final_windows: tuple[int, ...] = (768, 2560)    # short, long window of the final validation and of sampling
+    cooldown: float = 0.6                # last fraction of num_iterations, over which the learning rate falls
+    lr_floor: float = 0.15               # learning rate factor at the end (#72)
+    untie: float = 2 / 3                 # embedding and head are one matrix until here (#51, #53)
+    # model
+    layers: tuple[Layer, ...] = LAYERS
+    model_dim: int = 768
+    head_dim: int = 128
+    mlp_dim: int = 3072
+    gate_dim: int = 64                   # hidden width of the gate networks
+    bigram_rows: int = 377_280           # rows of the hashed bigram table (#62)
+    bigram_signs: int = 8192             # random sign patterns that tell colliding bigrams apart (#83)
+    vocab_size: int = 0                  # 0: from the shards, rounded up to a multiple of vocab_multiple
+    vocab_multiple: int = 128            # matrix units like multiples of 128
+    bos_id: int = -1                     # begin-of-document id; -1: from the shards
+    attn_scale: float = 0.1              # softmax scale in the first stage; grows with the windows
+    rope_base: float = 1024.0            # longest rotary period, in tokens per radian
+    # optimizer
+    lr: float = 1.0                      # factor on every learning rate of PARAMETERS
+    momentum: tuple[float, ...] = (0.85, 0.95)      # Muon momentum: low, high
+    momentum_warmup: float = 0.236       # low to high over this fraction of num_iterations
+    momentum_cooldown: float = 0.039     # and back over the last of it
+    # machine
+    device: str = "auto"                 # cuda, cpu or mps
+    precision: str = "bf16"              # of weights and activations: bf16 or fp32
+    attention: str = "auto"              # flex (CUDA) or plain (anywhere)
+    compile: bool = True                 # torch.compile; off on the CPU
+    seed: int = 0
+    out_dir: str = "logs"                # each run makes a folder in it
+
+    @property
+    def num_heads(self) -> int:
+        return self.model_dim // self.head_dim
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run: num_iterations and the extension."""
+        return round(self.stages[-1].until * self.num_iterations)
+
+
+PRESETS = {
+    "speedrun": Hyperparameters(),       # track 1
+    "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
+        train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=131_072,
+        val_stream_tokens=8192, slot_tokens=1024, num_iterations=900, val_every=150, stages=TINY_STAGES,
+        final_windows=(64, 256), layers=TINY_LAYERS, model_dim=192, head_dim=48, mlp_dim=768, gate_dim=16,
+        bigram_rows=32_768, bigram_signs=256, vocab_multiple=1, precision="fp32", compile=False),
+}
+
+# -----------------------------------------------------------------------------
+# Command line
+
+class UserError(Exception):
+    """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+
+
+def parse_value(name: str, text: str, kind):
+    """Value of `--name=text` with the type of the dataclass annotation; tables are JSON lists of rows."""
+    row = {tuple[Stage, ...]: Stage, tuple[Layer, ...]: Layer}.get(kind)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if row:
+            return tuple(row(**item) if isinstance(item, dict) else row(*item) for item in json.loads(text))
+        if kind in (tuple[int, ...], tuple[float, ...]):
+            return tuple(kind.__args__[0](item) for item in text.split(","))
+        return kind(text.replace("_", "")) if kind is int else kind(text)
+    except (ValueError, KeyError, TypeError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind)
+        wanted = wanted or (f"a JSON list of {row.__name__} rows" if row else "numbers separated by commas")
+        raise UserError(f"--{name}={text} is not {wanted}; --help lists the flags and their defaults") from None
+
+
+def parse_config(argv: list[str]) -> Hyperparameters:
+    """Hyperparameters from `--preset=name` and `--field=value` flags; raises UserError on anything else."""
+    flags = {}
+    for arg in argv:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or not equals:
+            raise UserError(f"cannot read {arg!r}; flags look like --field=value, --help lists them")
+        flags[name] = value
+    preset = flags.pop("preset", "speedrun")
+    if preset not in PRESETS:
+        raise UserError(f"--preset={preset} does not exist; there are {', '.join(PRESETS)}")
+    kinds = {field.name: field.type for field in fields(Hyperparameters)}
+    for name in flags.keys() - kinds.keys():
+        raise UserError(f"--{name} is not a flag; --help lists them")
+    cfg = replace(PRESETS[preset], **{name: parse_value(name, value, kinds[name]) for name, value in flags.items()})
+    check_config(cfg)
+    return cfg
+
+
+def check_config(cfg: Hyperparameters):
+    """Raises UserError for a value out of range or values that contradict each other."""
+    def need(good, name, remedy):
+        if not good:
+            raise UserError(f"--{name}={getattr(cfg, name)} {remedy}")
+    for name in ("num_iterations", "val_tokens", "val_stream_tokens", "slot_tokens", "model_dim", "head_dim", "mlp_dim",
+                 "gate_dim", "bigram_signs", "vocab_multiple"):
+        need(getattr(cfg, name) >= 1, name, "must be at least 1")
+    for name in ("stop_after", "val_every", "micro_batch_tokens", "vocab_size", "seed"):
+        need(getattr(cfg, name) >= 0, name, "must not be negative")
+    for name in ("cooldown", "momentum_warmup", "momentum_cooldown", "lr_floor", "untie"):
+        need(0 <= getattr(cfg, name) <= 1, name, "must lie between 0 and 1")
+    need(cfg.lr > 0 and math.isfinite(cfg.lr), "lr", "must be positive")
+    need(cfg.bigram_rows >= 2, "bigram_rows", "must be at least 2")
+    need(cfg.device in ("auto", "cuda", "cpu", "mps"), "device", "is unknown; choose auto, cuda, cpu or mps")
+    need(cfg.precision in ("bf16", "fp32"), "precision", "is unknown; choose bf16 or fp32")
+    need(cfg.attention in ("auto", "flex", "plain"), "attention", "is unknown; choose auto, flex or plain")
+    need(cfg.model_dim % (2 * cfg.head_dim) == 0, "model_dim", f"must be a multiple of two heads of {cfg.head_dim}")
+    need(cfg.head_dim % 4 == 0, "head_dim", "must be a multiple of 4")
+    need(cfg.model_dim >= 12, "model_dim", "must be at least 12")
+    need(len(cfg.final_windows) == 2 and min(cfg.final_windows) >= 1, "final_windows", "must be two positive numbers")
+    need(len(cfg.momentum) == 2, "momentum", "must be two numbers, low and high")
+    need(len(cfg.stages) > 0 and cfg.total_steps >= cfg.num_iterations, "stages", "must reach the fraction 1")
+    need(cfg.micro_batch_tokens % cfg.slot_tokens == 0, "micro_batch_tokens",
+         f"must be a multiple of --slot_tokens={cfg.slot_tokens}")
+    for i, stage in enumerate(cfg.stages):
+        if stage.batch_tokens % cfg.slot_tokens or min(stage.batch_tokens, stage.max_doc_tokens, stage.short) < 1:
+            raise UserError(f"stage {i}: batch_tokens={stage.batch_tokens} must be a positive multiple of "
+                            f"--slot_tokens={cfg.slot_tokens}, and its lengths and windows positive")
+    late = {layer.reads for layer in cfg.layers} - {-1}
+    skip = {layer.skip for layer in cfg.layers} - {-1}
+    tables = [layer.values for layer in cfg.layers if layer.values >= 0]
+    if not (len(late) == len(skip) == 1 and [layer.mix for layer in cfg.layers].count(True) == 1
+            and cfg.layers[-1].mix and cfg.layers[-1].gate and tables == list(range(len(tables)))):
+        raise UserError("the layer table needs one skip source, one layer that late attention reads, value tables in "
+                        "order 0, 1, ..., and gate and mix in the last layer")
+
+
+def print_help():
+    print(__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1] + "\n")
+    print("Flags, --field=value, with the defaults of --preset=speedrun (the other presets: "
+          + ", ".join(name for name in PRESETS if name != "speedrun") + "):\n")
+    lines = Path(__file__).read_text().split("class Hyperparameters:")[1].split("@property")[0].splitlines()
+    comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if ":" in line}
+    for field in fields(Hyperparameters):
+        table = field.name in ("stages", "layers")
+        value = "the table above, as JSON rows" if table else field.default
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        print(f"  --{field.name}={value}".ljust(66) + comments.get(field.name, ""))
+
+# -----------------------------------------------------------------------------
+# Data
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens; see read_header for what is checked."""
+    path: str
+    num_tokens: int
+    vocab_size: int
+    bos_id: int
+    width: int                           # bytes per token
+    tokenizer: str                       # sha256 of its tokenizer.json
+
+    def read(self) -> np.ndarray:
+        """(num_tokens,) uint16 or uint32, mapped from the file."""
+        try:
+            return np.memmap(self.path, f"<u{self.width}", "r", offset=HEADER_BYTES, shape=(self.num_tokens,))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path} changed or disappeared while in use ({error}); make it again") from None
+
+
+def read_header(path: str) -> Shard:
+    """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
+    again = "make or download it again (python data/fineweb.py or python data/text.py)"
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {again}") from None
+    if size < HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        found = f"begins with {header[0]}, version {header[1]}" if len(header) > 1 else f"has {size} bytes"
+        raise UserError(f"{path} is not a shard of version {SHARD_VERSION} (it {found}); {again}")
+    num_tokens, width = int(header[2]), int(header[5]) or 2
+    if width not in (2, 4):
+        raise UserError(f"{path} claims {width} bytes per token, only 2 and 4 exist; {again}")
+    if num_tokens < 1 or size != HEADER_BYTES + num_tokens * width:
+        raise UserError(f"{path} promises {num_tokens} tokens but holds {(size - HEADER_BYTES) // width}; {again}")
+    digest = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
+    bos_id = int(header[4]) or 50256
+    return Shard(path, num_tokens, int(header[3]) or 50257, bos_id, width, digest)
+
+
+def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
+    """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
+    groups = []
+    for flag, pattern in (("train_files", train_files), ("val_files", val_files)):
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise UserError(f"--{flag}={pattern} matches no file; get shards with python data/fineweb.py 9, or from "
+                            "your own text with python data/text.py")
+        groups.append([read_header(path) for path in paths])
+    first, *others = groups[0] + groups[1]
+    for shard in others:
+        if (shard.tokenizer, shard.vocab_size, shard.bos_id) != (first.tokenizer, first.vocab_size, first.bos_id):
+            raise UserError(f"{shard.path} (tokenizer {shard.tokenizer[:12]}) and {first.path} (tokenizer "
+                            f"{first.tokenizer[:12]}) were made with different tokenizers; make both with the same one")
+    return groups[0], groups[1]
+
+
+def read_tokenizer(shard: Shard) -> dict:
+    """The tokenizer.json beside a shard; raises UserError if it is absent or not the one the shard was made with."""
+    path = Path(shard.path).parent / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing; python data/fineweb.py or python data/text.py puts it there")
+    if path.stat().st_size > 1 << 26 or hashlib.sha256(text := path.read_bytes()).hexdigest() != shard.tokenizer:
+        raise UserError(f"{path} is not the tokenizer that {shard.path} was made with ({shard.tokenizer[:12]}); "
+                        "put the right one beside the shards")
+    return json.loads(text)
+
+
+def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
+    """(V,) int64: for each token the longest other token whose bytes begin it, -1 if there is none (#88)."""
+    import base64
+    longest = np.full(vocab_size, -1, np.int64)
+    ancestors = []                       # tokens that begin the current one, shortest first
+    for text, token in sorted((base64.b64decode(rank), i) for i, rank in enumerate(tokenizer["ranks"])):
+        while ancestors and not text.startswith(ancestors[-1][0]):
+            ancestors.pop()
+        if ancestors:
+            longest[token] = ancestors[-1][1]
+        ancestors.append((text, token))
+    return longest
+
+
+def documents(shards: list[Shard]):
+    """Yields (ids, start, end) for every document of every shard in order, indexing a few million tokens at a time.
+
+    A document cut by a shard border ends there; its rest in the next shard has no beginning and is left out.
+    """
+    for shard in shards:
+        ids, start = shard.read(), None
+        for low in range(0, len(ids), 1 << 22):
+            for bos in np.flatnonzero(ids[low:low + (1 << 22)] == shard.bos_id) + low:
+                if start is not None:
+                    yield ids, start, bos
+                start = bos
+        if start is not None:
+            yield ids, start, len(ids)
+
+
+def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs (int32) and targets (int64) of one slot from (ids, start, length) pieces; the rest is padding.
+
+    The target is the token that really follows, also where a document was cut. Padding is documents of nothing but
+    their first token, without targets (-1).
+    """
+    inputs, targets, filled = np.full(slot_tokens, bos_id, np.int32), np.full(slot_tokens, -1, np.int64), 0
+    for ids, start, length in pieces:
+        inputs[filled:filled + length] = ids[start:start + length]
+        after = ids[start + 1:start + length + 1]
+        targets[filled:filled + len(after)] = after
+        targets[filled + len(after):filled + length] = bos_id       # the shard ends with this document
+        filled += length
+    if max(inputs.max(), targets.max()) >= vocab_size:
+        raise UserError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {max(inputs.max(), targets.max())}, "
+                        f"outside the vocabulary of {vocab_size}; make the shard again")
+    return inputs, targets
+
+
+def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world_size: int, micro_slots: int):
+    """Yields for every step this rank's list of micro-batches, (inputs, targets) of micro_slots slots each.
+
+    The slots of a step are the same whatever the number of ranks: rank r takes its contiguous share of them.
+    """
+    docs = documents(shards)
+    for step in range(cfg.total_steps):
+        stage, mine = cfg.stages[stage_index(cfg, step)], []
+        num_slots = stage.batch_tokens // cfg.slot_tokens
+        for slot in range(num_slots):
+            pieces, room = [], cfg.slot_tokens
+            while room:
+                ids, start, end = next(docs, (None, 0, 0))
+                if ids is None:
+                    raise UserError(f"the training text ran out at step {step} of {cfg.total_steps} (cut documents leave "
+                                    f"tokens unused); add shards or lower --num_iterations={cfg.num_iterations}")
+                pieces.append((ids, start, length := min(end - start, stage.max_doc_tokens, room)))
+                room -= length
+            if rank * num_slots // world_size <= slot < (rank + 1) * num_slots // world_size:
+                mine.append(fill_slot(pieces, cfg.slot_tokens, shards[0].bos_id, shards[0].vocab_size))
+        empty = fill_slot([], cfg.slot_tokens, shards[0].bos_id, shards[0].vocab_size)
+        steps_needed = micro_steps(cfg, stage, world_size, micro_slots)
+        mine += [empty] * (steps_needed * micro_slots - len(mine))  # every rank runs the same number of equal micro-steps
+        yield [tuple(np.concatenate(part) for part in zip(*mine[i:i + micro_slots]))
+               for i in range(0, len(mine), micro_slots)]
+
+
+def micro_steps(cfg: Hyperparameters, stage: Stage, world_size: int, micro_slots: int) -> int:
+    """Forward passes per step of the busiest rank."""
+    return math.ceil(math.ceil(stage.batch_tokens // cfg.slot_tokens / world_size) / micro_slots)
+
+
+def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(inputs, targets) streams that together hold each of the first val_tokens tokens once, in whole documents.
+
+    So the loss depends neither on the number of ranks nor on memory. Documents longer than a stream are cut.
+    """
+    found = sum(shard.num_tokens for shard in shards)
+    if found <= cfg.val_tokens:
+        raise UserError(f"--val_files={cfg.val_files} holds {found} tokens, --val_tokens={cfg.val_tokens} needs one more "
+                        "than that; add shards or lower it")
+    streams, pieces, room, left = [], [], cfg.val_stream_tokens, cfg.val_tokens
+    for ids, start, end in documents(shards):
+        while left and start < end:
+            whole = min(end - start, left)
+            if whole > room and (room < cfg.val_stream_tokens):
+                streams.append(pieces)
+                pieces, room = [], cfg.val_stream_tokens
+            length = min(whole, room)
+            pieces.append((ids, start, length))
+            start, room, left = start + length, room - length, left - length
+    if left:
+        raise UserError(f"--val_files={cfg.val_files} has tokens before its first document start; make the shards again")
+    return [fill_slot(pieces, cfg.val_stream_tokens, shards[0].bos_id, shards[0].vocab_size)
+            for pieces in streams + [pieces] if pieces]
+
+
+def prefetch(batches, depth: int = 2):
+    """The same items, prepared by a thread up to `depth` ahead; an exception in it is raised here."""
+    items, stop = queue.Queue(depth), threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return items.put(item, timeout=0.1)
+
+    def work():
+        try:
+            for item in batches:
+                put((item, None))
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            yield item
+    finally:
+        stop.set()
+
+
+def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Arrays to tensors on the device, without waiting for the copy."""
+    tensors = [torch.from_numpy(array) for array in batch]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+# -----------------------------------------------------------------------------
+# Model
+
+BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last axis, without gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def shift(x: Tensor) -> Tensor:
+    """The row of the previous token; the first row stays (its users ask `fresh` before they look)."""
+    return torch.cat([x[:1], x[:-1]])
+
+
+def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotates the first half of the channels, pairs (j, j + D/4); the other half has no position (#17)."""
+    quarter = x_THD.size(-1) // 4
+    a, b, rest = x_THD.split([quarter, quarter, 2 * quarter], dim=-1)
+    cos, sin = cos_TD[:, None], sin_TD[:, None]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
+    """FlexAttention mask where query q sees keys first[q]..q, for non-decreasing `first` (int32, length a multiple of BLOCK).
+
+    Since first never decreases, each query block sees a contiguous run of key blocks and the other way round, so all
+    tables follow from each block's first and last entry; nothing of size (T / BLOCK)^2 is built.
+    """
+    n = first_T.numel() // BLOCK
+    i = torch.arange(n, device=first_T.device, dtype=torch.int32)
+    first = first_T.view(n, BLOCK)
+    seen = first[:, 0] // BLOCK                                     # first key block that any query of the block sees
+    whole = (first[:, -1] + BLOCK - 1) // BLOCK                     # first key block that every query sees whole
+    last = torch.searchsorted(seen, i, right=True, out_int32=True) - 1          # last query block that sees key block i
+    last_whole = torch.maximum(torch.searchsorted(whole, i, right=True, out_int32=True) - 1, i)
+    whole = torch.minimum(whole, i)
+    column = torch.arange(max_blocks, device=first_T.device, dtype=torch.int32)
+
+    def table(count, indices):
+        return count.to(torch.int32)[None, None], indices.clamp(max=n - 1).to(torch.int32)[None, None].contiguous()
+    kv = table(whole - seen + 1, torch.where(column < (whole - seen)[:, None], seen[:, None] + column, i[:, None]))
+    full_kv = table(i - whole, whole[:, None] + column)
+    q = table(last - last_whole + 1, torch.where(column > 0, last_whole[:, None] + column, i[:, None]))
+    full_q = table(last_whole - i, i[:, None] + 1 + column)
+
+    def visible(b, h, q_index, kv_index):
+        return (kv_index <= q_index) & (kv_index >= first_T[q_index])
+    return BlockMask((first_T.numel(), first_T.numel()), *kv, *full_kv, *q, *full_q, (BLOCK, BLOCK), visible)
+
+
+def flex(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask) -> Tensor:
+    """Attention output (T, H, D) under a block mask; the softmax scale is already in q."""
+    # 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md)
+    tiles = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3, "bwd_BLOCK_M1": 32,
+             "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 3}
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+    return flex_attention(q, k, v, block_mask=mask, scale=1.0, kernel_options=tiles)[0].transpose(0, 1)
+
+
+def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor, window: int) -> Tensor:
+    """The same in plain PyTorch: chunks as long as the window, each of which sees itself and the one before."""
+    T, H, D = q_THD.shape
+    size = min(window, T)
+    n = -(-T // size)
+    index = torch.arange(n * size, device=q_THD.device)
+    first = torch.cat([first_T, index[T:].to(first_T.dtype)]).view(n, size)    # padding sees itself
+    pad = (0, 0, 0, 0, 0, n * size - T)
+    q = F.pad(q_THD, pad).view(n, size, H, D).transpose(1, 2)
+    k, v = (F.pad(x, pad).view(n, size, H, D) for x in (k_THD, v_THD))
+    k, v = (torch.cat([torch.cat([x[:1], x[:-1]]), x], dim=1).transpose(1, 2) for x in (k, v))
+    index = index.view(n, size)
+    key = torch.cat([index - size, index], dim=1)[:, None, :]
+    mask = (key <= index[:, :, None]) & (key >= first[:, :, None])
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0)
+    return y.transpose(1, 2).reshape(n * size, H, D)[:T]
+
+
+LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
+HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum over tokens of the weighted cross-entropies of several targets, without keeping any logits.
+
+    x (T, C), weight (V, C), targets (T, K) int64, -1: none, target_weights (K,) fp32. Returns the loss (fp32 scalar).
+    The gradients are computed in the forward, chunk by chunk, and scaled by the incoming one in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TC, weight_VC, targets_TK, target_weights_K):
+        loss, dx, dweight = torch.zeros((), device=x_TC.device), [], torch.zeros_like(weight_VC, dtype=torch.float32)
+        column = torch.arange(weight_VC.size(0), device=x_TC.device)
+        for x, targets in zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK)):
+            logits_TV = F.linear(x, weight_VC)
+            gate = torch.sigmoid((logits_TV.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
+            exp = torch.exp(LOGIT_SCALE * gate)                     # at most e^23: the sum is safe without a maximum
+            total = exp.sum(dim=1)
+            weights = target_weights_K * (targets >= 0)
+            picked = logits_TV.gather(1, targets.clamp(min=0)).float()
+            picked = LOGIT_SCALE * torch.sigmoid((picked + LOGIT_SHIFT) / LOGIT_WIDTH)
+            loss = loss + (weights * (total.log()[:, None] - picked)).sum()
+            dlogits = weights.sum(dim=1, keepdim=True) / total[:, None] * exp
+            for k in range(targets.size(1)):
+                dlogits = dlogits - torch.where(column == targets[:, k:k + 1], weights[:, k:k + 1], 0.0)
+            dlogits = (dlogits * gate * (1 - gate) * (LOGIT_SCALE / LOGIT_WIDTH)).to(x.dtype)
+            dx.append(dlogits @ weight_VC)
+            dweight = dweight + (dlogits.T @ x).float()
+        ctx.save_for_backward(torch.cat(dx), dweight.to(weight_VC.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
+
+
+def map_logits(logits: Tensor) -> Tensor:
+    """fp32 logits in 0..23 from the head's raw product."""
+    return LOGIT_SCALE * torch.sigmoid((logits.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
+
+
+class GPT(nn.Module):
+    """The model, with all parameters in a few banks: one tensor for all matrices of a shape, one for all tables.
+
+    Built from the layer table of `cfg`, which must name vocab_size and bos_id. Parameters and windows are those of the
+    first stage; set_stage moves on. Runs on one packed stream of documents, each beginning with bos_id.
+    """
+
+    def __init__(self, cfg: Hyperparameters):
+        super().__init__()
+        assert cfg.vocab_size > 0 and cfg.bos_id >= 0, "vocab_size and bos_id come from the shards"
+        self.cfg, layers, C, V = cfg, cfg.layers, cfg.model_dim, cfg.vocab_size
+        self.attn_layers = [i for i, layer in enumerate(layers) if layer.attention]
+        self.late = max(layer.reads for layer in layers)
+        self.skip = max(layer.skip for layer in layers)
+        self.gate_names = self.name_gates()
+        num_tables = sum(layer.values >= 0 for layer in layers)
+        num_gates = sum(size for net in self.gate_names for _, size, _ in net)
+        num_mixes = sum(size for net in self.MIXES for _, size, _ in net)
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.precision]
+
+        def parameter(*shape, dtype=dtype):
+            return nn.Parameter(torch.empty(shape, dtype=dtype))
+        self.embed = parameter(V, C)
+        self.lm_head = parameter(V, C)
+        self.value_embeds = parameter(num_tables, V, C)
+        self.bigram_embed = parameter(cfg.bigram_rows, C)
+        self.attn_qk = parameter(len(self.attn_layers) * cfg.num_heads, 2 * cfg.head_dim, C)    # pairs of heads: #80
+        self.attn_vo = parameter(len(self.attn_layers) * 2, C, C)
+        self.mlp = parameter(len(layers) * 2, cfg.mlp_dim, C)
+        self.attn_scales = parameter(len(layers), 2, dtype=torch.float32)       # of the weights of q, k, v and of o
+        self.resid_lambdas = parameter(len(layers), 2, dtype=torch.float32)     # of the stream at attention and mlp
+        self.post_lambdas = parameter(len(layers), 2, dtype=torch.float32)      # of what they add
+        self.smear_gate = parameter(12)
+        self.smear_lambda = parameter(1, dtype=torch.float32)
+        self.skip_lambda = parameter(1, dtype=torch.float32)
+        self.value_gates = parameter(max(num_tables - 1, 1), cfg.num_heads, 12)
+        self.gate_fc = parameter(2, cfg.gate_dim, C)
+        self.gate_proj = parameter(num_gates, cfg.gate_dim)
+        self.gate_bias = parameter(num_gates)
+        self.gate_scale = parameter(1, dtype=torch.float32)
+        self.mix_fc = parameter(2, cfg.gate_dim, C)
+        self.mix_proj = parameter(num_mixes, cfg.gate_dim)
+        self.mix_bias = parameter(num_mixes)
+        self.register_buffer("bigram_signs", torch.empty(cfg.bigram_signs, C, dtype=dtype))
+        self.register_buffer("inv_freq", torch.empty(cfg.head_dim // 4))
+        self.register_buffer("attn_scale", torch.empty(()))
+        self.register_buffer("windows", torch.empty(2, dtype=torch.int32))      # short, long
+        self.register_buffer("prefix_of", torch.full((V,), -1), persistent=False)
+        self.window_lengths = {"short": 0, "long": 0}
+        self.init_parameters()
+
+    # the mix nets of the last layer and of the output: name, outputs, their initial value (#81)
+    MIXES = ((("value", 3, 0.), ("stream", 3, 0.), ("value_gate", 2, 2.), ("attn_x", 1, 1.1 ** 0.5), ("attn", 1, 1.),
+              ("attn_x0", 1, 0.), ("attn_bigram", 1, 0.05), ("mlp_x", 1, 1.1 ** 0.5), ("mlp", 1, 1.)),
+             (("x0", 1, 0.), ("late", 1, -0.5), ("last", 1, 0.), ("embed", 1, 0.), ("skip", 1, 0.)))
+
+    def name_gates(self):
+        """Outputs (name, size, initial value) of the two gate nets: layers up to the skip source, and those after."""
+        nets, H = ([], []), self.cfg.num_heads
+        for i, layer in enumerate(self.cfg.layers):
+            net = nets[i > self.skip]
+            net += [(f"xsa.{i}", H, 0.)] * layer.xsa + [(f"out.{i}", H, 0.25)] * layer.gate
+            if layer.attention and not layer.mix:
+                net += [(f"x0.{i}", 1, 0.), (f"bigram.{i}", 1, 0.05)]
+            elif not layer.attention:
+                net += [(f"skip.{i}", 1, 0.5)]
+        return nets
+
+    @torch.no_grad()
+    def init_parameters(self, seed: int = 0):
+        """Sets every parameter and buffer to its initial value, the same for the same seed and kind of device."""
+        cfg, C = self.cfg, self.cfg.model_dim
+        generator = torch.Generator(self.embed.device).manual_seed(seed)
+        self.lm_head.normal_(0, 0.005, generator=generator)
+        self.embed.copy_(self.lm_head)
+        self.value_embeds.normal_(0, 0.01, generator=generator)
+        self.bigram_embed.zero_()
+        bound = 3 ** 0.5 * 0.5 * C ** -0.5
+        for bank in (self.attn_qk, self.attn_vo, self.mlp):
+            bank.uniform_(-bound, bound, generator=generator)
+        self.mlp[1::2] = 0                                          # every mlp starts as nothing
+        self.attn_scales.copy_(torch.tensor([0.5, 1.0]))
+        self.resid_lambdas.fill_(1.1 ** 0.5)                        # the early stream fades with depth (#45)
+        self.post_lambdas.fill_(1)
+        self.smear_gate.zero_()
+        self.smear_lambda.zero_()
+        self.skip_lambda.fill_(-1.5)
+        self.value_gates.zero_()
+        self.gate_scale.fill_(0.1)
+        for fc, proj, bias, nets in ((self.gate_fc, self.gate_proj, self.gate_bias, self.gate_names),
+                                     (self.mix_fc, self.mix_proj, self.mix_bias, self.MIXES)):
+            fc.uniform_(-C ** -0.5, C ** -0.5, generator=generator)
+            proj.zero_()
+            bias.copy_(torch.tensor([value / 0.1 for net in nets for _, size, value in net for _ in range(size)]))
+        self.bigram_signs.copy_(torch.randint(0, 2, self.bigram_signs.shape, generator=generator,
+                                              device=self.embed.device) * 2 - 1)
+        self.set_stage(0)
+
+    @torch.no_grad()
+    def set_stage(self, index: int, final: bool = False):
+        """Windows, rotary frequencies and softmax scale of a stage; `final`: with the windows of the last validation.
+
+        When the long window grows from a to b tokens, frequencies that turn less than once in a are slowed by a/b and
+        fast ones kept (YaRN, arXiv 2309.00071, #31), and the softmax scale grows a little.
+        """
+        stages = self.cfg.stages[:index + 1]
+        freq = self.cfg.rope_base ** -torch.linspace(0, 1, self.inv_freq.numel(), dtype=torch.float64)
+        scale = self.cfg.attn_scale
+        for old, new in zip(stages, stages[1:]):
+            keep = ((old.long * freq / (2 * math.pi) - 1) / 31).clamp(0, 1)
+            freq = freq * (keep + (1 - keep) * old.long / new.long)
+            scale *= 1 + 0.2 * math.log(new.long / old.long)
+        self.inv_freq.copy_(freq)
+        self.attn_scale.fill_(scale)
+        short, long = self.cfg.final_windows if final else (stages[-1].short, stages[-1].long)
+        self.windows.copy_(torch.tensor([short, long]))
+        self.window_lengths = {"short": short, "long": long}
+
+    def mask(self, starts_T: Tensor, window: str, paired: bool):
+        """What the attention of one kind may see: (first visible key of each row, block mask or None)."""
+        rows = starts_T.numel() * (2 if paired else 1)
+        index = torch.arange(rows, device=starts_T.device, dtype=torch.int32)
+        starts = 2 * starts_T.repeat_interleave(2) if paired else starts_T
+        if self.cfg.attention != "flex":
+            return torch.maximum(starts, index - self.window_lengths[window]), None
+        first = torch.maximum(starts, index - self.windows[0 if window == "short" else 1])
+        longest = max(self.cfg.final_windows + tuple(w for stage in self.cfg.stages for w in (stage.short, stage.long)))
+        return first, block_mask(first, -(-longest // BLOCK) + 2)
+
+    def gate_net(self, kind: str, net: int, x_TC: Tensor) -> dict[str, Tensor]:
+        """name -> (T, size): the outputs of one small network that computes gates for each token (#81, #85)."""
+        names = self.gate_names if kind == "gate" else self.MIXES
+        fc, proj, bias = (getattr(self, f"{kind}_{part}") for part in ("fc", "proj", "bias"))
+        sizes = [size for _, size, _ in names[net]]
+        low = sum(size for other in names[:net] for _, size, _ in other)
+        part = slice(low, low + sum(sizes))
+        scale = self.gate_scale.to(x_TC.dtype) if kind == "gate" else 0.1
+        out = F.linear(F.gelu(F.linear(x_TC, fc[net])), proj[part], bias[part]) * scale
+        return {name: value for (name, _, _), value in zip(names[net], out.split(sizes, dim=1))}
+
+    def attention(self, i: int, u_TC: Tensor, bank: dict, rope: dict, masks: dict, fresh_T1: Tensor, gates: dict,
+                  value_TC: Tensor | None) -> Tensor:
+        """What the attention of layer i adds to the stream, (T, C), from its normalised input u."""
+        layer, cfg, T = self.cfg.layers[i], self.cfg, u_TC.size(0)
+        H, D = cfg.num_heads, cfg.head_dim
+        paired = layer.attention == "paired"
+        index, scales = self.attn_layers.index(i), self.attn_scales[i].to(u_TC.dtype)
+        qk, v, o = bank["qk"][index], bank["vo"][2 * index], bank["vo"][2 * index + 1]
+        q, k, v = F.linear(u_TC, torch.cat([qk, v]) * scales[0]).view(T, 3, H, D).unbind(1)
+        if value_TC is not None:
+            v = v + value_TC.view(T, H, D)
+        q, k = norm(q) * self.attn_scale.to(q.dtype), norm(k)
+        if paired:                       # rows 2t and 2t + 1 hold the first and the second half of token t's heads
+            q, k, v = (x.reshape(2 * T, H // 2, D) for x in (q, k, v))
+        q, k = rotary(q, *rope[paired]), rotary(k, *rope[paired])
+        if layer.window == "long":
+            moving, still = k.chunk(2, dim=-1)
+            k = torch.cat([moving, torch.where(fresh_T1[:, None], still, shift(still))], dim=-1)
+        first, blocks = masks[layer.window, paired]
+        y = plain_attention(q, k, v, first, self.window_lengths[layer.window]) if blocks is None else flex(q, k, v, blocks)
+        y = y.reshape(T, H, D)
+        if layer.xsa:
+            along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
+            y = y - torch.tanh(gates[f"xsa.{i}"])[:, :, None] * along * v
+        if layer.gate:
+            y = y * gates[f"out.{i}"][:, :, None]
+        return F.linear(y.reshape(T, -1), o * scales[1])
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, loss_weights: Tensor | None = None) -> Tensor:
+        """Loss of one packed stream, or its logits.
+
+        tokens (T,) integers, documents beginning with bos_id; no token sees another document. targets (T,) int64, -1:
+        none. Returns without targets the logits (T, V) fp32; with targets the sum of the cross-entropies in nats, a fp32
+        scalar. With loss_weights (4,) fp32 it is the training loss, whose weights are those of the next token, the
+        second, the third, and the next token's prefix.
+        """
+        cfg, H = self.cfg, self.cfg.num_heads
+        # where each document starts
+        index = torch.arange(tokens.numel(), device=tokens.device, dtype=torch.int32)
+        starts = torch.where(tokens == cfg.bos_id, index, 0).cummax(0).values.to(torch.int32)
+        position = index - starts
+        fresh = (position == 0)[:, None]
+        kinds = {(layer.window, layer.attention == "paired") for layer in cfg.layers if layer.attention}
+        masks = {kind: self.mask(starts, *kind) for kind in sorted(kinds)}
+        rope = {}
+        for paired in {paired for _, paired in kinds}:
+            row = (2 * position[:, None] + index.new_tensor([0, 1])).flatten() if paired else position
+            angle = row[:, None].float() * self.inv_freq
+            rope[paired] = angle.cos().to(self.embed.dtype), angle.sin().to(self.embed.dtype)
+        # unbinding a bank once gives one stacked gradient; indexing it layer by layer would give one a layer
+        bank = {"qk": self.attn_qk.view(len(self.attn_layers), -1, cfg.model_dim).unbind(),
+                "vo": self.attn_vo.unbind(), "mlp": self.mlp.unbind()}
+        resid, post = (lambdas.to(self.embed.dtype) for lambdas in (self.resid_lambdas, self.post_lambdas))
+        values = [F.embedding(tokens, table) for table in self.value_embeds.unbind()]
+        # token, with a little of the token before (#34)
+        embed = F.embedding(tokens, self.embed)
+        smear = self.smear_lambda.to(embed.dtype) * torch.sigmoid(embed[:, :12] @ self.smear_gate)[:, None]
+        x0 = norm(embed + torch.where(fresh, 0, smear * shift(embed)))
+        # pair of tokens, hashed (#62)
+        before = torch.where(fresh[:, 0], tokens, shift(tokens))
+        pair = ((36313 * tokens) ^ (27191 * before)) % cfg.bigram_rows
+        bigram = F.embedding(pair, self.bigram_embed) * F.embedding((tokens ^ before) % cfg.bigram_signs, self.bigram_signs)
+
+        gates = self.gate_net("gate", 0, x0)
+        x = start = x0 + gates["bigram.0"] * bigram
+        kept = {}                        # outputs of the layers that later ones read
+        for i, layer in enumerate(cfg.layers):
+            if i == self.skip + 1:
+                gates |= self.gate_net("gate", 1, x)
+            if layer.mix:
+                kept["last"], mix = x, self.gate_net("mix", 0, x)
+                sources = start, kept[self.late], x
+            value = None
+            if layer.mix:
+                gate = mix["value_gate"].repeat_interleave(H // 2, dim=1)
+                own = values[layer.values].view(-1, H, cfg.head_dim) * gate[:, :, None]
+                value = own.flatten(1) + sum(c * s for c, s in zip(mix["value"].split(1, dim=1), sources))
+            u = norm(x if layer.reads < 0 else kept[layer.reads])
+            if layer.values >= 0 and not layer.mix:
+                table = values[layer.values]
+                gate = 2 * torch.sigmoid(F.linear(torch.cat([u[:, :6], table[:, :6]], 1), self.value_gates[layer.values]))
+                value = (table.view(-1, H, cfg.head_dim) * gate[:, :, None]).flatten(1)
+            if layer.mix:
+                x = x + sum(c * s for c, s in zip(mix["stream"].split(1, dim=1), sources))
+                attn = self.attention(i, u, bank, rope, masks, fresh, gates, value)
+                x = mix["attn_x"] * x + mix["attn"] * attn + mix["attn_x0"] * start + mix["attn_bigram"] * bigram
+                resid_mlp, post_mlp = mix["mlp_x"], mix["mlp"]
+            else:
+                if layer.attention:
+                    attn = self.attention(i, u, bank, rope, masks, fresh, gates, value)
+                    x = resid[i, 0] * x + post[i, 0] * attn + gates[f"x0.{i}"] * x0
+                    x = x + gates[f"bigram.{i}"] * bigram if i else x       # layer 0 starts with it
+                else:
+                    x = x + torch.sigmoid(self.skip_lambda).to(x.dtype) * gates[f"skip.{i}"] * kept[layer.skip]
+                resid_mlp, post_mlp = resid[i, 1], post[i, 1]
+            hidden = F.linear(norm(x), bank["mlp"][2 * i]).relu().square()
+            x = resid_mlp * x + post_mlp * (hidden @ bank["mlp"][2 * i + 1])
+            if i in (self.skip, self.late):
+                kept[i] = x
+        mix = self.gate_net("mix", 1, x)
+        x = (x + mix["x0"] * start + mix["late"] * kept[self.late] + mix["last"] * kept["last"]
+             + mix["embed"] * values[0] + mix["skip"] * kept[self.skip])
+        x = norm(x)
+
+        if targets is None:
+            return map_logits(F.linear(x, self.lm_head))
+        if loss_weights is None:
+            losses = [F.cross_entropy(map_logits(F.linear(x, self.lm_head)), targets, ignore_index=-1, reduction="sum")
+                      for x, targets in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
+            return torch.stack(losses).sum()
+        none = torch.full_like(targets, -1)
+        all_targets = [targets]
+        for k in (1, 2):                 # the target k tokens further, within the same document
+            same = torch.cat([starts[k:], starts[:k] - 1]) == starts
+            all_targets.append(torch.where(same, targets.roll(-k), none))
+        all_targets.append(torch.where(targets >= 0, self.prefix_of[targets.clamp(min=0)], none))
+        return HeadLoss.apply(x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights)
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that take part in a dense product for every token; tables are looked up instead."""
+        return sum(bank.numel() for bank in (self.attn_qk, self.attn_vo, self.mlp, self.lm_head, self.gate_fc, self.mix_fc))
+
+# -----------------------------------------------------------------------------
+# Optimizer
+
+# Polar Express (arXiv 2505.16932): five quintic steps towards the nearest orthogonal matrix, safety factor 0.02
+POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
+                 (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                 (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, rows, cols) `dtype`: each matrix with its singular values moved to about 1 (0.86 to 1.06 from above 1e-3)."""
+    x = (g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)).to(dtype)
+    tall = x.size(1) > x.size(2)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT                       # on the short side
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
+    return x
+
+
+def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2):
+    """One NorMuon step (arXiv 2510.05491) on a bank of matrices, in place on master, momentum and second.
+
+    grad (N, rows, cols) any dtype; master, momentum fp32 of the same shape; second (N, rows, 1) or (N, 1, cols); lr
+    (N, 1, 1) spectral norm per step; decay, mu, beta2 scalars. Decay acts only where the update shrinks the weight
+    (cautious, arXiv 2411.16085).
+    """
+    g = grad.float()
+    momentum.lerp_(g, 1 - mu)
+    x = polar_express(g.lerp(momentum, mu), torch.bfloat16 if grad.is_cuda else torch.float32).float()
+    axis = 2 if second.size(2) == 1 else 1
+    second.lerp_(x.square().mean(dim=axis, keepdim=True), 1 - beta2)
+    scaled = x * second.clamp(min=1e-10).rsqrt()
+    x = scaled * (x.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
+    master.sub_(lr * (x + decay * master * (x * master >= 0)))
+
+
+def adam_update(grad, param, m, v, rate, decay, beta1, beta2):
+    """One Adam step with cautious decay, in place on param, m and v (fp32); `rate` includes the bias corrections."""
+    g, p = grad.float(), param.float()
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g.square(), 1 - beta2)
+    update = rate * m / (v.sqrt() + 1e-10)
+    param.copy_(p - update - decay * p * (update * p > 0))
+
+
+class Optimizer:
+    """NorMuon and Adam over all parameters, by the rows of PARAMETERS, with state sharded over ranks.
+
+    After backward, step() sums gradients over ranks (all reductions start at once, in the table's order), updates what
+    this rank owns, and gathers the new values. Adam parameters move on odd steps only, with the gradient of both.
+    """
+
+    def __init__(self, model: GPT, rank: int = 0, world_size: int = 1):
+        named = dict(model.named_parameters())
+        assert named.keys() == PARAMETERS.keys(), f"in one place only: {sorted(named.keys() ^ PARAMETERS.keys())}"
+        self.model, self.params, self.rank, self.world_size = model, named, rank, world_size
+        compiled = model.cfg.compile
+        torch._dynamo.config.recompile_limit = 64                   # one graph a parameter shape
+        self.normuon = torch.compile(normuon_update, dynamic=False) if compiled else normuon_update
+        self.adam = torch.compile(adam_update, dynamic=False) if compiled else adam_update
+        self.whole, self.state = {}, {}
+        for name, param in named.items():
+            self.share_out(name, param)
+        self.reset()
+
+    def share_out(self, name: str, param: nn.Parameter):
+        """Storage of a parameter that divides by the number of ranks, and zeroed state for this rank's part."""
+        rule, flat = PARAMETERS[name], param.data
+        if rule.rule == "adam" and rule.shared == "shard":          # share out single rows, not whole tables
+            flat = flat.view(-1, flat.size(-1))
+        if rule.shared == "shard" and self.world_size > 1:
+            rows = -(-flat.size(0) // self.world_size) * self.world_size
+            whole = flat.new_zeros(rows, *flat.shape[1:])
+            whole[:flat.size(0)] = flat
+            param.data = whole[:flat.size(0)].view(param.shape)
+            self.whole[name] = whole
+        else:
+            self.whole[name] = flat
+        part = self.part(name)
+        state = {"m": torch.zeros_like(part, dtype=torch.float32)}
+        if rule.rule == "adam":
+            state |= {"v": torch.zeros_like(state["m"]), "count": torch.zeros((), dtype=torch.int64)}
+        else:
+            n, rows, cols = part.shape
+            state |= {"master": torch.zeros_like(state["m"]),
+                      "v": state["m"].new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols))}
+        self.state[name] = state
+
+    def part(self, name: str) -> Tensor:
+        """The rows of a parameter that this rank updates."""
+        if PARAMETERS[name].shared == "all":
+            return self.whole[name]
+        return self.whole[name].chunk(self.world_size)[self.rank]
+
+    @torch.no_grad()
+    def reset(self):
+        """State of step 0 for the parameters as they are."""
+        for name, state in self.state.items():
+            for tensor in state.values():
+                tensor.zero_()
+            if "master" in state:
+                state["master"].copy_(self.part(name))
+            self.params[name].grad = None
+
+    def reduce(self, name: str) -> tuple[Tensor, object]:
+        """Starts summing a gradient over ranks. Returns this rank's part of the sum and a handle to wait on, or None."""
+        whole, param = self.whole[name], self.params[name]
+        grad, param.grad = param.grad.view(-1, *whole.shape[1:]), None
+        if self.world_size == 1:
+            return grad, None
+        if PARAMETERS[name].shared == "all":
+            return grad, dist.all_reduce(grad, async_op=True)
+        if grad.size(0) < whole.size(0):
+            grad = F.pad(grad, (0, 0) * (grad.dim() - 1) + (0, whole.size(0) - grad.size(0)))
+        part = torch.empty_like(self.part(name))
+        return part, dist.reduce_scatter_tensor(part, grad, async_op=True)
+
+    @torch.no_grad()
+    def step(self, step: int):
+        """Updates the parameters that are due at this step and drops their gradients."""
+        cfg, tied = self.model.cfg, is_tied(self.model.cfg, step)
+        if tied:                         # one matrix: its gradient is the sum, and the embedding follows the head
+            head, embed = self.params["lm_head"], self.params["embed"]
+            head.grad += embed.grad
+            embed.grad = None
+        due = [name for name, rule in PARAMETERS.items()
+               if (rule.rule == "muon" or step % 2) and not (tied and name == "embed")]
+        reduced = {name: self.reduce(name) for name in due}
+        gathers = {}
+        for name in due:
+            grad, handle = reduced.pop(name)
+            if handle:
+                handle.wait()
+            self.update(name, grad, step)
+            if self.world_size > 1 and PARAMETERS[name].shared == "shard":
+                gathers[name] = dist.all_gather_into_tensor(self.whole[name], self.part(name), async_op=True)
+        for handle in gathers.values():
+            handle.wait()
+        if tied and step % 2:
+            embed.copy_(head)
+            if not is_tied(cfg, step + 2):                          # last update as one: they part with equal state
+                for key, value in self.state["lm_head"].items():
+                    self.state["embed"][key].copy_(value)
+
+    def update(self, name: str, grad: Tensor, step: int):
+        """The rule of one parameter, on this rank's part."""
+        cfg, rule, state, part = self.model.cfg, PARAMETERS[name], self.state[name], self.part(name)
+        factor = cfg.lr * lr_factor(cfg, step)
+        scalar = lambda value: torch.tensor(value, dtype=torch.float32)            # a tensor, so that nothing recompiles
+        if rule.rule == "adam":
+            lr, (beta1, beta2) = rule.lr * factor, rule.betas
+            state["count"] += 1
+            corrected = lr * math.sqrt(1 - beta2 ** int(state["count"])) / (1 - beta1 ** int(state["count"]))
+            self.adam(grad, part, state["m"], state["v"], scalar(corrected), scalar(lr * lr * rule.decay), beta1, beta2)
+        else:
+            rates = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,)
+            offset = self.rank * part.size(0)
+            lr = torch.tensor([rates[(offset + n) % len(rates)] * factor for n in range(part.size(0))])
+            lr = lr.view(-1, 1, 1).to(part.device, non_blocking=True)
+            self.normuon(grad, state["master"], state["m"], state["v"], lr, scalar(rule.decay * ATTN_LR * factor),
+                         scalar(momentum(cfg, step)), rule.betas[0])
+            part.copy_(state["master"])
+
+
+ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
+
+# -----------------------------------------------------------------------------
+# Schedule (pure functions of the step)
+
+def stage_index(cfg: Hyperparameters, step: int) -> int:
+    """Row of the stage table that a step belongs to."""
+    return next((i for i, stage in enumerate(cfg.stages) if step < round(stage.until * cfg.num_iterations)),
+                len(cfg.stages) - 1)
+
+
+def stage_progress(cfg: Hyperparameters, step: int) -> float:
+    """0 at the first step of a stage, towards 1 at its end."""
+    index = stage_index(cfg, step)
+    begin = round(cfg.stages[index - 1].until * cfg.num_iterations) if index else 0
+    return (step - begin) / max(1, round(cfg.stages[index].until * cfg.num_iterations) - begin)
+
+
+def lr_factor(cfg: Hyperparameters, step: int) -> float:
+    """The stage's factor, falling in a straight line to lr_floor over the cooldown, where the extension stays."""
+    begin = math.floor((1 - cfg.cooldown) * cfg.num_iterations)
+    done = min(1.0, max(0.0, (step - begin) / max(1, cfg.num_iterations - begin)))
+    return cfg.stages[stage_index(cfg, step)].lr * (1 - done) + cfg.lr_floor * done
+
+
+def momentum(cfg: Hyperparameters, step: int) -> float:
+    """Muon momentum: up over the warmup, down again over the last steps."""
+    low, high = cfg.momentum
+    rise = step / max(1, cfg.momentum_warmup * cfg.num_iterations)
+    fall = (cfg.total_steps - step) / max(1, cfg.momentum_cooldown * cfg.num_iterations)
+    return low + (high - low) * max(0.0, min(1.0, rise, fall))
+
+
+def loss_weights(cfg: Hyperparameters, step: int) -> list[float]:
+    """Weights of the next three tokens and of the prefix token."""
+    stage, t = cfg.stages[stage_index(cfg, step)], stage_progress(cfg, step)
+    starts, ends = (*stage.next_tokens[0], stage.prefix[0]), (*stage.next_tokens[1], stage.prefix[1])
+    return [start + (end - start) * t for start, end in zip(starts, ends, strict=True)]
+
+
+def is_tied(cfg: Hyperparameters, step: int) -> bool:
+    """Whether embedding and head are one matrix; the last such step is odd, so that Adam moves at it."""
+    return step <= round(cfg.untie * cfg.num_iterations) // 2 * 2 + 1
+
+# -----------------------------------------------------------------------------
+# Setup and logging
+
+# dense bf16 peaks in FLOP/s by a part of the device's name, from the vendor's datasheets; MFU is n/a for others
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12, "B200": 2250e12}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process runs: its device, its place among the ranks, and the name of the device."""
+    device: torch.device
+    rank: int
+    world_size: int
+    name: str
+
+
+def setup_machine(cfg: Hyperparameters) -> Machine:
+    """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
+    env = {key: int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
+    kind = cfg.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda, but PyTorch sees no GPU; use --device=cpu or install a CUDA build of torch")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device=mps, but PyTorch sees no Apple GPU; use --device=cpu")
+    if kind == "cuda" and env["LOCAL_RANK"] >= torch.cuda.device_count():
+        raise UserError(f"torchrun starts more ranks than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+    slots = min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens
+    if env["WORLD_SIZE"] > slots:
+        raise UserError(f"{env['WORLD_SIZE']} ranks share {slots} slots, which leaves a rank without a token; start at "
+                        f"most {slots} or lower --slot_tokens={cfg.slot_tokens}")
+    device = torch.device(kind, env["LOCAL_RANK"]) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if env["WORLD_SIZE"] > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads"
+    return Machine(device, env["RANK"], env["WORLD_SIZE"], name)
+
+
+def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hyperparameters:
+    """The config with everything that was left to the machine and the shards filled in."""
+    cuda = machine.device.type == "cuda"
+    vocab_size = cfg.vocab_size or -(-shard.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
+    bos_id = cfg.bos_id if cfg.bos_id >= 0 else shard.bos_id
+    if shard.vocab_size > vocab_size or bos_id != shard.bos_id:
+        raise UserError(f"{shard.path} has {shard.vocab_size} ids and begins documents with {shard.bos_id}, the flags say "
+                        f"--vocab_size={vocab_size} --bos_id={bos_id}; leave both flags away")
+    attention = cfg.attention if cfg.attention != "auto" else ("flex" if cuda else "plain")
+    if attention == "flex" and not cuda:
+        raise UserError("--attention=flex needs a CUDA device; use --attention=plain")
+    if attention == "flex" and (cfg.slot_tokens % BLOCK or cfg.val_stream_tokens % BLOCK):
+        raise UserError(f"--slot_tokens={cfg.slot_tokens} and --val_stream_tokens={cfg.val_stream_tokens} must be multiples "
+                        f"of {BLOCK} with --attention=flex")
+    return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, attention=attention, compile=cfg.compile and cuda)
+
+
+def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
+    """Slots per micro-batch on this rank, and the sentence that explains them.
+
+    Activations of one token take about 22 numbers per layer and channel plus 4 per layer and hidden unit (measured;
+    dev/EXPERIMENTS.md); weights, gradients and optimizer state about 16 bytes a parameter on one rank.
+    """
+    share = math.ceil(min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens / machine.world_size)
+    if cfg.micro_batch_tokens:
+        return min(cfg.micro_batch_tokens // cfg.slot_tokens, share), "micro-batch as --micro_batch_tokens says"
+    if machine.device.type != "cuda":
+        return share, "micro-batch: the whole share of a rank"
+    width = 2 if cfg.precision == "bf16" else 4
+    per_token = width * len(cfg.layers) * (22 * cfg.model_dim + 4 * cfg.mlp_dim)
+    tables = (2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows
+    matrices = len(cfg.layers) * cfg.model_dim * (4 * cfg.model_dim + 2 * cfg.mlp_dim)
+    static = 16 * (tables * cfg.model_dim + matrices) + 4 * width * HEAD_CHUNK * cfg.vocab_size
+    have = 0.92 * torch.cuda.get_device_properties(machine.device).total_memory
+    fits = int((have - static) / (per_token * cfg.slot_tokens))
+    if fits < 1:
+        raise UserError(f"the GPU has {have / 2**30:.0f} GiB to use, one slot of --slot_tokens={cfg.slot_tokens} needs "
+                        f"{(static + per_token * cfg.slot_tokens) / 2**30:.0f}; lower --slot_tokens")
+    slots = math.ceil(share / math.ceil(share / min(fits, share)))             # equal micro-steps
+    need = static + slots * cfg.slot_tokens * per_token
+    return slots, (f"memory plan: {static / 2**30:.1f} GiB for parameters, gradients, state and logits + {slots} x "
+                   f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {need / 2**30:.1f} of {have / 2**30:.1f} GiB")
+
+
+class Run:
+    """The run folder: log.txt, run.json, the source, the curve, the checkpoint. Written as the run goes, by rank 0."""
+
+    def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str]):
+        self.cfg, self.machine, self.master, self.live = cfg, machine, machine.rank == 0, False
+        self.started, self.history, self.train_losses, self.wrote = time.time(), [], [], 0.0
+        if not self.master:
+            return
+        script = Path(__file__)
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{uuid.uuid4().hex[:6]}"
+        self.folder = Path(cfg.out_dir) / name
+        try:
+            self.folder.mkdir(parents=True)
+            shutil.copy(script, self.folder / script.name)
+            self.log_file = open(self.folder / "log.txt", "w", buffering=1)
+        except OSError as error:
+            raise UserError(f"--out_dir={cfg.out_dir} cannot be written ({error.strerror}); choose another") from None
+        source = script.read_text()
+        self.log_file.write(source + "\n" + "=" * 100 + "\n")
+        self.info = {
+            "format": 1, "status": "running", "script": script.name, "argv": argv, "config": asdict(cfg), "seed": cfg.seed,
+            "source_sha256": hashlib.sha256(source.encode()).hexdigest(), "git": git_state(script.parent),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+                         "numpy": np.__version__}, "device": machine.name, "world_size": machine.world_size,
+            "gpu": gpu_state(machine), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "val_losses": []}
+        self.save()
+
+    def save(self, **changes):
+        """Updates run.json, so that it is whole at any moment."""
+        if self.master:
+            self.info |= changes
+            write_atomically(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
+
+    def print(self, text: str, console: bool = True):
+        """A line to the log, and to the console unless told otherwise."""
+        if self.master:
+            self.log_file.write(text + "\n")
+            if console:
+                print(("\r\033[K" if self.live else "") + text, flush=True)
+                self.live = False
+
+    def step_line(self, step: int, loss: float, train_time: float, tokens: int, rate: float, mfu: str):
+        """One line a step in the log; on a terminal a live line, elsewhere a line now and then."""
+        if not self.master:
+            return
+        self.train_losses.append((step, train_time, loss))
+        text = (f"step:{step}/{self.cfg.total_steps} train_loss:{loss:.4f} train_time:{1000 * train_time:.0f}ms "
+                f"step_avg:{1000 * train_time / step:.2f}ms tokens_per_s:{rate:.0f}")
+        self.print(text, console=False)
+        left = (self.cfg.total_steps - step) * train_time / step
+        if sys.stdout.isatty() and time.time() - self.wrote > 0.1:
+            print(f"\r\033[K{step}/{self.cfg.total_steps}  loss {loss:.3f}  {rate / 1000:.1f}k tokens/s  mfu {mfu}  "
+                  f"{left:.0f} s left", end="", flush=True)
+            self.live, self.wrote = True, time.time()
+        elif not sys.stdout.isatty() and time.time() - self.wrote > 10:
+            print(text + f" mfu:{mfu} left:{left:.0f}s", flush=True)
+            self.wrote = time.time()
+
+    def plot(self):
+        """curve.svg: training and validation loss over steps and over training time."""
+        if not self.master or not self.train_losses:
+            return
+        try:
+            import matplotlib
+        except ImportError:
+            return self.print("no curve.svg: matplotlib is not installed (pip install matplotlib)")
+        matplotlib.use("svg")
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+        for axis, column, label in ((axes[0], 0, "step"), (axes[1], 1, "training time in seconds")):
+            train, val = np.array(self.train_losses), np.array(self.history)
+            axis.plot(train[:, column], train[:, 2], color="0.65", linewidth=0.8, label="training (weighted)")
+            axis.plot(val[:, column], val[:, 2], "o-", color="black", markersize=4, label="validation")
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("loss in nats per token")
+        axes[0].legend()
+        figure.suptitle(f"{Path(__file__).stem}, final validation loss {self.history[-1][2]:.4f}")
+        figure.savefig(self.folder / "curve.svg")
+        plt.close(figure)
+
+
+def git_state(folder: Path) -> dict:
+    """Commit and whether the tree differs from it; empty outside of git."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def gpu_state(machine: Machine) -> str:
+    """Driver, memory and clocks as nvidia-smi prints them; empty without a GPU."""
+    if machine.device.type != "cuda":
+        return ""
+    query = "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"
+    try:
+        return subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def write_atomically(path: Path, content: bytes):
+    """Writes under a temporary name, then renames, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+# -----------------------------------------------------------------------------
+# Checkpoint
+
+def save_checkpoint(run: Run, model: GPT, step: int, tokenizer: bytes, val_loss: float | None) -> Path | None:
+    """Writes the folder checkpoint/step_<n> of the run (model.safetensors, meta.json, tokenizer.json), then `latest`."""
+    if not run.master:
+        return None
+    from safetensors.torch import save_file
+    root = run.folder / "checkpoint"
+    final, temporary = root / f"step_{step:06d}", root / f".step_{step:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()},
+              temporary / "model.safetensors")
+    meta = {"format": 1, "script": Path(__file__).stem, "source_sha256": run.info["source_sha256"],
+            "config": asdict(model.cfg), "step": step, "stage": stage_index(model.cfg, step - 1), "val_loss": val_loss,
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest()}
+    write_atomically(temporary / "tokenizer.json", tokenizer)
+    write_atomically(temporary / "meta.json", json.dumps(meta, indent=1).encode())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    write_atomically(root / "latest", final.name.encode())
+    return final
+
+
+def config_from_dict(values: dict) -> Hyperparameters:
+    """Hyperparameters from the `config` of a checkpoint's meta.json; raises UserError on unknown or missing fields."""
+    names = {field.name for field in fields(Hyperparameters)}
+    if not isinstance(values, dict) or values.keys() != names:
+        odd = sorted(values.keys() ^ names) if isinstance(values, dict) else values
+        raise UserError(f"the checkpoint's config and this script differ in {odd}; use the script that made it")
+    try:
+        rows = {"stages": tuple(Stage(**row) for row in values["stages"]),
+                "layers": tuple(Layer(**row) for row in values["layers"])}
+        cfg = Hyperparameters(**{name: tuple(value) if isinstance(value, list) else value
+                                 for name, value in values.items() if name not in rows}, **rows)
+        check_config(cfg)
+    except TypeError as error:
+        raise UserError(f"the checkpoint's config cannot be read ({error}); use the script that made it") from None
+    return cfg
+
+# -----------------------------------------------------------------------------
+# Training and validation
+
+def digest(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """A 64-bit sum per tensor that changes with any bit of it, computed where the tensor lies."""
+    sums = {}
+    for name, tensor in tensors.items():
+        words = tensor.detach().contiguous().flatten()
+        words = words.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])
+        sums[name] = 0
+        for i, chunk in enumerate(words.split(1 << 24)):
+            weights = torch.arange(chunk.numel(), device=chunk.device) * 2654435761 + 2 * i + 1
+            sums[name] += int((chunk.long() * (weights | 1)).sum())
+    return sums
+
+
+def run_state(model: GPT, optimizer: Optimizer, machine: Machine) -> dict[str, Tensor]:
+    """Every tensor that training changes, and the random state."""
+    state = dict(model.state_dict()) | {"rng": torch.get_rng_state()}
+    if machine.device.type == "cuda":
+        state["cuda rng"] = torch.cuda.get_rng_state(machine.device)
+    return state | {f"{name}.{key}": t for name, part in optimizer.state.items() for key, t in part.items()}
+
+
+def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine) -> Tensor:
+    """Forward and backward of all micro-batches and one optimizer step; returns this rank's summed loss, on the device."""
+    weights = torch.tensor(loss_weights(optimizer.model.cfg, step)).to(machine.device, non_blocking=True)
+    total = torch.zeros((), device=machine.device)
+    for batch in batches:
+        loss = model(*to_device(batch, machine.device), weights)
+        loss.backward()
+        total += loss.detach()
+    optimizer.step(step)
+    return total
+
+
+@torch.no_grad()
+def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> float:
+    """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if machine.device.type == "mps" else machine.device)
+    for stream in streams[machine.rank::machine.world_size]:
+        total += model(*to_device(stream, machine.device)).to(total)
+    if machine.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / cfg.val_tokens
+
+
+def warm_up(model, optimizer: Optimizer, machine: Machine, micro_slots: int):
+    """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit."""
+    cfg, raw = optimizer.model.cfg, optimizer.model
+    before = digest(run_state(raw, optimizer, machine))
+    generator = np.random.default_rng(0)
+
+    def synthetic(length):
+        tokens = generator.integers(0, cfg.vocab_size, length, dtype=np.int32)
+        tokens[::512] = cfg.bos_id
+        return tokens, np.roll(tokens, -1).astype(np.int64)
+    for step in (0, 1):                  # Adam rests at even steps and moves at odd ones
+        training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)] * 2, step, machine)
+    untied = round(cfg.untie * cfg.num_iterations) // 2 * 2 + 3
+    training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)], untied, machine)
+    with torch.no_grad():
+        model(*to_device(synthetic(cfg.val_stream_tokens), machine.device))
+    raw.init_parameters(cfg.seed)
+    share_parameters(raw, machine)
+    optimizer.reset()
+    after = digest(run_state(raw, optimizer, machine))
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, f"warm-up changed the initial state of {changed}"
+
+
+def share_parameters(model: GPT, machine: Machine):
+    """Rank 0's parameters and buffers for all: random numbers may differ between kinds of GPU."""
+    if machine.world_size > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, 0)
+
+
+def synchronize(machine: Machine):
+    """Waits for this rank's device and for all ranks."""
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+    if machine.world_size > 1:
+        dist.barrier()
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return sum(torch._dynamo.utils.counters["stats"].get(key, 0) for key in ("unique_graphs",))
+
+
+def first_bad(model: GPT) -> str:
+    """The first parameter of the table with a NaN or Inf in it."""
+    named = dict(model.named_parameters())
+    return next((name for name in PARAMETERS if not torch.isfinite(named[name]).all()), "none: only the loss")
+
+
+def train(cfg: Hyperparameters, argv: list[str]) -> int:
+    """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. Returns exit code."""
+    train_shards, val_shards = open_shards(cfg.train_files, cfg.val_files)
+    machine = setup_machine(cfg)
+    cfg = resolve_config(cfg, machine, train_shards[0])
+    last_step = min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
+    needed = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(last_step))
+    found = sum(shard.num_tokens for shard in train_shards)
+    if found < needed:
+        raise UserError(f"--train_files={cfg.train_files} holds {found} tokens, {last_step} steps need {needed}; add shards "
+                        f"(python data/fineweb.py, python data/text.py) or lower --num_iterations={cfg.num_iterations}")
+    tokenizer = read_tokenizer(train_shards[0])
+    tokenizer_file = (Path(train_shards[0].path).parent / "tokenizer.json").read_bytes()
+    micro_slots, plan = memory_plan(cfg, machine)
+    streams = validation_streams(cfg, val_shards)
+
+    run = Run(cfg, machine, argv)
+    stopping = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stopping.set())
+    with torch.device(machine.device):
+        model = GPT(cfg)
+    model.init_parameters(cfg.seed)
+    share_parameters(model, machine)
+    optimizer = Optimizer(model, machine.rank, machine.world_size)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
+    num_parameters = sum(param.numel() for param in model.parameters())
+    run.print(f"{Path(__file__).name}: {machine.world_size} x {machine.name}, {cfg.precision}, {cfg.attention} attention, "
+              f"torch {torch.__version__}")
+    run.print(f"parameters: {num_parameters / 1e6:.1f} M, of which {model.matmul_parameters / 1e6:.1f} M in matrix products")
+    run.print(f"tokens: {last_step} steps need {needed:,}, found {found:,}; validation on {cfg.val_tokens:,}")
+    run.print(f"{plan}; {micro_slots * cfg.slot_tokens:,} tokens per forward")
+
+    started = time.perf_counter()
+    if cfg.compile:
+        warm_up(forward, optimizer, machine, micro_slots)
+        synchronize(machine)
+        run.print(f"compiled and warmed up in {time.perf_counter() - started:.1f} s; the initial state is back, bit for bit")
+    compile_seconds, graphs = time.perf_counter() - started, compiled_graphs()
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in machine.name), 0) * machine.world_size
+
+    def check(step: int, train_time: float, final: bool):
+        """Validation, off the clock."""
+        stage = stage_index(cfg, max(step - 1, 0))
+        if final:
+            model.set_stage(stage, final=True)
+        val_loss = validate(forward, cfg, streams, machine)
+        run.history.append((step, train_time, val_loss))
+        run.print(f"step:{step}/{cfg.total_steps} val_loss:{val_loss:.6f} train_time:{1000 * train_time:.0f}ms "
+                  f"step_avg:{1000 * train_time / max(step, 1):.2f}ms")
+        run.save(val_losses=[{"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6),
+                              "tokens": cfg.val_tokens} for s, t, v in run.history])
+        return val_loss
+
+    check(0, 0.0, final=False)
+    tokens_seen, status, val_loss, pending = 0, "finished", None, None
+    synchronize(machine)
+    train_time, clock = 0.0, time.perf_counter()                    # the clock runs from the first look at the data
+    model.prefix_of.copy_(torch.from_numpy(prefix_tokens(tokenizer, cfg.vocab_size)))
+    loader = prefetch(training_batches(cfg, train_shards, machine.rank, machine.world_size, micro_slots))
+    step = stage = 0
+
+    def report(pending):
+        """Logs a finished step; one step late, so that reading its loss does not stall the device."""
+        step, loss, tokens, begun = pending
+        value = loss.item() / tokens / sum(loss_weights(cfg, step - 1))
+        now = train_time + time.perf_counter() - clock
+        rate = tokens_seen / now
+        mfu = f"{600 * model.matmul_parameters * rate / peak:.1f}%" if peak else "n/a"
+        run.step_line(step, value, now, tokens_seen, rate, mfu)
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss of step {step} is {value}; first parameter that is not finite: "
+                                     f"{first_bad(model)}")
+
+    try:
+        while step < last_step and not stopping.is_set():
+            batches = next(loader)
+            if stage_index(cfg, step) != stage:
+                stage = stage_index(cfg, step)
+                model.set_stage(stage)
+            loss = training_step(forward, optimizer, batches, step, machine)
+            if machine.world_size > 1:
+                dist.all_reduce(loss)
+            if pending:
+                report(pending)
+            step += 1
+            tokens_seen += cfg.stages[stage].batch_tokens
+            pending = (step, loss, cfg.stages[stage].batch_tokens, clock)
+            if step == last_step or (cfg.val_every and step % cfg.val_every == 0):
+                synchronize(machine)
+                report(pending)
+                pending = None
+                train_time += time.perf_counter() - clock
+                if step < last_step:
+                    check(step, train_time, final=False)
+                    run.save(tokens_seen=tokens_seen, train_time_ms=round(1000 * train_time))
+                    synchronize(machine)
+                clock = time.perf_counter()
+    except FloatingPointError as error:
+        run.print(f"stopped: {error}")
+        run.save(status="diverged", error=str(error), tokens_seen=tokens_seen)
+        return 3
+    recompiles = compiled_graphs() - graphs
+    if step < last_step:
+        synchronize(machine)
+        train_time, status = train_time + time.perf_counter() - clock, "interrupted"
+        run.print(f"interrupted after step {step}; saving")
+    folder = save_checkpoint(run, model, step, tokenizer_file, None)            # before the evaluation can fail
+    if status == "finished":
+        val_loss = check(step, train_time, final=step == cfg.total_steps)
+        folder = save_checkpoint(run, model, step, tokenizer_file, val_loss)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if machine.device.type == "cuda" else None
+    run.save(status=status, tokens_seen=tokens_seen, train_time_ms=round(1000 * train_time), recompiles=recompiles,
+             compile_seconds=round(compile_seconds, 1), peak_memory_gib=memory and round(memory, 2),
+             files={shard.path: shard.num_tokens for shard in train_shards + val_shards})
+    run.plot()
+    run.print(f"{status}: {step} steps, {tokens_seen:,} tokens in {train_time:.1f} s of training "
+              f"({tokens_seen / max(train_time, 1e-9):,.0f} tokens/s), compilation {compile_seconds:.1f} s, {recompiles} "
+              f"recompiles" + (f", peak memory {memory:.1f} GiB" if memory else ""))
+    if run.master:
+        run.print(f"log, curve and checkpoint are in {run.folder}")
+        run.print(f"next: python sample.py --checkpoint={folder}")
+    return 0 if status == "finished" else 130
+
+
+def main() -> int:
+    """Runs the command line; returns the exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print_help()
+        return 0
+    try:
+        return train(parse_config(argv), argv)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
