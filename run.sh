@@ -59,7 +59,7 @@ find_python() { # prints the name of the first Python that is new enough
     fi
     seen="${seen:+$seen, }$name is $version"
   done
-  fail "needs Python 3.11 or newer (${seen:-there is none}); install it, for example from python.org, then run this again"
+  fail "needs Python 3.11 or newer (${seen:-there is none}); install it from python.org, then run this again"
 }
 
 make_venv() { # make_venv [--clear]
@@ -69,7 +69,7 @@ make_venv() { # make_venv [--clear]
   ((code != 0)) || return 0
   case $output in
     *ensurepip* | *"No module named venv"*)
-      fail "$python cannot make a virtual environment; on Debian or Ubuntu: sudo apt install $python-venv, then again" ;;
+      fail "$python cannot make a virtual environment; on Debian, Ubuntu: sudo apt install $python-venv, then again" ;;
   esac
   printf '%s\n' "$output" | last_lines
   fail "setup failed with exit code $code: $python -m venv .venv" "$code"
@@ -121,7 +121,8 @@ prepare_fineweb() { # false when the hub cannot be reached
 
 prepare_local() {
   local start=$SECONDS
-  run data .venv/bin/python data/text.py --tokenizer=bytes --out=data/local
+  # In pieces as long as the tiny preset reads at most: of a longer document it leaves the rest unread.
+  run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=1024 --out=data/local
   say data "data/local has text of this machine ($(took "$start")); your own: .venv/bin/python data/text.py --help"
 }
 
@@ -155,13 +156,13 @@ sample() {
 }
 
 main() {
-  prompt="" retrain=0 cpu=0 gpu=0 setup_only=0
+  prompt="" device="" retrain=0 gpu=0 setup_only=0
   local option
   for option in "$@"; do
     case $option in
       --prompt=?*) prompt=${option#--prompt=} ;;
       --retrain) retrain=1 ;;
-      --cpu) cpu=1 ;;
+      --cpu) device=cpu ;;
       --setup) setup_only=1 ;;
       --help | -h)
         usage
@@ -174,14 +175,14 @@ main() {
 
   setup
   ((!setup_only)) || return 0
-  if ((cpu)); then export CUDA_VISIBLE_DEVICES=""; else find_gpus; fi
+  [[ -n $device ]] || find_gpus
   if ((gpu)) && prepare_fineweb; then
     train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
   else
     ((!gpu)) || say data "no speedrun without FineWeb: training the tiny preset on one GPU, on the text of this machine"
     prepare_local
     train tiny .venv/bin/python train_gpt.py --preset=tiny \
-      --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin'
+      --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin' ${device:+"--device=$device"}
   fi
   sample
 }

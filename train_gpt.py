@@ -12,14 +12,13 @@ n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Opti
 
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
-import contextlib
+import base64
 import glob
 import hashlib
 import json
 import math
 import os
 import platform
-import queue
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,8 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -36,6 +37,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+try:
+    import triton_kernels
+except ImportError:                      # no Triton on this machine: plain PyTorch does the same
+    triton_kernels = None
 
 # -----------------------------------------------------------------------------
 # Hyperparameters
@@ -63,7 +69,7 @@ STAGES = (
 
 @dataclass(frozen=True)
 class Layer:                     # what differs between layers; one row a layer
-    attention: str = "plain"     # "plain", "paired" (two heads share one softmax, #58) or "" (none: a gated skip instead)
+    attention: bool = True       # False: a gated skip instead (#17)
     window: str = "short"        # "long" layers also take half of each key from the previous token (#49)
     values: int = -1             # value embedding table added to the values, -1: none
     reads: int = -1              # attention reads the output of this layer, -1: the residual stream
@@ -74,16 +80,16 @@ class Layer:                     # what differs between layers; one row a layer
 
 
 LAYERS = (
-    Layer("paired"),                                                        # 0
+    Layer(),                                                                # 0
     Layer(values=0, xsa=True),                                              # 1
-    Layer("paired", values=1),                                              # 2
+    Layer(values=1),                                                        # 2
     Layer(window="long", xsa=True, gate=True),                              # 3
     Layer(xsa=True),                                                        # 4
-    Layer("paired"),                                                        # 5
-    Layer("", skip=3),                                                      # 6
+    Layer(),                                                                # 5
+    Layer(attention=False, skip=3),                                         # 6
     Layer(xsa=True),                                                        # 7
     Layer(values=2, reads=7),                                               # 8
-    Layer("paired", values=3, reads=7),                                     # 9
+    Layer(values=3, reads=7),                                               # 9
     Layer(window="long", values=4, reads=7, gate=True, mix=True),           # 10
 )
 
@@ -94,7 +100,7 @@ TINY_STAGES = (
 TINY_LAYERS = (
     Layer(values=0),                                                        # 0
     Layer(window="long", values=1, gate=True),                              # 1
-    Layer("", skip=1),                                                      # 2
+    Layer(attention=False, skip=1),                                         # 2
     Layer(xsa=True),                                                        # 3
     Layer(window="long", values=2, reads=3, gate=True, mix=True),           # 4
 )
@@ -175,6 +181,8 @@ class Hyperparameters:
     device: str = "auto"                 # cuda, cpu or mps
     precision: str = "bf16"              # of weights and activations: bf16 or fp32
     attention: str = "auto"              # flex (CUDA) or plain (anywhere)
+    kernels: bool = True                 # the kernels of triton_kernels.py, on CUDA
+    float8: bool = True                  # products in float8 where the GPU has it and kernels are on; never in validation
     compile: bool = True                 # torch.compile; off on the CPU
     seed: int = 0
     out_dir: str = "logs"                # each run makes a folder in it
@@ -200,6 +208,9 @@ PRESETS = {
 
 # -----------------------------------------------------------------------------
 # Command line
+
+CHOICES = {"device": ("auto", "cuda", "cpu", "mps"), "precision": ("bf16", "fp32"), "attention": ("auto", "flex", "plain")}
+
 
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
@@ -243,40 +254,37 @@ def parse_config(argv: list[str]) -> Hyperparameters:
 
 def check_config(cfg: Hyperparameters):
     """Raises UserError for a value out of range or values that contradict each other."""
-    def need(good, name, remedy):
-        if not good:
-            raise UserError(f"--{name}={getattr(cfg, name)} {remedy}")
-    for name in ("num_iterations", "val_tokens", "val_stream_tokens", "slot_tokens", "model_dim", "head_dim", "mlp_dim",
-                 "gate_dim", "bigram_signs", "vocab_multiple"):
-        need(getattr(cfg, name) >= 1, name, "must be at least 1")
-    for name in ("stop_after", "val_every", "micro_batch_tokens", "vocab_size", "seed"):
-        need(getattr(cfg, name) >= 0, name, "must not be negative")
-    for name in ("cooldown", "momentum_warmup", "momentum_cooldown", "lr_floor", "untie"):
-        need(0 <= getattr(cfg, name) <= 1, name, "must lie between 0 and 1")
-    need(cfg.lr > 0 and math.isfinite(cfg.lr), "lr", "must be positive")
-    need(cfg.bigram_rows >= 2, "bigram_rows", "must be at least 2")
-    need(cfg.device in ("auto", "cuda", "cpu", "mps"), "device", "is unknown; choose auto, cuda, cpu or mps")
-    need(cfg.precision in ("bf16", "fp32"), "precision", "is unknown; choose bf16 or fp32")
-    need(cfg.attention in ("auto", "flex", "plain"), "attention", "is unknown; choose auto, flex or plain")
-    need(cfg.model_dim % (2 * cfg.head_dim) == 0, "model_dim", f"must be a multiple of two heads of {cfg.head_dim}")
-    need(cfg.head_dim % 4 == 0, "head_dim", "must be a multiple of 4")
-    need(cfg.model_dim >= 12, "model_dim", "must be at least 12")
-    need(len(cfg.final_windows) == 2 and min(cfg.final_windows) >= 1, "final_windows", "must be two positive numbers")
-    need(len(cfg.momentum) == 2, "momentum", "must be two numbers, low and high")
-    need(len(cfg.stages) > 0 and cfg.total_steps >= cfg.num_iterations, "stages", "must reach the fraction 1")
-    need(cfg.micro_batch_tokens % cfg.slot_tokens == 0, "micro_batch_tokens",
-         f"must be a multiple of --slot_tokens={cfg.slot_tokens}")
+    def need(good, names, remedy):
+        for name in names.split():
+            if not good(getattr(cfg, name)):
+                raise UserError(f"--{name}={getattr(cfg, name)} {remedy}")
+    need(lambda value: value >= 1, "num_iterations val_tokens val_stream_tokens slot_tokens model_dim head_dim mlp_dim "
+         "gate_dim bigram_rows bigram_signs vocab_multiple", "must be at least 1")
+    need(lambda value: value >= 0, "stop_after val_every micro_batch_tokens vocab_size seed", "must not be negative")
+    need(lambda value: 0 <= value <= 1, "cooldown momentum_warmup momentum_cooldown lr_floor untie", "must be in 0..1")
+    need(lambda value: 0 < value < math.inf, "lr attn_scale rope_base", "must be positive")
+    need(lambda value: len(value) == 2 and min(value) > 0, "final_windows momentum", "must be two positive numbers")
+    for name, choices in CHOICES.items():
+        need(lambda value: value in choices, name, f"is unknown; choose from {', '.join(choices)}")
+    need(lambda dim: dim % cfg.head_dim == 0 and dim % 2 == 0 and dim >= 12, "model_dim",
+         f"must be an even multiple of --head_dim={cfg.head_dim}, at least 12")
+    need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
+    need(lambda tokens: tokens % cfg.slot_tokens == 0, "micro_batch_tokens", f"must be a multiple of {cfg.slot_tokens}, "
+         "--slot_tokens")
+    if cfg.model_dim // cfg.head_dim % 2:
+        raise UserError(f"--head_dim={cfg.head_dim} makes an odd number of heads; choose one that makes it even")
+    if not cfg.stages or cfg.total_steps < cfg.num_iterations:
+        raise UserError("the stage table ends before the run: its last row must have until >= 1")
     for i, stage in enumerate(cfg.stages):
-        if stage.batch_tokens % cfg.slot_tokens or min(stage.batch_tokens, stage.max_doc_tokens, stage.short) < 1:
+        if stage.batch_tokens % cfg.slot_tokens or min(stage.batch_tokens, stage.max_doc_tokens, stage.short, stage.long) < 1:
             raise UserError(f"stage {i}: batch_tokens={stage.batch_tokens} must be a positive multiple of "
                             f"--slot_tokens={cfg.slot_tokens}, and its lengths and windows positive")
-    late = {layer.reads for layer in cfg.layers} - {-1}
-    skip = {layer.skip for layer in cfg.layers} - {-1}
-    tables = [layer.values for layer in cfg.layers if layer.values >= 0]
-    if not (len(late) == len(skip) == 1 and [layer.mix for layer in cfg.layers].count(True) == 1
-            and cfg.layers[-1].mix and cfg.layers[-1].gate and tables == list(range(len(tables)))):
-        raise UserError("the layer table needs one skip source, one layer that late attention reads, value tables in "
-                        "order 0, 1, ..., and gate and mix in the last layer")
+    reads, skips, tables = ([value for layer in cfg.layers if (value := getattr(layer, name)) >= 0]
+                            for name in ("reads", "skip", "values"))
+    if not (len(set(reads)) == len(set(skips)) == 1 and [layer.mix for layer in cfg.layers].count(True) == 1
+            and cfg.layers[-1].mix and cfg.layers[-1].gate and tables == list(range(len(tables))) and len(tables) > 1):
+        raise UserError("the layer table needs one skip source, one layer that late attention reads, value tables 0, 1, ... "
+                        "in order, and gate and mix in its last row only")
 
 
 def print_help():
@@ -354,20 +362,19 @@ def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Sha
     return groups[0], groups[1]
 
 
-def read_tokenizer(shard: Shard) -> dict:
-    """The tokenizer.json beside a shard; raises UserError if it is absent or not the one the shard was made with."""
+def read_tokenizer(shard: Shard) -> bytes:
+    """Content of the tokenizer.json beside a shard; raises UserError if it is absent or not the one the shard was made with."""
     path = Path(shard.path).parent / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path} is missing; python data/fineweb.py or python data/text.py puts it there")
     if path.stat().st_size > 1 << 26 or hashlib.sha256(text := path.read_bytes()).hexdigest() != shard.tokenizer:
         raise UserError(f"{path} is not the tokenizer that {shard.path} was made with ({shard.tokenizer[:12]}); "
                         "put the right one beside the shards")
-    return json.loads(text)
+    return text
 
 
 def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
     """(V,) int64: for each token the longest other token whose bytes begin it, -1 if there is none (#88)."""
-    import base64
     longest = np.full(vocab_size, -1, np.int64)
     ancestors = []                       # tokens that begin the current one, shortest first
     for text, token in sorted((base64.b64decode(rank), i) for i, rank in enumerate(tokenizer["ranks"])):
@@ -441,6 +448,16 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
                for i in range(0, len(mine), micro_slots)]
 
 
+def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> str:
+    """The sentence on tokens needed and found; raises UserError if there are too few."""
+    needed = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps))
+    found = sum(shard.num_tokens for shard in shards)
+    if found < needed:
+        raise UserError(f"--train_files={cfg.train_files} holds {found} tokens, {num_steps} steps need {needed}; add shards "
+                        f"(python data/fineweb.py, python data/text.py) or lower --num_iterations={cfg.num_iterations}")
+    return f"tokens: {num_steps} steps need {needed:,}, found {found:,}"
+
+
 def micro_steps(cfg: Hyperparameters, stage: Stage, world_size: int, micro_slots: int) -> int:
     """Forward passes per step of the busiest rank."""
     return math.ceil(math.ceil(stage.batch_tokens // cfg.slot_tokens / world_size) / micro_slots)
@@ -473,32 +490,11 @@ def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[
 
 def prefetch(batches, depth: int = 2):
     """The same items, prepared by a thread up to `depth` ahead; an exception in it is raised here."""
-    items, stop = queue.Queue(depth), threading.Event()
-
-    def put(item):
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return items.put(item, timeout=0.1)
-
-    def work():
-        try:
-            for item in batches:
-                put((item, None))
-            put((None, StopIteration()))
-        except BaseException as error:
-            put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            item, error = items.get()
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise error
-            yield item
-    finally:
-        stop.set()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, batches, None) for _ in range(depth))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, batches, None))
+            yield batch
 
 
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -511,124 +507,22 @@ def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
 # -----------------------------------------------------------------------------
 # Model
 
-BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
-
-
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without gain."""
     return F.rms_norm(x, (x.size(-1),))
 
 
-def shift(x: Tensor) -> Tensor:
-    """The row of the previous token; the first row stays (its users ask `fresh` before they look)."""
-    return torch.cat([x[:1], x[:-1]])
-
-
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotates the first half of the channels, pairs (j, j + D/4); the other half has no position (#17)."""
-    quarter = x_THD.size(-1) // 4
-    a, b, rest = x_THD.split([quarter, quarter, 2 * quarter], dim=-1)
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+    """Rotates channel pairs (j, j + D/4) of the first half; the tables leave the other half where it is (#17)."""
+    swapped = x_THD.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    return x_THD * cos_TD[:, None] + swapped * sin_TD[:, None]
 
 
-def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
-    """FlexAttention mask where query q sees keys first[q]..q, for non-decreasing `first` (int32, length a multiple of BLOCK).
-
-    Since first never decreases, each query block sees a contiguous run of key blocks and the other way round, so all
-    tables follow from each block's first and last entry; nothing of size (T / BLOCK)^2 is built.
-    """
-    n = first_T.numel() // BLOCK
-    i = torch.arange(n, device=first_T.device, dtype=torch.int32)
-    first = first_T.view(n, BLOCK)
-    seen = first[:, 0] // BLOCK                                     # first key block that any query of the block sees
-    whole = (first[:, -1] + BLOCK - 1) // BLOCK                     # first key block that every query sees whole
-    last = torch.searchsorted(seen, i, right=True, out_int32=True) - 1          # last query block that sees key block i
-    last_whole = torch.maximum(torch.searchsorted(whole, i, right=True, out_int32=True) - 1, i)
-    whole = torch.minimum(whole, i)
-    column = torch.arange(max_blocks, device=first_T.device, dtype=torch.int32)
-
-    def table(count, indices):
-        return count.to(torch.int32)[None, None], indices.clamp(max=n - 1).to(torch.int32)[None, None].contiguous()
-    kv = table(whole - seen + 1, torch.where(column < (whole - seen)[:, None], seen[:, None] + column, i[:, None]))
-    full_kv = table(i - whole, whole[:, None] + column)
-    q = table(last - last_whole + 1, torch.where(column > 0, last_whole[:, None] + column, i[:, None]))
-    full_q = table(last_whole - i, i[:, None] + 1 + column)
-
-    def visible(b, h, q_index, kv_index):
-        return (kv_index <= q_index) & (kv_index >= first_T[q_index])
-    return BlockMask((first_T.numel(), first_T.numel()), *kv, *full_kv, *q, *full_q, (BLOCK, BLOCK), visible)
-
-
-def flex(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask) -> Tensor:
-    """Attention output (T, H, D) under a block mask; the softmax scale is already in q."""
-    # 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md)
-    tiles = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3, "bwd_BLOCK_M1": 32,
-             "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 3}
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
-    return flex_attention(q, k, v, block_mask=mask, scale=1.0, kernel_options=tiles)[0].transpose(0, 1)
-
-
-def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor, window: int) -> Tensor:
-    """The same in plain PyTorch: chunks as long as the window, each of which sees itself and the one before."""
-    T, H, D = q_THD.shape
-    size = min(window, T)
-    n = -(-T // size)
-    index = torch.arange(n * size, device=q_THD.device)
-    first = torch.cat([first_T, index[T:].to(first_T.dtype)]).view(n, size)    # padding sees itself
-    pad = (0, 0, 0, 0, 0, n * size - T)
-    q = F.pad(q_THD, pad).view(n, size, H, D).transpose(1, 2)
-    k, v = (F.pad(x, pad).view(n, size, H, D) for x in (k_THD, v_THD))
-    k, v = (torch.cat([torch.cat([x[:1], x[:-1]]), x], dim=1).transpose(1, 2) for x in (k, v))
-    index = index.view(n, size)
-    key = torch.cat([index - size, index], dim=1)[:, None, :]
-    mask = (key <= index[:, :, None]) & (key >= first[:, :, None])
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0)
-    return y.transpose(1, 2).reshape(n * size, H, D)[:T]
-
-
-LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
-HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time
-
-
-class HeadLoss(torch.autograd.Function):
-    """Sum over tokens of the weighted cross-entropies of several targets, without keeping any logits.
-
-    x (T, C), weight (V, C), targets (T, K) int64, -1: none, target_weights (K,) fp32. Returns the loss (fp32 scalar).
-    The gradients are computed in the forward, chunk by chunk, and scaled by the incoming one in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TC, weight_VC, targets_TK, target_weights_K):
-        loss, dx, dweight = torch.zeros((), device=x_TC.device), [], torch.zeros_like(weight_VC, dtype=torch.float32)
-        column = torch.arange(weight_VC.size(0), device=x_TC.device)
-        for x, targets in zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK)):
-            logits_TV = F.linear(x, weight_VC)
-            gate = torch.sigmoid((logits_TV.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
-            exp = torch.exp(LOGIT_SCALE * gate)                     # at most e^23: the sum is safe without a maximum
-            total = exp.sum(dim=1)
-            weights = target_weights_K * (targets >= 0)
-            picked = logits_TV.gather(1, targets.clamp(min=0)).float()
-            picked = LOGIT_SCALE * torch.sigmoid((picked + LOGIT_SHIFT) / LOGIT_WIDTH)
-            loss = loss + (weights * (total.log()[:, None] - picked)).sum()
-            dlogits = weights.sum(dim=1, keepdim=True) / total[:, None] * exp
-            for k in range(targets.size(1)):
-                dlogits = dlogits - torch.where(column == targets[:, k:k + 1], weights[:, k:k + 1], 0.0)
-            dlogits = (dlogits * gate * (1 - gate) * (LOGIT_SCALE / LOGIT_WIDTH)).to(x.dtype)
-            dx.append(dlogits @ weight_VC)
-            dweight = dweight + (dlogits.T @ x).float()
-        ctx.save_for_backward(torch.cat(dx), dweight.to(weight_VC.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
-
-
-def map_logits(logits: Tensor) -> Tensor:
-    """fp32 logits in 0..23 from the head's raw product."""
-    return LOGIT_SCALE * torch.sigmoid((logits.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
+def rotary_tables(position_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, D) for `rotary`: the first half of the channels turns, the second has no position."""
+    angle = position_T[:, None].float() * inv_freq
+    cos, sin, still = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return torch.cat([cos, cos, still + 1, still + 1], 1).to(dtype), torch.cat([sin, -sin, still, still], 1).to(dtype)
 
 
 class GPT(nn.Module):
@@ -749,16 +643,14 @@ class GPT(nn.Module):
         self.windows.copy_(torch.tensor([short, long]))
         self.window_lengths = {"short": short, "long": long}
 
-    def mask(self, starts_T: Tensor, window: str, paired: bool):
-        """What the attention of one kind may see: (first visible key of each row, block mask or None)."""
-        rows = starts_T.numel() * (2 if paired else 1)
-        index = torch.arange(rows, device=starts_T.device, dtype=torch.int32)
-        starts = 2 * starts_T.repeat_interleave(2) if paired else starts_T
-        if self.cfg.attention != "flex":
-            return torch.maximum(starts, index - self.window_lengths[window]), None
-        first = torch.maximum(starts, index - self.windows[0 if window == "short" else 1])
+    def masks(self, starts_T: Tensor) -> dict[str, tuple]:
+        """window -> (first visible key of each token, block mask or None without FlexAttention)."""
+        index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
+        if self.cfg.attention == "plain":
+            return {name: (torch.maximum(starts_T, index - length), None) for name, length in self.window_lengths.items()}
         longest = max(self.cfg.final_windows + tuple(w for stage in self.cfg.stages for w in (stage.short, stage.long)))
-        return first, block_mask(first, -(-longest // BLOCK) + 2)
+        firsts = {name: torch.maximum(starts_T, index - window) for name, window in zip(("short", "long"), self.windows)}
+        return {name: (first, block_mask(first, -(-longest // BLOCK) + 2)) for name, first in firsts.items()}
 
     def gate_net(self, kind: str, net: int, x_TC: Tensor) -> dict[str, Tensor]:
         """name -> (T, size): the outputs of one small network that computes gates for each token (#81, #85)."""
@@ -771,27 +663,25 @@ class GPT(nn.Module):
         out = F.linear(F.gelu(F.linear(x_TC, fc[net])), proj[part], bias[part]) * scale
         return {name: value for (name, _, _), value in zip(names[net], out.split(sizes, dim=1))}
 
-    def attention(self, i: int, u_TC: Tensor, bank: dict, rope: dict, masks: dict, fresh_T1: Tensor, gates: dict,
-                  value_TC: Tensor | None) -> Tensor:
+    def attention(self, i: int, u_TC: Tensor, weights: tuple, rope: tuple, masks: dict, fresh_T: Tensor, gates: dict,
+                  value_TC: Tensor | None, float8: bool) -> Tensor:
         """What the attention of layer i adds to the stream, (T, C), from its normalised input u."""
-        layer, cfg, T = self.cfg.layers[i], self.cfg, u_TC.size(0)
-        H, D = cfg.num_heads, cfg.head_dim
-        paired = layer.attention == "paired"
-        index, scales = self.attn_layers.index(i), self.attn_scales[i].to(u_TC.dtype)
-        qk, v, o = bank["qk"][index], bank["vo"][2 * index], bank["vo"][2 * index + 1]
-        q, k, v = F.linear(u_TC, torch.cat([qk, v]) * scales[0]).view(T, 3, H, D).unbind(1)
+        layer, T, H, D = self.cfg.layers[i], u_TC.size(0), self.cfg.num_heads, self.cfg.head_dim
+        (qk, v, o), scales = weights, self.attn_scales[i].to(u_TC.dtype)
+        qkv = torch.cat([qk, v]) * scales[0]
+        if float8:
+            u_qkv = triton_kernels.Float8Linear.apply(u_TC, qkv, *(x[0] for x in triton_kernels.weights_to_float8(qkv[None])))
+        else:
+            u_qkv = F.linear(u_TC, qkv)
+        q, k, v = u_qkv.view(T, 3, H, D).unbind(1)
         if value_TC is not None:
             v = v + value_TC.view(T, H, D)
-        q, k = norm(q) * self.attn_scale.to(q.dtype), norm(k)
-        if paired:                       # rows 2t and 2t + 1 hold the first and the second half of token t's heads
-            q, k, v = (x.reshape(2 * T, H // 2, D) for x in (q, k, v))
-        q, k = rotary(q, *rope[paired]), rotary(k, *rope[paired])
-        if layer.window == "long":
-            moving, still = k.chunk(2, dim=-1)
-            k = torch.cat([moving, torch.where(fresh_T1[:, None], still, shift(still))], dim=-1)
-        first, blocks = masks[layer.window, paired]
+        q, k = rotary(norm(q) * self.attn_scale.to(q.dtype), *rope), rotary(norm(k), *rope)
+        if layer.window == "long":       # the half of the key without position is the previous token's (#49)
+            moving = torch.arange(D, device=k.device) < D // 2
+            k = torch.where(fresh_T[:, None, None] | moving, k, k.roll(1, 0))
+        first, blocks = masks[layer.window]
         y = plain_attention(q, k, v, first, self.window_lengths[layer.window]) if blocks is None else flex(q, k, v, blocks)
-        y = y.reshape(T, H, D)
         if layer.xsa:
             along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(gates[f"xsa.{i}"])[:, :, None] * along * v
@@ -808,32 +698,29 @@ class GPT(nn.Module):
         second, the third, and the next token's prefix.
         """
         cfg, H = self.cfg, self.cfg.num_heads
-        # where each document starts
+        # where each document starts, and so what each token may see
         index = torch.arange(tokens.numel(), device=tokens.device, dtype=torch.int32)
         starts = torch.where(tokens == cfg.bos_id, index, 0).cummax(0).values.to(torch.int32)
-        position = index - starts
-        fresh = (position == 0)[:, None]
-        kinds = {(layer.window, layer.attention == "paired") for layer in cfg.layers if layer.attention}
-        masks = {kind: self.mask(starts, *kind) for kind in sorted(kinds)}
-        rope = {}
-        for paired in {paired for _, paired in kinds}:
-            row = (2 * position[:, None] + index.new_tensor([0, 1])).flatten() if paired else position
-            angle = row[:, None].float() * self.inv_freq
-            rope[paired] = angle.cos().to(self.embed.dtype), angle.sin().to(self.embed.dtype)
+        fresh, masks = starts == index, self.masks(starts)
+        rope = rotary_tables(index - starts, self.inv_freq, self.embed.dtype)
         # unbinding a bank once gives one stacked gradient; indexing it layer by layer would give one a layer
-        bank = {"qk": self.attn_qk.view(len(self.attn_layers), -1, cfg.model_dim).unbind(),
-                "vo": self.attn_vo.unbind(), "mlp": self.mlp.unbind()}
+        qk, vo, mlp = self.attn_qk.view(-1, 2 * cfg.model_dim, cfg.model_dim).unbind(), self.attn_vo.unbind(), self.mlp.unbind()
+        weights = dict(zip(self.attn_layers, zip(qk, vo[0::2], vo[1::2])))
         resid, post = (lambdas.to(self.embed.dtype) for lambdas in (self.resid_lambdas, self.post_lambdas))
         values = [F.embedding(tokens, table) for table in self.value_embeds.unbind()]
         # token, with a little of the token before (#34)
         embed = F.embedding(tokens, self.embed)
-        smear = self.smear_lambda.to(embed.dtype) * torch.sigmoid(embed[:, :12] @ self.smear_gate)[:, None]
-        x0 = norm(embed + torch.where(fresh, 0, smear * shift(embed)))
+        smear = self.smear_lambda.to(embed.dtype) * torch.sigmoid(embed[:, :12] @ self.smear_gate)
+        x0 = norm(embed + torch.where(fresh, 0, smear)[:, None] * embed.roll(1, 0))
         # pair of tokens, hashed (#62)
-        before = torch.where(fresh[:, 0], tokens, shift(tokens))
+        before = torch.where(fresh, tokens, tokens.roll(1, 0))
         pair = ((36313 * tokens) ^ (27191 * before)) % cfg.bigram_rows
         bigram = F.embedding(pair, self.bigram_embed) * F.embedding((tokens ^ before) % cfg.bigram_signs, self.bigram_signs)
 
+        float8 = cfg.float8 and loss_weights is not None            # validation is always in full precision
+        if float8:
+            up8, up_scale = triton_kernels.weights_to_float8(self.mlp[0::2])
+            down8, down_scale = triton_kernels.weights_to_float8(self.mlp[1::2].mT)
         gates = self.gate_net("gate", 0, x0)
         x = start = x0 + gates["bigram.0"] * bigram
         kept = {}                        # outputs of the layers that later ones read
@@ -855,19 +742,23 @@ class GPT(nn.Module):
                 value = (table.view(-1, H, cfg.head_dim) * gate[:, :, None]).flatten(1)
             if layer.mix:
                 x = x + sum(c * s for c, s in zip(mix["stream"].split(1, dim=1), sources))
-                attn = self.attention(i, u, bank, rope, masks, fresh, gates, value)
+                attn = self.attention(i, u, weights[i], rope, masks, fresh, gates, value, float8)
                 x = mix["attn_x"] * x + mix["attn"] * attn + mix["attn_x0"] * start + mix["attn_bigram"] * bigram
                 resid_mlp, post_mlp = mix["mlp_x"], mix["mlp"]
             else:
                 if layer.attention:
-                    attn = self.attention(i, u, bank, rope, masks, fresh, gates, value)
+                    attn = self.attention(i, u, weights[i], rope, masks, fresh, gates, value, float8)
                     x = resid[i, 0] * x + post[i, 0] * attn + gates[f"x0.{i}"] * x0
                     x = x + gates[f"bigram.{i}"] * bigram if i else x       # layer 0 starts with it
                 else:
                     x = x + torch.sigmoid(self.skip_lambda).to(x.dtype) * gates[f"skip.{i}"] * kept[layer.skip]
                 resid_mlp, post_mlp = resid[i, 1], post[i, 1]
-            hidden = F.linear(norm(x), bank["mlp"][2 * i]).relu().square()
-            x = resid_mlp * x + post_mlp * (hidden @ bank["mlp"][2 * i + 1])
+            if float8:
+                added = triton_kernels.Float8MLP.apply(norm(x), mlp[2 * i], mlp[2 * i + 1], up8[i], up_scale[i].clone(),
+                                                       down8[i], down_scale[i].clone())
+            else:
+                added = F.linear(norm(x), mlp[2 * i]).relu().square() @ mlp[2 * i + 1]
+            x = resid_mlp * x + post_mlp * added
             if i in (self.skip, self.late):
                 kept[i] = x
         mix = self.gate_net("mix", 1, x)
@@ -887,7 +778,10 @@ class GPT(nn.Module):
             same = torch.cat([starts[k:], starts[:k] - 1]) == starts
             all_targets.append(torch.where(same, targets.roll(-k), none))
         all_targets.append(torch.where(targets >= 0, self.prefix_of[targets.clamp(min=0)], none))
-        return HeadLoss.apply(x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights)
+        all_targets = torch.stack(all_targets, dim=1)
+        if cfg.kernels:
+            return triton_kernels.head_loss(x, self.lm_head, all_targets, loss_weights, cfg.float8)
+        return HeadLoss.apply(x, self.lm_head, all_targets, loss_weights)
 
     @property
     def matmul_parameters(self) -> int:
@@ -1124,27 +1018,24 @@ class Machine:
 
 def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
-    env = {key: int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
-    kind = cfg.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda, but PyTorch sees no GPU; use --device=cpu or install a CUDA build of torch")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device=mps, but PyTorch sees no Apple GPU; use --device=cpu")
-    if kind == "cuda" and env["LOCAL_RANK"] >= torch.cuda.device_count():
-        raise UserError(f"torchrun starts more ranks than the {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+    rank, world_size, local_rank = (int(os.environ.get(*item)) for item in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    kind = cfg.device if cfg.device != "auto" else "cuda" if cuda else "cpu"
+    if not {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}[kind]:
+        raise UserError(f"--device={kind}, but PyTorch sees no such device; use --device=cpu or another build of torch")
+    if kind == "cuda" and local_rank >= gpus:
+        raise UserError(f"torchrun starts more ranks than the {gpus} GPUs here; lower --nproc_per_node")
     slots = min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens
-    if env["WORLD_SIZE"] > slots:
-        raise UserError(f"{env['WORLD_SIZE']} ranks share {slots} slots, which leaves a rank without a token; start at "
-                        f"most {slots} or lower --slot_tokens={cfg.slot_tokens}")
-    device = torch.device(kind, env["LOCAL_RANK"]) if kind == "cuda" else torch.device(kind)
+    if world_size > slots:
+        raise UserError(f"{world_size} ranks share {slots} slots, which leaves a rank without a token; start at most {slots} "
+                        f"or lower --slot_tokens={cfg.slot_tokens}")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    if env["WORLD_SIZE"] > 1:
+    if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     name = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads"
-    return Machine(device, env["RANK"], env["WORLD_SIZE"], name)
+    return Machine(device, rank, world_size, name)
 
 
 def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hyperparameters:
@@ -1161,31 +1052,32 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
     if attention == "flex" and (cfg.slot_tokens % BLOCK or cfg.val_stream_tokens % BLOCK):
         raise UserError(f"--slot_tokens={cfg.slot_tokens} and --val_stream_tokens={cfg.val_stream_tokens} must be multiples "
                         f"of {BLOCK} with --attention=flex")
-    return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, attention=attention, compile=cfg.compile and cuda)
+    kernels = cfg.kernels and cuda and triton_kernels is not None and cfg.precision == "bf16"
+    float8 = cfg.float8 and kernels and torch.cuda.get_device_capability() >= (8, 9) and vocab_size % 16 == 0
+    return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, attention=attention, compile=cfg.compile and cuda,
+                   kernels=kernels, float8=float8)
 
 
 def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
     """Slots per micro-batch on this rank, and the sentence that explains them.
 
-    Activations of one token take about 22 numbers per layer and channel plus 4 per layer and hidden unit (measured;
-    dev/EXPERIMENTS.md); weights, gradients and optimizer state about 16 bytes a parameter on one rank.
+    Measured on an H200: activations take 11 numbers per token, layer and channel, and 4 per hidden unit; weights,
+    gradients and optimizer state 16 bytes a parameter on one rank.
     """
     share = math.ceil(min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens / machine.world_size)
-    if cfg.micro_batch_tokens:
-        return min(cfg.micro_batch_tokens // cfg.slot_tokens, share), "micro-batch as --micro_batch_tokens says"
-    if machine.device.type != "cuda":
-        return share, "micro-batch: the whole share of a rank"
+    if cfg.micro_batch_tokens or machine.device.type != "cuda":
+        return min(cfg.micro_batch_tokens // cfg.slot_tokens or share, share), "memory plan: none"
     width = 2 if cfg.precision == "bf16" else 4
-    per_token = width * len(cfg.layers) * (22 * cfg.model_dim + 4 * cfg.mlp_dim)
-    tables = (2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows
-    matrices = len(cfg.layers) * cfg.model_dim * (4 * cfg.model_dim + 2 * cfg.mlp_dim)
-    static = 16 * (tables * cfg.model_dim + matrices) + 4 * width * HEAD_CHUNK * cfg.vocab_size
+    per_token = width * len(cfg.layers) * (11 * cfg.model_dim + 4 * cfg.mlp_dim)
+    rows = (2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows
+    matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim)
+    static = 16 * (rows + matrices) * cfg.model_dim + 4 * width * HEAD_CHUNK * cfg.vocab_size
     have = 0.92 * torch.cuda.get_device_properties(machine.device).total_memory
     fits = int((have - static) / (per_token * cfg.slot_tokens))
     if fits < 1:
         raise UserError(f"the GPU has {have / 2**30:.0f} GiB to use, one slot of --slot_tokens={cfg.slot_tokens} needs "
                         f"{(static + per_token * cfg.slot_tokens) / 2**30:.0f}; lower --slot_tokens")
-    slots = math.ceil(share / math.ceil(share / min(fits, share)))             # equal micro-steps
+    slots = math.ceil(share / math.ceil(share / fits))              # equal micro-steps
     need = static + slots * cfg.slot_tokens * per_token
     return slots, (f"memory plan: {static / 2**30:.1f} GiB for parameters, gradients, state and logits + {slots} x "
                    f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {need / 2**30:.1f} of {have / 2**30:.1f} GiB")
@@ -1196,7 +1088,7 @@ class Run:
 
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str]):
         self.cfg, self.machine, self.master, self.live = cfg, machine, machine.rank == 0, False
-        self.started, self.history, self.train_losses, self.wrote = time.time(), [], [], 0.0
+        self.history, self.train_losses, self.tokens_seen, self.wrote = [], [], 0, 0.0
         if not self.master:
             return
         script = Path(__file__)
@@ -1212,10 +1104,14 @@ class Run:
         self.log_file.write(source + "\n" + "=" * 100 + "\n")
         self.info = {
             "format": 1, "status": "running", "script": script.name, "argv": argv, "config": asdict(cfg), "seed": cfg.seed,
-            "source_sha256": hashlib.sha256(source.encode()).hexdigest(), "git": git_state(script.parent),
+            "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+            "git": {"commit": command_output("git", "rev-parse", "HEAD"),
+                    "dirty": bool(command_output("git", "status", "--porcelain"))},
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
                          "numpy": np.__version__}, "device": machine.name, "world_size": machine.world_size,
-            "gpu": gpu_state(machine), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "val_losses": []}
+            "gpu": command_output("nvidia-smi", "--format=csv",
+                                  "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "val_losses": []}
         self.save()
 
     def save(self, **changes):
@@ -1232,22 +1128,55 @@ class Run:
                 print(("\r\033[K" if self.live else "") + text, flush=True)
                 self.live = False
 
-    def step_line(self, step: int, loss: float, train_time: float, tokens: int, rate: float, mfu: str):
-        """One line a step in the log; on a terminal a live line, elsewhere a line now and then."""
-        if not self.master:
-            return
-        self.train_losses.append((step, train_time, loss))
-        text = (f"step:{step}/{self.cfg.total_steps} train_loss:{loss:.4f} train_time:{1000 * train_time:.0f}ms "
-                f"step_avg:{1000 * train_time / step:.2f}ms tokens_per_s:{rate:.0f}")
+    def step(self, step: int, clock, loss: float, stop: float, model) -> bool:
+        """Logs a finished step; on a terminal a live line, elsewhere a line now and then. Returns whether to stop.
+
+        Raises FloatingPointError, which names the step and the first bad parameter, if the loss is not finite.
+        """
+        cfg, seconds = self.cfg, clock.seconds
+        batch = cfg.stages[stage_index(cfg, step - 1)].batch_tokens
+        self.tokens_seen += batch
+        loss = loss / batch / sum(loss_weights(cfg, step - 1))
+        if not math.isfinite(loss):
+            text = (f"the loss of step {step} is {loss}; first parameter that is not finite: {first_bad(model)}; lower "
+                    f"--lr={cfg.lr} or look at the last change")
+            self.save(status="diverged", error=text, tokens_seen=self.tokens_seen)
+            raise FloatingPointError(text)
+        rate = self.tokens_seen / seconds
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in self.machine.name), 0) * self.machine.world_size
+        mfu = f"{600 * model.matmul_parameters * rate / peak:.1f}%" if peak else "n/a"
+        left = (cfg.total_steps - step) * seconds / step
+        self.train_losses.append((step, seconds, loss))
+        text = (f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
+                f"step_avg:{1000 * seconds / step:.2f}ms")
         self.print(text, console=False)
-        left = (self.cfg.total_steps - step) * train_time / step
-        if sys.stdout.isatty() and time.time() - self.wrote > 0.1:
-            print(f"\r\033[K{step}/{self.cfg.total_steps}  loss {loss:.3f}  {rate / 1000:.1f}k tokens/s  mfu {mfu}  "
-                  f"{left:.0f} s left", end="", flush=True)
-            self.live, self.wrote = True, time.time()
-        elif not sys.stdout.isatty() and time.time() - self.wrote > 10:
-            print(text + f" mfu:{mfu} left:{left:.0f}s", flush=True)
-            self.wrote = time.time()
+        terminal = sys.stdout.isatty()
+        if self.master and time.time() - self.wrote > (0.1 if terminal else 10):
+            live = f"{text}  {rate / 1000:.1f}k tokens/s  mfu {mfu}  {left:.0f} s left"
+            print(f"\r\033[K{live}" if terminal else live, end="" if terminal else "\n", flush=True)
+            self.live, self.wrote = terminal, time.time()
+        return stop > 0
+
+    def validated(self, step: int, clock, val_loss: float):
+        """Logs a validation, which is also when run.json is brought up to date."""
+        self.history.append((step, clock.seconds, val_loss))
+        self.print(f"step:{step}/{self.cfg.total_steps} val_loss:{val_loss:.6f} train_time:{1000 * clock.seconds:.0f}ms "
+                   f"step_avg:{1000 * clock.seconds / max(step, 1):.2f}ms")
+        self.save(tokens_seen=self.tokens_seen, train_time_ms=round(1000 * clock.seconds), val_losses=[
+            {"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6), "tokens": self.cfg.val_tokens}
+            for s, t, v in self.history])
+
+    def finish(self, status: str, step: int, clock, checkpoint: Path | None, shards: list[Shard]):
+        """The last lines of the log, the curve, and the final run.json."""
+        memory = torch.cuda.max_memory_allocated() / 2**30 if self.machine.device.type == "cuda" else 0
+        self.save(status=status, peak_memory_gib=round(memory, 2), data={shard.path: shard.num_tokens for shard in shards})
+        self.plot()
+        if self.master:
+            self.print(f"{status}: {step} steps, {self.tokens_seen:,} tokens in {clock.seconds:.1f} s of training "
+                       f"({self.tokens_seen / clock.seconds:,.0f} tokens/s), compilation {self.info['compile_seconds']} s, "
+                       f"{self.info['recompiles']} recompiles" + (f", peak memory {memory:.1f} GiB" if memory else ""))
+            self.print(f"log, curve and checkpoint are in {self.folder}")
+            self.print(f"next: python sample.py --checkpoint={checkpoint}")
 
     def plot(self):
         """curve.svg: training and validation loss over steps and over training time."""
@@ -1273,23 +1202,10 @@ class Run:
         plt.close(figure)
 
 
-def git_state(folder: Path) -> dict:
-    """Commit and whether the tree differs from it; empty outside of git."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout
+def command_output(*words: str) -> str:
+    """What a command prints, or nothing if it fails."""
     try:
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
-    except (OSError, subprocess.SubprocessError):
-        return {}
-
-
-def gpu_state(machine: Machine) -> str:
-    """Driver, memory and clocks as nvidia-smi prints them; empty without a GPU."""
-    if machine.device.type != "cuda":
-        return ""
-    query = "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"
-    try:
-        return subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True, timeout=20).stdout
+        return subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -1368,14 +1284,19 @@ def run_state(model: GPT, optimizer: Optimizer, machine: Machine) -> dict[str, T
     return state | {f"{name}.{key}": t for name, part in optimizer.state.items() for key, t in part.items()}
 
 
-def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine) -> Tensor:
-    """Forward and backward of all micro-batches and one optimizer step; returns this rank's summed loss, on the device."""
+def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, stop: bool = False) -> Tensor:
+    """Forward and backward of all micro-batches and one optimizer step.
+
+    Returns (loss summed over the batch, number of ranks asked to stop), summed over ranks, on the device.
+    """
     weights = torch.tensor(loss_weights(optimizer.model.cfg, step)).to(machine.device, non_blocking=True)
-    total = torch.zeros((), device=machine.device)
+    total = torch.tensor([0.0, float(stop)]).to(machine.device, non_blocking=True)
     for batch in batches:
         loss = model(*to_device(batch, machine.device), weights)
         loss.backward()
-        total += loss.detach()
+        total[0] += loss.detach()
+    if machine.world_size > 1:
+        dist.all_reduce(total)
     optimizer.step(step)
     return total
 
@@ -1422,17 +1343,9 @@ def share_parameters(model: GPT, machine: Machine):
             dist.broadcast(tensor.data, 0)
 
 
-def synchronize(machine: Machine):
-    """Waits for this rank's device and for all ranks."""
-    if machine.device.type == "cuda":
-        torch.cuda.synchronize()
-    if machine.world_size > 1:
-        dist.barrier()
-
-
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made so far in this process."""
-    return sum(torch._dynamo.utils.counters["stats"].get(key, 0) for key in ("unique_graphs",))
+    return torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
 
 
 def first_bad(model: GPT) -> str:
@@ -1441,21 +1354,41 @@ def first_bad(model: GPT) -> str:
     return next((name for name in PARAMETERS if not torch.isfinite(named[name]).all()), "none: only the loss")
 
 
+class Clock:
+    """Training time in seconds: runs only between start() and stop(), which wait for the device and all ranks."""
+
+    def __init__(self, machine: Machine):
+        self.machine, self.before, self.started = machine, 0.0, None
+
+    def synchronize(self):
+        if self.machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.machine.world_size > 1:
+            dist.barrier()
+
+    def start(self):
+        self.synchronize()
+        self.started = time.perf_counter()
+
+    def stop(self):
+        self.synchronize()
+        self.before, self.started = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (time.perf_counter() - self.started if self.started else 0.0)
+
+
 def train(cfg: Hyperparameters, argv: list[str]) -> int:
     """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. Returns exit code."""
-    train_shards, val_shards = open_shards(cfg.train_files, cfg.val_files)
     machine = setup_machine(cfg)
+    train_shards, val_shards = open_shards(cfg.train_files, cfg.val_files)
     cfg = resolve_config(cfg, machine, train_shards[0])
-    last_step = min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
-    needed = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(last_step))
-    found = sum(shard.num_tokens for shard in train_shards)
-    if found < needed:
-        raise UserError(f"--train_files={cfg.train_files} holds {found} tokens, {last_step} steps need {needed}; add shards "
-                        f"(python data/fineweb.py, python data/text.py) or lower --num_iterations={cfg.num_iterations}")
+    num_steps = min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
+    tokens = check_tokens(cfg, train_shards, num_steps)
     tokenizer = read_tokenizer(train_shards[0])
-    tokenizer_file = (Path(train_shards[0].path).parent / "tokenizer.json").read_bytes()
-    micro_slots, plan = memory_plan(cfg, machine)
     streams = validation_streams(cfg, val_shards)
+    micro_slots, plan = memory_plan(cfg, machine)
 
     run = Run(cfg, machine, argv)
     stopping = threading.Event()
@@ -1463,109 +1396,58 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         signal.signal(name, lambda *_: stopping.set())
     with torch.device(machine.device):
         model = GPT(cfg)
-    model.init_parameters(cfg.seed)
     share_parameters(model, machine)
     optimizer = Optimizer(model, machine.rank, machine.world_size)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
-    num_parameters = sum(param.numel() for param in model.parameters())
     run.print(f"{Path(__file__).name}: {machine.world_size} x {machine.name}, {cfg.precision}, {cfg.attention} attention, "
               f"torch {torch.__version__}")
-    run.print(f"parameters: {num_parameters / 1e6:.1f} M, of which {model.matmul_parameters / 1e6:.1f} M in matrix products")
-    run.print(f"tokens: {last_step} steps need {needed:,}, found {found:,}; validation on {cfg.val_tokens:,}")
+    run.print(f"parameters: {sum(param.numel() for param in model.parameters()) / 1e6:.1f} M, of which "
+              f"{model.matmul_parameters / 1e6:.1f} M in matrix products")
+    run.print(f"{tokens}; validation on {cfg.val_tokens:,}")
     run.print(f"{plan}; {micro_slots * cfg.slot_tokens:,} tokens per forward")
 
-    started = time.perf_counter()
+    clock = Clock(machine)
+    clock.start()
     if cfg.compile:
         warm_up(forward, optimizer, machine, micro_slots)
-        synchronize(machine)
-        run.print(f"compiled and warmed up in {time.perf_counter() - started:.1f} s; the initial state is back, bit for bit")
-    compile_seconds, graphs = time.perf_counter() - started, compiled_graphs()
+        run.print(f"compiled and warmed up in {clock.seconds:.1f} s; the initial state is back, bit for bit")
+    clock.stop()
+    run.save(compile_seconds=round(clock.seconds, 1))
+    graphs, clock = compiled_graphs(), Clock(machine)
     if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in machine.name), 0) * machine.world_size
+    run.validated(0, clock, validate(forward, cfg, streams, machine))
 
-    def check(step: int, train_time: float, final: bool):
-        """Validation, off the clock."""
-        stage = stage_index(cfg, max(step - 1, 0))
-        if final:
-            model.set_stage(stage, final=True)
-        val_loss = validate(forward, cfg, streams, machine)
-        run.history.append((step, train_time, val_loss))
-        run.print(f"step:{step}/{cfg.total_steps} val_loss:{val_loss:.6f} train_time:{1000 * train_time:.0f}ms "
-                  f"step_avg:{1000 * train_time / max(step, 1):.2f}ms")
-        run.save(val_losses=[{"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6),
-                              "tokens": cfg.val_tokens} for s, t, v in run.history])
-        return val_loss
-
-    check(0, 0.0, final=False)
-    tokens_seen, status, val_loss, pending = 0, "finished", None, None
-    synchronize(machine)
-    train_time, clock = 0.0, time.perf_counter()                    # the clock runs from the first look at the data
-    model.prefix_of.copy_(torch.from_numpy(prefix_tokens(tokenizer, cfg.vocab_size)))
+    clock.start()                        # training time counts from the first look at the data
+    model.prefix_of.copy_(torch.from_numpy(prefix_tokens(json.loads(tokenizer), cfg.vocab_size)))
     loader = prefetch(training_batches(cfg, train_shards, machine.rank, machine.world_size, micro_slots))
-    step = stage = 0
-
-    def report(pending):
-        """Logs a finished step; one step late, so that reading its loss does not stall the device."""
-        step, loss, tokens, begun = pending
-        value = loss.item() / tokens / sum(loss_weights(cfg, step - 1))
-        now = train_time + time.perf_counter() - clock
-        rate = tokens_seen / now
-        mfu = f"{600 * model.matmul_parameters * rate / peak:.1f}%" if peak else "n/a"
-        run.step_line(step, value, now, tokens_seen, rate, mfu)
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {step} is {value}; first parameter that is not finite: "
-                                     f"{first_bad(model)}")
-
-    try:
-        while step < last_step and not stopping.is_set():
-            batches = next(loader)
-            if stage_index(cfg, step) != stage:
-                stage = stage_index(cfg, step)
-                model.set_stage(stage)
-            loss = training_step(forward, optimizer, batches, step, machine)
-            if machine.world_size > 1:
-                dist.all_reduce(loss)
-            if pending:
-                report(pending)
-            step += 1
-            tokens_seen += cfg.stages[stage].batch_tokens
-            pending = (step, loss, cfg.stages[stage].batch_tokens, clock)
-            if step == last_step or (cfg.val_every and step % cfg.val_every == 0):
-                synchronize(machine)
-                report(pending)
-                pending = None
-                train_time += time.perf_counter() - clock
-                if step < last_step:
-                    check(step, train_time, final=False)
-                    run.save(tokens_seen=tokens_seen, train_time_ms=round(1000 * train_time))
-                    synchronize(machine)
-                clock = time.perf_counter()
-    except FloatingPointError as error:
-        run.print(f"stopped: {error}")
-        run.save(status="diverged", error=str(error), tokens_seen=tokens_seen)
-        return 3
-    recompiles = compiled_graphs() - graphs
-    if step < last_step:
-        synchronize(machine)
-        train_time, status = train_time + time.perf_counter() - clock, "interrupted"
-        run.print(f"interrupted after step {step}; saving")
-    folder = save_checkpoint(run, model, step, tokenizer_file, None)            # before the evaluation can fail
-    if status == "finished":
-        val_loss = check(step, train_time, final=step == cfg.total_steps)
-        folder = save_checkpoint(run, model, step, tokenizer_file, val_loss)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if machine.device.type == "cuda" else None
-    run.save(status=status, tokens_seen=tokens_seen, train_time_ms=round(1000 * train_time), recompiles=recompiles,
-             compile_seconds=round(compile_seconds, 1), peak_memory_gib=memory and round(memory, 2),
-             files={shard.path: shard.num_tokens for shard in train_shards + val_shards})
-    run.plot()
-    run.print(f"{status}: {step} steps, {tokens_seen:,} tokens in {train_time:.1f} s of training "
-              f"({tokens_seen / max(train_time, 1e-9):,.0f} tokens/s), compilation {compile_seconds:.1f} s, {recompiles} "
-              f"recompiles" + (f", peak memory {memory:.1f} GiB" if memory else ""))
-    if run.master:
-        run.print(f"log, curve and checkpoint are in {run.folder}")
-        run.print(f"next: python sample.py --checkpoint={folder}")
-    return 0 if status == "finished" else 130
+    stage, done, pending = 0, 0, None    # pending: the loss of the last step, read one step late so that nothing waits
+    for step, batches in zip(range(num_steps), loader):
+        if stage != (stage := stage_index(cfg, step)):
+            model.set_stage(stage)
+        loss = training_step(forward, optimizer, batches, step, machine, stopping.is_set())
+        done, validating = step + 1, cfg.val_every and (step + 1) % cfg.val_every == 0 and step + 1 < num_steps
+        stop = pending is not None and run.step(done - 1, clock, *pending.tolist(), model)
+        pending = loss
+        if stop or validating:
+            clock.stop()
+            if stop:
+                break
+            run.validated(done, clock, validate(forward, cfg, streams, machine))
+            clock.start()
+    if clock.started:
+        clock.stop()
+    run.step(done, clock, *pending.tolist(), model)
+    run.save(recompiles=compiled_graphs() - graphs, tokens_seen=run.tokens_seen, train_time_ms=round(1000 * clock.seconds))
+    folder = save_checkpoint(run, model, done, tokenizer, None)     # before the evaluation can fail
+    finished = done == num_steps
+    if finished:
+        if done == cfg.total_steps:
+            model.set_stage(stage, final=True)
+        run.validated(done, clock, validate(forward, cfg, streams, machine))
+        folder = save_checkpoint(run, model, done, tokenizer, run.history[-1][2])
+    run.finish("finished" if finished else "interrupted", done, clock, folder, train_shards + val_shards)
+    return 0 if finished else 130
 
 
 def main() -> int:
@@ -1576,6 +1458,9 @@ def main() -> int:
         return 0
     try:
         return train(parse_config(argv), argv)
+    except FloatingPointError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 3
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{Path(__file__).name}: {error}", file=sys.stderr)
@@ -1583,6 +1468,110 @@ def main() -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+# -----------------------------------------------------------------------------
+# Kernels (appendix)
+
+BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
+
+
+def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
+    """FlexAttention mask where query q sees keys first[q]..q, for non-decreasing `first` (int32, length a multiple of BLOCK).
+
+    Since first never decreases, each query block sees a contiguous run of key blocks and the other way round, so all
+    tables follow from each block's first and last entry; nothing of size (T / BLOCK)^2 is built.
+    """
+    n = first_T.numel() // BLOCK
+    i = torch.arange(n, device=first_T.device, dtype=torch.int32)
+    first = first_T.view(n, BLOCK)
+    seen = first[:, 0] // BLOCK                                     # first key block that any query of the block sees
+    whole = (first[:, -1] + BLOCK - 1) // BLOCK                     # first key block that every query sees whole
+    last = torch.searchsorted(seen, i, right=True, out_int32=True) - 1          # last query block that sees key block i
+    last_whole = torch.maximum(torch.searchsorted(whole, i, right=True, out_int32=True) - 1, i)
+    whole = torch.minimum(whole, i)
+    column = torch.arange(max_blocks, device=first_T.device, dtype=torch.int32)
+
+    def table(count, indices):
+        return count.to(torch.int32)[None, None], indices.clamp(max=n - 1).to(torch.int32)[None, None].contiguous()
+    kv = table(whole - seen + 1, torch.where(column < (whole - seen)[:, None], seen[:, None] + column, i[:, None]))
+    full_kv = table(i - whole, whole[:, None] + column)
+    q = table(last - last_whole + 1, torch.where(column > 0, last_whole[:, None] + column, i[:, None]))
+    full_q = table(last_whole - i, i[:, None] + 1 + column)
+
+    def visible(b, h, q_index, kv_index):
+        return (kv_index <= q_index) & (kv_index >= first_T[q_index])
+    return BlockMask((first_T.numel(), first_T.numel()), *kv, *full_kv, *q, *full_q, (BLOCK, BLOCK), visible)
+
+
+def flex(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask) -> Tensor:
+    """Attention output (T, H, D) under a block mask; the softmax scale is already in q."""
+    # 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md)
+    tiles = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3, "bwd_BLOCK_M1": 32,
+             "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 3}
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+    return flex_attention(q, k, v, block_mask=mask, scale=1.0, kernel_options=tiles)[0].transpose(0, 1)
+
+
+def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor, window: int) -> Tensor:
+    """The same in plain PyTorch: chunks as long as the window, each of which sees itself and the one before."""
+    T, H, D = q_THD.shape
+    size = min(window, T)
+    n = -(-T // size)
+    index = torch.arange(n * size, device=q_THD.device)
+    first = torch.cat([first_T, index[T:].to(first_T.dtype)]).view(n, size)    # padding sees itself
+    pad = (0, 0, 0, 0, 0, n * size - T)
+    q = F.pad(q_THD, pad).view(n, size, H, D).transpose(1, 2)
+    k, v = (F.pad(x, pad).view(n, size, H, D) for x in (k_THD, v_THD))
+    k, v = (torch.cat([torch.cat([x[:1], x[:-1]]), x], dim=1).transpose(1, 2) for x in (k, v))
+    index = index.view(n, size)
+    key = torch.cat([index - size, index], dim=1)[:, None, :]
+    mask = (key <= index[:, :, None]) & (key >= first[:, :, None])
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0)
+    return y.transpose(1, 2).reshape(n * size, H, D)[:T]
+
+
+LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
+HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum over tokens of the weighted cross-entropies of several targets, without keeping any logits.
+
+    x (T, C), weight (V, C), targets (T, K) int64, -1: none, target_weights (K,) fp32. Returns the loss (fp32 scalar).
+    The gradients are computed in the forward, chunk by chunk, and scaled by the incoming one in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TC, weight_VC, targets_TK, target_weights_K):
+        loss, dx, dweight = torch.zeros((), device=x_TC.device), [], torch.zeros_like(weight_VC, dtype=torch.float32)
+        column = torch.arange(weight_VC.size(0), device=x_TC.device)
+        for x, targets in zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK)):
+            logits_TV = F.linear(x, weight_VC)
+            gate = torch.sigmoid((logits_TV.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
+            exp = torch.exp(LOGIT_SCALE * gate)                     # at most e^23: the sum is safe without a maximum
+            total = exp.sum(dim=1)
+            weights = target_weights_K * (targets >= 0)
+            picked = logits_TV.gather(1, targets.clamp(min=0)).float()
+            picked = LOGIT_SCALE * torch.sigmoid((picked + LOGIT_SHIFT) / LOGIT_WIDTH)
+            loss = loss + (weights * (total.log()[:, None] - picked)).sum()
+            dlogits = weights.sum(dim=1, keepdim=True) / total[:, None] * exp
+            for k in range(targets.size(1)):
+                dlogits = dlogits - torch.where(column == targets[:, k:k + 1], weights[:, k:k + 1], 0.0)
+            dlogits = (dlogits * gate * (1 - gate) * (LOGIT_SCALE / LOGIT_WIDTH)).to(x.dtype)
+            dx.append(dlogits @ weight_VC)
+            dweight = dweight + (dlogits.T @ x).float()
+        ctx.save_for_backward(torch.cat(dx), dweight.to(weight_VC.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
+
+
+def map_logits(logits: Tensor) -> Tensor:
+    """fp32 logits in 0..23 from the head's raw product."""
+    return LOGIT_SCALE * torch.sigmoid((logits.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
 
 
 if __name__ == "__main__":

@@ -422,7 +422,7 @@ def in_parallel(work, names, jobs, stop):
             yield name, result
     finally:
         stop.set()
-        until = time.monotonic() + 1
+        until = time.monotonic() + 0.5
         for thread in threads:
             thread.join(timeout=max(0, until - time.monotonic()))
 
@@ -579,12 +579,12 @@ def put_tokenizer(folder, given):
                 data, _ = gpt2_tokenizer(Path(scratch))
         write_file(path, data)
     except LookupError as error:
-        print(f"fineweb.py: warning: no tokenizer.json for {shown(folder)} ({error}); the shards are complete, the same "
-              "command tries again", file=sys.stderr)
+        print(f"fineweb.py: warning: no tokenizer.json for {shown(folder)} ({error}); the shards are complete, the "
+              "same command tries again", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
-# The two jobs: each returns (manifest entries, bytes received or None when nothing was to do, start of file names)
+# The two jobs: each returns (manifest entries, bytes received or None if nothing was to do, start of file names)
 
 
 def get_shards(args, out, variant):
@@ -660,16 +660,17 @@ def folder_for(out):
     """Make `out` and hold it against a second run; afterwards it is gone again when nothing was put there."""
     out.mkdir(parents=True, exist_ok=True)
     handle = None
-    try:
-        try:
-            import fcntl
+    with contextlib.suppress(ImportError):  # a system without such locks: only this check is lost
+        import fcntl
 
-            handle = os.open(out, os.O_RDONLY)
+        handle = os.open(out, os.O_RDONLY)
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Refused(f"another run of fineweb.py is filling {shown(out)}: wait for it") from error
-        except (ImportError, OSError):
-            pass  # a system or a disk without such locks: only this check is lost
+        except OSError:
+            pass  # likewise a disk without locks
+    try:
         yield
     finally:
         if handle is not None:

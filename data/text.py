@@ -4,7 +4,8 @@
     python data/text.py my_folder/ more.jsonl.gz    # your files -> data/my_folder_more/
 
 Read are .txt .md .rst .py .html (as they stand, tags included), .jsonl (also .gz .xz .zst) and .parquet; folders with
-all they hold, except hidden ones, __pycache__, node_modules and site-packages. Everything else is counted and reported.
+all they hold, except hidden ones, __pycache__, node_modules and site-packages. Files of other kinds are passed over;
+what is damaged, empty or not text is skipped, counted and reported. Needs numpy, tqdm, and tiktoken for gpt2.
 
 How it works, with memory that does not grow with the input: workers tokenise fixed pieces of the input (groups of
 files, byte ranges, blocks of lines, row groups) into a temporary folder and note for each document a 40-byte record
@@ -21,6 +22,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import lzma
@@ -89,7 +91,7 @@ def bytes_tokenizer_json():
                            "bos_id": 256})
 
 
-@functools.cache  # parsing takes longer than the start of the program
+@functools.cache  # 0.15 s, and the command line asks before build_shards does
 def gpt2_tokenizer_json(vocab_dir=None):
     """tokenizer.json of GPT-2 (bytes), from `vocab_dir` (vocab.bpe, encoder.json) or else from tiktoken's cache.
 
@@ -126,7 +128,7 @@ def _cached_encoder_json():
 
 
 def _tokens_of(encoder_json):
-    """The bytes of GPT-2's tokens in order of id; the file spells a byte as itself, or as chr(256), ... if invisible."""
+    """The bytes of GPT-2's tokens in order of id; the file spells invisible bytes as chr(256), chr(257), ..."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
@@ -152,7 +154,7 @@ class Encoder:
                                          special_tokens=spec["special_tokens"])
 
     def encode(self, raw, text):
-        """Ids of a text given as UTF-8 and as str, (N,) of `width`; what looks like a special token is ordinary text."""
+        """Ids of a text given as UTF-8 and as str, (N,) of `width`; "<|endoftext|>" in it is ordinary text."""
         if self.bpe is None:
             return np.frombuffer(raw, np.uint8)
         try:
@@ -225,7 +227,7 @@ def plan_tasks(files, text_column, val_fraction, skipped):
     """
     lone = len(files) == 1 and val_fraction > 0  # one text file: several documents, so that some can be held out
     step = min(max(files[0].size // 64, 4096), DOC_BYTES) if lone else DOC_BYTES
-    row_groups = {f.path: _row_groups(f, text_column, skipped) for f in files if f.kind == "parquet"}
+    row_groups = {f.path: _row_groups(f.path, text_column, skipped) for f in files if f.kind == "parquet"}
     units, gathered = [], 0
     for f in files:
         size = step if f.kind == "text" else TASK_BYTES
@@ -267,33 +269,34 @@ def _open_packed(file, path):
         return gzip.open(file), zlib.error
     if path.suffix.lower() == ".xz":
         return lzma.open(file), lzma.LZMAError
-    try:
-        import zstandard
-    except ImportError:
-        raise InputError(f"{path.name}: reading .zst needs zstandard; pip install zstandard") from None
+    zstandard = _optional("zstandard", path)
     stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     return io.BufferedReader(stream), zstandard.ZstdError
 
 
-def _row_groups(source, column, skipped):
-    """Number of row groups; InputError when the text column is absent or holds no text."""
+def _optional(package, path):
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        return importlib.import_module(package)
     except ImportError:
-        raise InputError(f"{source.name}: reading .parquet needs pyarrow; pip install pyarrow") from None
+        name = package.split(".")[0]
+        raise InputError(f"{path.name}: reading {path.suffix} needs {name}; pip install {name}") from None
+
+
+def _row_groups(path, column, skipped):
+    """Number of row groups of a .parquet file; InputError when the text column is absent or holds no text."""
+    pa, pq = _optional("pyarrow", path), _optional("pyarrow.parquet", path)
     try:
-        with pq.ParquetFile(source.path) as file:
+        with pq.ParquetFile(path) as file:
             schema, groups = file.schema_arrow, file.num_row_groups
     except (pa.ArrowException, OSError) as e:
-        note(skipped, "damaged parquet file", f"{source.name}: {str(e).splitlines()[0]}")
+        note(skipped, "damaged parquet file", f"{path.name}: {str(e).splitlines()[0]}")
         return 0
     if column not in schema.names:
         names = ", ".join(schema.names[:20])
-        raise InputError(f"{source.name}: no column {column!r}; choose with --text_column among: {names}")
-    if not (pa.types.is_string(schema.field(column).type) or pa.types.is_large_string(schema.field(column).type)):
-        raise InputError(f"{source.name}: column {column!r} holds {schema.field(column).type}, not text; "
-                         f"choose another with --text_column")
+        raise InputError(f"{path.name}: no column {column!r}; choose with --text_column among: {names}")
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(f"{path.name}: column {column!r} holds {kind}, not text; choose another with --text_column")
     return groups
 
 
@@ -339,17 +342,19 @@ def _read_text(path, start, end, skipped):
     if start == end and size:  # a paragraph longer than the nominal range: all of it went to the unit before
         return
     raw = raw.removeprefix(b"\xef\xbb\xbf") if start == 0 else raw
-    text = raw.decode(errors="replace")
-    repaired = text.encode()
     strange = len(raw) if b"\0" in raw else 0
-    if repaired != raw:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = raw.decode(errors="replace")
         strange += text.count("\ufffd") + len(raw) - len(raw.translate(None, CONTROL))
         if 10 * strange <= len(raw):
             note(skipped, "file not in UTF-8, kept with replacement characters", path.name)
+        raw = text.encode()
     if 10 * strange > len(raw):
         note(skipped, "file that is not text", path.name)
     else:
-        yield repaired, text
+        yield raw, text
 
 
 def _cut_near(file, at, size):
@@ -404,9 +409,7 @@ def _utf8(text):
 
 
 def _read_row_group(path, group, column, skipped):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    pa, pq = _optional("pyarrow", path), _optional("pyarrow.parquet", path)
     try:
         with pq.ParquetFile(path) as file:  # in batches: a row group may be larger than memory allows
             for batch in file.iter_batches(256, row_groups=[group], columns=[column], use_threads=False):
@@ -445,18 +448,24 @@ def cut_tokens(raw, ends, limit):
     return cuts[1:] + [len(ends)]
 
 
-def sort_keys(digest, pieces, seed, stream):
-    """Places of a document's pieces in the shuffled order, a list of ints below 2**64.
+def sort_keys(doc, piece, pieces, seed, stream):
+    """Places of documents (or pieces of them) in the shuffled order, (N,) uint64.
 
-    Each piece has a place of its own at random; with `stream` only the first one, the others follow at even distances
-    over the whole corpus, so pieces of one document are as far apart as they can be.
+    doc, piece, pieces: (N,) hash of the document, number of the piece, how many there are. Each piece has a random
+    place; with `stream` only the first one, and the others follow at even distances around the whole corpus, so that
+    pieces of one document are as far apart as they can be.
     """
-    def place(piece):
-        return int.from_bytes(hashlib.blake2b(digest + b"%d %d" % (seed, piece), digest_size=8).digest(), "little")
-
+    start = _mix(doc ^ _mix(np.array([seed % 2**64], np.uint64)))
     if stream:
-        return [(place(0) + (piece << 64) // pieces) % (1 << 64) for piece in range(pieces)]
-    return [place(piece) for piece in range(pieces)]
+        return start + piece * (np.uint64(2**64 - 1) // pieces)  # wraps around
+    return _mix(start + piece)
+
+
+def _mix(x):
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): each bit of x changes each bit of the result."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class Tokeniser:
@@ -470,37 +479,45 @@ class Tokeniser:
     def run(self, task):
         """(size, records, documents, text bytes, skipped) of a task; size as in the task."""
         size, units = task
-        rows, parts, skipped, documents, text_bytes = [], [], {}, 0, 0
+        parts, rows, skipped, documents, text_bytes = [], [], {}, 0, 0
         for unit in units:
             for raw, text in read_documents(unit, self.options["text_column"], skipped):
-                self.add(raw, text, rows, parts)
+                doc = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little")
+                ids = self.encoder.encode(raw, text)
+                if self.limit and len(ids) >= self.limit:  # the begin-of-document id counts
+                    self.cut(raw, doc, ids, parts, rows)
+                else:
+                    parts.append(ids)
+                    rows.append((doc, 0, 1, len(raw)))
                 documents += 1
                 text_bytes += len(raw)
-        records = np.array(rows, RECORD)
-        order = np.argsort(records["key"], kind="stable")  # a shard then finds its part of this task in one place
-        records = records[order]
-        records["worker"] = os.getpid()
-        if rows:
-            with open(self.building / f"ids-{os.getpid()}", "ab") as file:
-                start = file.tell() // parts[0].itemsize
-                records["start"] = start + np.cumsum(records["tokens"], dtype=np.uint64) - records["tokens"]
-                file.write(np.concatenate([parts[i] for i in order]))
-        return size, records, documents, text_bytes, skipped
+        return size, self.save(parts, rows), documents, text_bytes, skipped
 
-    def add(self, raw, text, rows, parts):
-        """Tokenises one document; appends its pieces to `parts` and their unplaced records to `rows`."""
-        digest = hashlib.sha256(raw).digest()
-        ids = self.encoder.encode(raw, text)
-        cuts, ends = [len(ids)], [len(raw)]
-        if self.limit and len(ids) >= self.limit:  # the begin-of-document id counts
-            token_ends = self.encoder.ends(ids)
-            cuts = cut_tokens(raw, token_ends, self.limit - 1)
-            ends = token_ends[np.array(cuts) - 1].tolist()
-        keys = sort_keys(digest, len(cuts), self.options["seed"], self.options["stream"])
-        doc = int.from_bytes(digest[:8], "little")
-        for piece, ((a, b), (c, d)) in enumerate(zip(pairwise([0] + cuts), pairwise([0] + ends))):
-            rows.append((keys[piece], doc, 0, 0, piece, b - a, d - c))
+    def cut(self, raw, doc, ids, parts, rows):
+        """Appends the pieces of a long document to `parts` and `rows`."""
+        ends = self.encoder.ends(ids)
+        cuts = cut_tokens(raw, ends, self.limit - 1)
+        byte_ends = [0, *ends[np.array(cuts) - 1].tolist()]
+        for piece, (a, b) in enumerate(pairwise([0, *cuts])):
             parts.append(ids[a:b])
+            rows.append((doc, piece, len(cuts), byte_ends[piece + 1] - byte_ends[piece]))
+
+    def save(self, parts, rows):
+        """Writes the ids in shuffled order, so that a shard finds its part of them in one place; returns records."""
+        records = np.zeros(len(parts), RECORD)
+        if not parts:
+            return records
+        doc, piece, pieces, records["bytes"] = np.array(rows, np.uint64).T
+        records["doc"], records["piece"], records["worker"] = doc, piece, os.getpid()
+        records["key"] = sort_keys(doc, piece, pieces, self.options["seed"], self.options["stream"])
+        records["tokens"] = [len(part) for part in parts]
+        order = np.argsort(records["key"], kind="stable")
+        records = records[order]
+        with open(self.building / f"ids-{os.getpid()}", "ab") as file:
+            start = np.uint64(file.tell() // parts[0].itemsize)
+            records["start"] = start + np.cumsum(records["tokens"], dtype=np.uint64) - records["tokens"]
+            file.writelines(parts[i] for i in order)
+        return records
 
 
 _worker = None
@@ -509,8 +526,7 @@ _worker = None
 def _start_worker(building, options):
     global _worker
     _worker = Tokeniser(building, options)
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _run_worker(task):
@@ -646,7 +662,8 @@ def build_shards(inputs, out_dir, *, tokenizer, vocab_dir=None, val_fraction=0.0
             counts["duplicates_dropped"] = shuffle(index, threshold, drop_duplicates, building)
             tasks = [(building, about, split, number, *span) for split in ("train", "val")
                      for number, span in enumerate(cut_into_shards(building / f"order-{split}", shard_tokens))]
-            entries = dict(_in_parallel(pool, write_shard, tasks, MAX_GATHERERS))
+            written = _in_parallel(pool, write_shard, tasks, MAX_GATHERERS)
+            entries = dict(tqdm(written, "writing shards", len(tasks), leave=False, disable=None))
         made_by = describe_job(files, inputs, options) | {"counts": counts}
         manifest = {"format": 1, "tokenizer": about, "files": entries, "made_by": made_by}
         _publish(building, Path(out_dir), manifest)
@@ -680,12 +697,27 @@ def _workers(processes, files, building, options):
         _start_worker(building, options)
         yield None
         return
+    before = {*multiprocessing.active_children()}
     pool = futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker,
                                        (building, options))
     try:
         yield pool
+    except BaseException:
+        for process in {*multiprocessing.active_children()} - before:
+            process.terminate()  # else they would finish what is queued, which may take seconds
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _signals_held():
+    """While workers start: nothing interrupts that, and they never see Ctrl-C, which reaches the whole group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _in_parallel(pool, function, tasks, window):
@@ -695,7 +727,8 @@ def _in_parallel(pool, function, tasks, window):
         return
     pending = set()
     for task in tasks:
-        pending.add(pool.submit(function, task))
+        with _signals_held():
+            pending.add(pool.submit(function, task))
         if len(pending) >= window:
             done, pending = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
             yield from (future.result() for future in done)
@@ -867,7 +900,9 @@ def main():
         inputs, args.exclude = [sysconfig.get_path("stdlib")], args.exclude or BROKEN_ON_PURPOSE
         args.drop_duplicates, args.out = True, args.out or HERE / "local"
     stems = [re.sub(r"(\.(jsonl|gz|xz|zst|parquet|txt|md|rst|py|html))+$", "", Path(i).resolve().name) for i in inputs]
-    out_dir = args.out or HERE / "_".join(dict.fromkeys(stems))[:80]
+    out_dir = args.out or HERE / ("_".join(dict.fromkeys(stems))[:80] or "text")
+    if not args.out and out_dir in (Path(i).resolve() for i in inputs):
+        out_dir = out_dir.with_name(out_dir.name + "_shards")
     tokenizer, why = choose_tokenizer(args)
     options = dict(tokenizer=tokenizer, val_fraction=args.val_fraction, max_doc_tokens=args.max_doc_tokens,
                    seed=args.seed, stream=args.stream, shard_tokens=args.shard_tokens, text_column=args.text_column,
@@ -890,8 +925,10 @@ if __name__ == "__main__":
         fail(e)
     except futures.BrokenExecutor:
         fail("a worker process was killed, perhaps for memory; use fewer with --processes=N")
+    except BrokenPipeError:  # nobody reads the summary (`| head`); the shards are in place by then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         fail(f"cannot write {e.filename or 'the shards'}: {e.strerror or e}; free some space or choose another --out")
     except KeyboardInterrupt:
-        print("text.py: interrupted; nothing was changed", file=sys.stderr)
+        print("text.py: interrupted; start it again to build the shards", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,0 +1,210 @@
+"""What several test files share: small shards made on the spot, a configuration that trains in a second, and processes.
+
+Nothing here is a test. The shard writer follows the format's description, not the scripts that write shards, so that it
+can also write damaged and foreign ones.
+"""
+import base64
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small products are slower with more
+
+BOS, VOCAB = 256, 257
+WORDS = "the a old new cat dog house river stone sees finds keeps under over near and then slowly never again".split()
+
+# Windows shorter than documents, documents longer than max_doc_tokens, every loss term, tied and untied steps.
+SMALL_STAGES = [[1 / 3, 512, 96, 16, 32, 1.0, [[1, 0.5, 0.25], [1, 0.5, 0]], [0.25, 0.25]],
+                [1.0, 1024, 120, 16, 64, 1.4, [[1, 0.5, 0], [1, 0, 0]], [0.25, 0]]]
+SMALL = {"preset": "tiny", "stages": SMALL_STAGES, "final_windows": (16, 64), "model_dim": 48, "head_dim": 12,
+         "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509, "bigram_signs": 32, "slot_tokens": 128, "val_tokens": 1500,
+         "val_stream_tokens": 256, "num_iterations": 20, "val_every": 10, "device": "cpu"}
+
+
+def tokenizer_json(ranks=None):
+    """The file tokenizer.json of a tokenizer whose token i has the bytes ranks[i]; by default that of single bytes."""
+    ranks = [bytes([i]) for i in range(256)] if ranks is None else ranks
+    content = {"name": "bytes", "pattern": "", "ranks": [base64.b64encode(rank).decode() for rank in ranks],
+               "special_tokens": {"<|bos|>": len(ranks)}, "bos_id": len(ranks)}
+    return (json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n").encode()
+
+
+def write_shard(path, tokens, **words):
+    """Writes a shard of byte tokens; w0=..., w1=... set header words and sha256=... the words 8 to 15 instead."""
+    header = np.zeros(256, "<i4")
+    header[:6] = 20240520, 1, len(tokens), VOCAB, BOS, 2
+    header[8:16] = np.frombuffer(words.pop("sha256", hashlib.sha256(tokenizer_json()).digest()), "<i4")
+    for word, value in words.items():
+        header[int(word.removeprefix("w"))] = value
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens).astype("<u4" if header[5] == 4 else "<u2").tobytes())
+    return str(path)
+
+
+def make_text(num_tokens, seed, longest=60):
+    """About num_tokens tokens of documents of 1 to `longest` words, each document beginning with BOS."""
+    rng, tokens = np.random.default_rng(seed), []
+    while len(tokens) < num_tokens:
+        tokens += [BOS, *" ".join(rng.choice(WORDS, rng.integers(1, longest + 1))).encode()]
+    return np.array(tokens, np.uint16)
+
+
+def make_data(folder, train_tokens=40_000, val_tokens=4_000):
+    """A folder of two training shards, a validation shard and their tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(2):
+        write_shard(folder / f"train_{i:06d}.bin", make_text(train_tokens // 2, seed=i))
+    write_shard(folder / "val_000000.bin", make_text(val_tokens, seed=9))
+    (folder / "tokenizer.json").write_bytes(tokenizer_json())
+    return folder
+
+
+def as_flags(values):
+    """`--name=value` for each item: lists as JSON tables, tuples with commas, as a user would type them."""
+    def text(value):
+        if isinstance(value, list):
+            return json.dumps([asdict(row) if is_dataclass(row) else row for row in value])
+        if isinstance(value, tuple):
+            return ",".join(map(str, value))
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return [f"--{name}={text(value)}" for name, value in values.items()]
+
+
+def small_flags(data, **changes):
+    """The command line of a run that takes a second on a CPU."""
+    return as_flags(SMALL | {"train_files": f"{data}/train_*.bin", "val_files": f"{data}/val_*.bin"} | changes)
+
+
+def only_folder(logs):
+    """The folder of the one run under `logs`."""
+    folders = list(Path(logs).iterdir())
+    assert len(folders) == 1, folders
+    return folders[0]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Sound shards that tests only read."""
+    return make_data(tmp_path_factory.mktemp("data"), train_tokens=200_000)
+
+
+@pytest.fixture
+def small_config(data):
+    """Function of changed fields that returns the small configuration, resolved for the shards of `data`."""
+    import train_gpt
+
+    def config(**changes):
+        cfg = train_gpt.parse_config(small_flags(data, **changes))
+        machine = train_gpt.Machine(train_gpt.torch.device("cpu"), 0, 1, "cpu")
+        return train_gpt.resolve_config(cfg, machine, train_gpt.open_shards(cfg.train_files, cfg.val_files)[0][0])
+    return config
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Function of command line arguments that calls main(), and returns exit code, output and errors."""
+    import train_gpt
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *argv])
+        capsys.readouterr()
+        code = train_gpt.main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+    yield run
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+@pytest.fixture
+def refused(run_main, tmp_path):
+    """Function that expects a command line to be refused: exit code 2, one line that has all the words, nothing made."""
+    def check(*argv, words=()):
+        logs = tmp_path / "refused_logs"
+        done = run_main(*([] if any(arg.startswith("--out_dir") for arg in argv) else [f"--out_dir={logs}"]), *argv)
+        assert done.code == 2, done
+        assert re.fullmatch(r"train_gpt\.py: [^\n]+\n", done.err), done.err
+        for word in words:
+            assert str(word) in done.err, (word, done.err)
+        assert not logs.exists()
+        return done.err
+    return check
+
+
+# -----------------------------------------------------------------------------
+# Processes, forked from a server that has PyTorch loaded already
+
+def call_with_output(output, environment, function, arguments):
+    """In the new process: sets its environment, sends what it prints to a file, and calls the function."""
+    os.environ.update(environment)
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(function(*arguments))
+
+
+def main_of(argv):
+    """What `python train_gpt.py argv` does."""
+    import train_gpt
+    sys.argv = ["train_gpt.py", *argv]
+    return train_gpt.main()
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch.nn.attention.flex_attention", "safetensors.torch"])
+    return context
+
+
+@contextlib.contextmanager
+def rank_starter(forkserver, folder):
+    """Gives a function that starts function(*arguments) as the ranks of one run, as torchrun would: their processes."""
+    started = []
+
+    def start(world_size, function, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(world_size):
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            output = folder / f"output_{len(started)}"
+            process = forkserver.Process(target=call_with_output, args=(output, environment, function, arguments))
+            process.output = output
+            process.start()
+            started.append(process)
+        return started[-world_size:]
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.fixture
+def start_ranks(forkserver, tmp_path):
+    with rank_starter(forkserver, tmp_path) as start:
+        yield start
+
+
+def join(processes, seconds=60):
+    """Waits for the processes; returns their exit codes, with what they printed if they did not end in time."""
+    for process in processes:
+        process.join(seconds)
+        assert process.exitcode is not None, "still running: " + process.output.read_text()
+    return [process.exitcode for process in processes]

@@ -1,0 +1,218 @@
+"""The command line of train_gpt.py: every field is a flag, every bad value is one line, importing it does nothing.
+
+Against: a frozen list of flags (adding a knob is a decision, so it must be added here too) and a bad value of each kind.
+Run: python -m pytest tests/test_config.py
+"""
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SMALL_STAGES, as_flags, small_flags
+
+import train_gpt
+from train_gpt import PRESETS, Layer, Stage, parse_config
+
+STAGE = {"until": 1.5, "batch_tokens": 32_768, "max_doc_tokens": 100, "short": 20, "long": 40, "lr": 0.5,
+         "next_tokens": [[1, 0.5, 0], [1, 0, 0]], "prefix": [0.25, 0]}
+LAYERS = [dataclasses.asdict(Layer()) | row for row in (
+    {"values": 0}, {"values": 1, "xsa": True}, {"attention": False, "skip": 1},
+    {"window": "long", "reads": 1, "values": 2, "gate": True, "mix": True})]
+
+# The frozen list: a good value of each flag that is not its default.
+FLAGS = {
+    "train_files": "some where/a_*.bin", "val_files": "b=c_*.bin", "val_tokens": 1000, "val_stream_tokens": 4096,
+    "slot_tokens": 8192, "micro_batch_tokens": 32_768,
+    "num_iterations": 300, "stop_after": 7, "val_every": 0, "stages": [STAGE], "final_windows": (100, 200),
+    "cooldown": 0.5, "lr_floor": 0.0, "untie": 1.0,
+    "layers": LAYERS, "model_dim": 1536, "head_dim": 64, "mlp_dim": 100, "gate_dim": 3, "bigram_rows": 77,
+    "bigram_signs": 5, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2, "rope_base": 10_000.0,
+    "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 0.1, "momentum_cooldown": 0.2,
+    "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "compile": False, "seed": 5, "out_dir": "else where",
+}
+
+
+def as_json(value):
+    """Dataclass rows, tuples and lists as what JSON makes of them."""
+    return json.loads(json.dumps(value, default=dataclasses.asdict))
+
+
+def test_the_list_of_flags_is_frozen():
+    assert {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)} == FLAGS.keys()
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_field_can_be_set(name):
+    flag, = as_flags({name: FLAGS[name]})
+    changed, default = parse_config([flag]), PRESETS["speedrun"]
+    assert as_json(getattr(changed, name)) == as_json(FLAGS[name]) != as_json(getattr(default, name))
+    assert type(getattr(changed, name)) is type(getattr(default, name))
+    assert dataclasses.replace(changed, **{name: getattr(default, name)}) == default  # and nothing else changed
+
+
+def test_tables_may_be_rows_of_values_or_of_names():
+    by_value = parse_config(as_flags({"stages": [list(STAGE.values())]}))
+    by_name = parse_config(as_flags({"stages": [STAGE]}))
+    assert as_json(by_value.stages) == as_json(by_name.stages) == [STAGE]
+    assert isinstance(by_name.stages[0], Stage)
+    assert all(isinstance(layer, Layer) for layer in parse_config(as_flags({"layers": LAYERS})).layers)
+
+
+def test_numbers_may_be_grouped_and_the_last_of_two_flags_counts():
+    assert parse_config(["--val_tokens=1_000", "--val_tokens=2_000"]).val_tokens == 2000
+    assert parse_config(["--compile=True"]).compile is True
+    assert parse_config(["--lr=1e-1"]).lr == 0.1
+
+
+def test_a_preset_is_a_starting_point_for_the_other_flags():
+    cfg = parse_config(["--seed=3", "--preset=tiny"])
+    assert cfg == dataclasses.replace(PRESETS["tiny"], seed=3)
+    assert parse_config([]) == PRESETS["speedrun"]
+
+
+def test_presets_pass_their_own_check():
+    for cfg in PRESETS.values():
+        train_gpt.check_config(cfg)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESETS["tiny"].seed = 1
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_flag_with_its_default(run_main, flag):
+    done = run_main(flag, "--nonsense")
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) <= 160
+    lines = {match[1]: match[0] for match in re.finditer(r"^ +--(\w+)=.*$", done.out, re.M)}
+    assert lines.keys() == FLAGS.keys()
+    assert "1270" in lines["num_iterations"] and "0.15" in lines["lr_floor"] and "768,2560" in lines["final_windows"]
+    assert "tiny" in done.out
+    explained = [name for name, line in lines.items() if len(line.split(None, 1)[-1]) > len(f"--{name}=") + 12]
+    assert len(explained) > 20  # most say what they mean
+
+
+# -----------------------------------------------------------------------------
+# Refusals
+
+@pytest.mark.parametrize("argv, words", [
+    (["--nonsense=1"], ["nonsense", "--help"]),
+    (["seed=1"], ["seed=1", "--help"]),
+    (["--seed", "1"], ["--seed", "--help"]),
+    (["--compile"], ["--compile", "--help"]),
+    (["--"], ["--help"]),
+    (["--Seed=1"], ["Seed"]),
+    (["--preset=huge"], ["huge", "speedrun", "tiny"]),
+])
+def test_unknown_flags(refused, argv, words):
+    refused(*argv, words=words)
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--seed=one", ["whole number"]), ("--seed=1.5", ["whole number"]), ("--seed=", ["whole number"]),
+    ("--lr=fast", ["number"]), ("--compile=1", ["true or false"]), ("--compile=", ["true or false"]),
+    ("--final_windows=a,b", ["commas"]), ("--final_windows=1.5,2", ["commas"]), ("--momentum=0.9;0.95", ["commas"]),
+    ("--stages=[[1,", ["JSON", "Stage"]), ("--stages=7", ["JSON", "Stage"]), ("--stages=[[1, 2]]", ["JSON", "Stage"]),
+    ('--stages=[{"until": 1}]', ["JSON", "Stage"]), ('--layers=[{"wings": 2}]', ["JSON", "Layer"]),
+    ("--layers=plain", ["JSON", "Layer"]),
+])
+def test_values_of_the_wrong_type(refused, flag, words):
+    refused(flag, words=[flag.split("=")[0], *words])
+
+
+@pytest.mark.parametrize("flag", [
+    "--num_iterations=0", "--num_iterations=-5", "--val_tokens=0", "--val_stream_tokens=0", "--slot_tokens=0",
+    "--stop_after=-1", "--val_every=-1", "--micro_batch_tokens=-1", "--micro_batch_tokens=100", "--slot_tokens=1000",
+    "--model_dim=0", "--model_dim=700", "--head_dim=0", "--head_dim=6", "--head_dim=256", "--mlp_dim=0", "--gate_dim=0",
+    "--bigram_rows=0", "--bigram_signs=0", "--vocab_size=-1", "--vocab_multiple=0",
+    "--cooldown=1.5", "--cooldown=-0.1", "--cooldown=nan", "--lr_floor=2", "--untie=-1", "--momentum_warmup=7",
+    "--momentum_cooldown=-1", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--attn_scale=0", "--attn_scale=nan",
+    "--rope_base=0", "--rope_base=inf", "--momentum=0.9", "--momentum=0.8,0.9,1", "--momentum=0.9,1.5",
+    "--momentum=nan,nan", "--final_windows=0,5", "--final_windows=5", "--final_windows=5,0", "--final_windows=1,2,3",
+    "--device=tpu", "--precision=fp8", "--attention=flash", "--seed=-1", "--seed=100000000000000000000",
+])
+def test_values_out_of_range(refused, flag):
+    name, _, value = flag.partition("=")
+    refused(flag, words=[name.removeprefix("--"), value.split(",")[0]])
+
+
+def stage(**changes):
+    return as_flags({"stages": [STAGE | changes]})[0]
+
+
+def layers(**changes):
+    """The layer table with some rows changed; names are row<n>."""
+    return as_flags({"layers": [row | changes.get(f"row{i}", {}) for i, row in enumerate(LAYERS)]})[0]
+
+
+@pytest.mark.parametrize("flag", [
+    "--stages=[]", stage(until=0.5), stage(until=float("nan")), stage(until="x"), stage(batch_tokens=0),
+    stage(batch_tokens=100), stage(batch_tokens=-32_768), stage(max_doc_tokens=0), stage(short=0), stage(long=0),
+    stage(next_tokens=[[1], [1]]), stage(next_tokens=5), stage(prefix=[1, 2, 3]),
+    as_flags({"stages": [STAGE, STAGE | {"until": 1.2}]})[0],  # the second stage ends before the first
+])
+def test_stage_tables_that_make_no_sense(refused, flag):
+    refused(flag, words=["stage"])
+
+
+@pytest.mark.parametrize("flag", [
+    "--layers=[]", "--layers=[{}]", layers(row3={"mix": False}), layers(row3={"gate": False}), layers(row0={"mix": True}),
+    layers(row0={"values": 1}), layers(row1={"values": 3}), layers(row3={"reads": -1}), layers(row3={"reads": 9}),
+    layers(row2={"skip": 7}), layers(row2={"skip": -1}), layers(row1={"window": "huge"}),
+    layers(row1={"values": "x"}),
+])
+def test_layer_tables_that_make_no_sense(refused, flag):
+    refused(flag, words=["layer"])
+
+
+def test_the_tables_above_are_good_without_the_change(data):
+    parse_config([stage(), layers()])
+    parse_config(small_flags(data, stages=SMALL_STAGES))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"vocab_size": 100}, ["257", "100"]), ({"bos_id": 5}, ["256", "bos_id"]), ({"attention": "flex"}, ["flex", "plain"]),
+])
+def test_flags_that_contradict_the_shards_or_the_machine(refused, data, changes, words):
+    refused(*small_flags(data, **changes), words=words)
+
+
+def test_a_device_that_is_not_there(refused, data, monkeypatch):
+    monkeypatch.setattr(train_gpt.torch.cuda, "is_available", lambda: False)
+    refused(*small_flags(data, device="cuda"), words=["--device=cuda", "cpu"])
+
+
+# -----------------------------------------------------------------------------
+# As a program
+
+PROBE = """
+import os, sys
+before, files = dict(os.environ), set(os.listdir("."))
+sys.path.insert(0, sys.argv[1])
+sys.dont_write_bytecode = True
+import torch
+state, threads = torch.get_rng_state(), torch.get_num_threads()
+import train_gpt
+assert dict(os.environ) == before, "the environment changed"
+assert set(os.listdir(".")) == files, "a file appeared"
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+assert torch.get_default_dtype() == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+"""
+
+
+def test_importing_it_has_no_effect(tmp_path):
+    done = subprocess.run([sys.executable, "-c", PROBE, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_as_a_program_it_refuses_with_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_gpt.py", "--seed=one"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"train_gpt\.py: [^\n]*--seed=one[^\n]*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []

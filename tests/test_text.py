@@ -1,0 +1,471 @@
+"""data/text.py: what goes in comes out, in an order that only content and seed decide.
+
+Proves: each kind of input decodes back to its text; header, manifest and tokenizer.json are as README describes; the
+result is the same for 1, 2 and 3 processes and any order of files; validation is chosen by hash; pieces end at
+paragraph ends and lose nothing; --stream spreads the pieces of a file; user mistakes get one line and leave no file.
+Against: the bytes written by the test itself, an independent reading of the shard format, tiktoken.
+Run: python -m pytest tests/test_text.py (GPT-2 cases need ../shared/data/gpt2_bpe and skip without it)
+"""
+
+import base64
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "data" / "text.py"
+VOCAB = ROOT / "../shared/data/gpt2_bpe"
+sys.path.insert(0, str(ROOT / "data"))
+import text  # noqa: E402
+
+needs_gpt2 = pytest.mark.skipif(not VOCAB.is_dir(), reason="GPT-2's vocabulary is not in ../shared/data/gpt2_bpe")
+TEXTS = ["One line.", "Größe, 東京, 😀\n\nsecond paragraph\r\n", "  indented\n\ttabs <|endoftext|> is text\n" * 30]
+
+
+def run(*args, **more):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=ROOT, **more)
+
+
+def read_shard(path):
+    """(header words, ids) of a shard, after checking its length."""
+    data = Path(path).read_bytes()
+    words = np.frombuffer(data[:1024], "<i4")
+    assert len(data) == 1024 + int(words[2]) * int(words[5])
+    return words, np.frombuffer(data[1024:], {2: "<u2", 4: "<u4"}[int(words[5])])
+
+
+def decode(folder, split):
+    """The texts in the shards of one split, in order, decoded with nothing but tokenizer.json."""
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    tokens = [base64.b64decode(rank) for rank in spec["ranks"]]
+    texts = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        _, ids = read_shard(path)
+        starts = np.flatnonzero(ids == spec["bos_id"])
+        assert starts[0] == 0
+        texts += [b"".join(tokens[i] for i in part[1:]).decode() for part in np.split(ids, starts[1:])]
+    return texts
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def build(inputs, out, **options):
+    return text.build_shards([inputs] if isinstance(inputs, Path) else inputs, out,
+                             **{"tokenizer": "bytes", "val_fraction": 0, "processes": 1} | options)
+
+
+def words(rng, count):
+    return " ".join(rng.choice(["shard", "token", "loss", "step"]) + str(rng.randrange(999)) for _ in range(count))
+
+
+def write_files(folder, count, size=60, seed=1):
+    """`count` text files of about `size` words in some subfolders; returns their texts."""
+    rng = random.Random(seed)
+    texts = [f"{i}: {words(rng, rng.randrange(1, size))}\n" for i in range(count)]
+    for i, content in enumerate(texts):
+        path = folder / f"d{i % 5}" / f"{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return texts
+
+
+def write_rows(path, texts, column="text"):
+    rows = [{column: t, "n": i} for i, t in enumerate(texts)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    elif path.suffix == ".zst":
+        path.write_bytes(pytest.importorskip("zstandard").compress(lines))
+    else:
+        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(lines))
+
+
+# -----------------------------------------------------------------------------
+# Round trips
+
+
+@pytest.mark.parametrize("ending", [".txt", ".md", ".rst", ".py", ".HTML"])
+def test_text_files_come_back(tmp_path, ending):
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    for i, content in enumerate(TEXTS):
+        (folder / f"{i}{ending}").write_bytes(content.encode())
+    (folder / "photo.jpg").write_bytes(b"\xff\xd8")
+    (folder / ".hidden.txt").write_text("not this")
+    manifest = build(folder.parent, tmp_path / "out")
+    assert sorted(decode(tmp_path / "out", "train")) == sorted(TEXTS)
+    assert manifest["made_by"]["counts"]["text_bytes"] == sum(len(t.encode()) for t in TEXTS)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("block", [10, 1 << 20])
+def test_rows_come_back(tmp_path, monkeypatch, ending, block):
+    monkeypatch.setattr(text, "TASK_BYTES", block)  # 10: borders fall inside lines
+    texts = TEXTS + [f"row {i}" for i in range(20)]
+    write_rows(tmp_path / f"rows{ending}", texts, column="body")
+    build(tmp_path / f"rows{ending}", tmp_path / "out", text_column="body")
+    assert sorted(decode(tmp_path / "out", "train")) == sorted(texts)
+
+
+@needs_gpt2
+def test_gpt2_ids_are_tiktokens(tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    spec = json.loads(text.gpt2_tokenizer_json(VOCAB))
+    ranks = {base64.b64decode(rank): i for i, rank in enumerate(spec["ranks"])}
+    gpt2 = tiktoken.Encoding("gpt2", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens={})
+    assert gpt2.encode_ordinary("Hello world") == [15496, 995]
+    blanks = " " * 1_500_000 + "x"  # more than tiktoken takes at once
+    write_rows(tmp_path / "rows.jsonl", [*TEXTS, blanks])
+    build(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer="gpt2", vocab_dir=VOCAB)
+    assert sorted(decode(tmp_path / "out", "train")) == sorted([*TEXTS, blanks])
+    _, ids = read_shard(tmp_path / "out" / "train_000000.bin")
+    parts = {tuple(part[1:]) for part in np.split(ids, np.flatnonzero(ids == 50256)[1:])}
+    assert parts >= {tuple(gpt2.encode_ordinary(t)) for t in TEXTS}
+
+
+def test_long_text_file_becomes_documents_in_one_order_of_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "DOC_BYTES", 1000)
+    rng = random.Random(0)
+    content = "\n\n".join(words(rng, rng.randrange(1, 90)) for _ in range(200)) + "\n" + "ä" * 70_000
+    (tmp_path / "a.txt").write_text(content)
+    (tmp_path / "b.txt").write_text("b")
+    build([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out")
+    parts = [t for t in decode(tmp_path / "out", "train") if t != "b"]
+    assert len(parts) > 50 and sum(map(len, parts)) == len(content)
+    for part in parts:
+        assert part in content and (part.endswith("\n") or "ä" in part)
+    assert sum(part.endswith("\n\n") for part in parts) > 50  # all but the one before the line of a single letter
+
+
+def test_repairs_and_skips_are_counted(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "latin.txt").write_bytes("Das Fr\u00fchst\u00fcck ist fertig, sagt der Wirt.".encode("latin-1"))
+    (folder / "utf16.txt").write_bytes("wide".encode("utf-16"))
+    (folder / "noise.txt").write_bytes(random.Random(0).randbytes(5000).replace(b"\0", b""))
+    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "x.jsonl").write_bytes(b'{"text": "good"}\n{"text": 5}\n{"other": 1}\nnot json\n\n["text"]\n'
+                                     b'{"text": "half \\ud83d pair"}\n{"text": " "}')
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "kept"}\n' * 2000, 0)[:-5000])
+    manifest = build(folder, tmp_path / "out")
+    texts = decode(tmp_path / "out", "train")
+    assert {"Das Fr\ufffdhst\ufffdck ist fertig, sagt der Wirt.", "marked", "good", "half \ufffd pair"} <= {*texts}
+    skipped = {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["skipped"].items()}
+    assert skipped == {"file not in UTF-8, kept with replacement characters": 1, "file that is not text": 2,
+                       "empty document": 2, "line that is not JSON": 1, "line without the column 'text'": 2,
+                       "line whose column 'text' is not text": 1, "damaged compressed file, its rest lost": 1}
+
+
+# -----------------------------------------------------------------------------
+# Formats
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
+def test_header_and_manifest(tmp_path, tokenizer):
+    write_files(tmp_path / "in", 40)
+    out = tmp_path / "out"
+    vocab_dir = VOCAB if tokenizer == "gpt2" else None
+    manifest = build(tmp_path / "in", out, tokenizer=tokenizer, vocab_dir=vocab_dir, val_fraction=0.3, shard_tokens=600)
+    vocab_size, bos_id = {"bytes": (257, 256), "gpt2": (50257, 50256)}[tokenizer]
+    sha256 = hashlib.sha256((out / "tokenizer.json").read_bytes()).hexdigest()
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert manifest["tokenizer"] == {"name": tokenizer, "sha256": sha256, "vocab_size": vocab_size, "bos_id": bos_id}
+    assert {p.name for p in out.iterdir()} == {*manifest["files"], "tokenizer.json", "manifest.json"}
+    assert len(manifest["files"]) >= 3
+    for name, entry in manifest["files"].items():
+        header, ids = read_shard(out / name)
+        assert header[:6].tolist() == [20240520, 1, entry["tokens"], vocab_size, bos_id, 2]
+        assert header[8:16].tobytes().hex() == sha256 and not header[6:8].any() and not header[16:].any()
+        assert entry["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest()
+        assert entry["size"] == (out / name).stat().st_size
+        assert entry["documents"] == np.sum(ids == bos_id) and ids.max() == bos_id
+        assert len(ids) <= 600 or entry["documents"] == 1
+    texts = decode(out, "train") + decode(out, "val")
+    assert sum(e["text_bytes"] for e in manifest["files"].values()) == sum(len(t.encode()) for t in texts)
+
+
+@needs_gpt2
+def test_gpt2_constant_and_vocabulary_places(tmp_path, monkeypatch):
+    data = text.gpt2_tokenizer_json(VOCAB)
+    spec = json.loads(data)
+    assert hashlib.sha256(data).hexdigest() == text.GPT2_TOKENIZER_SHA256
+    assert data == (json.dumps(spec, ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n").encode()
+    assert len(spec["ranks"]) == 50256 and base64.b64decode(spec["ranks"][15496]) == b"Hello"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    text.gpt2_tokenizer_json.cache_clear()
+    with pytest.raises(LookupError, match="not in tiktoken's cache"):
+        text.gpt2_tokenizer_json()
+    (tmp_path / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6").write_bytes((VOCAB / "encoder.json").read_bytes())
+    assert text.gpt2_tokenizer_json() == data
+
+
+def test_bytes_tokenizer_is_the_bytes():
+    spec = json.loads(text.bytes_tokenizer_json())
+    assert [base64.b64decode(r) for r in spec["ranks"]] == [bytes([b]) for b in range(256)]
+    assert spec["bos_id"] == 256 and spec["special_tokens"] == {"<|bos|>": 256}
+
+
+# -----------------------------------------------------------------------------
+# Order
+
+
+def test_same_result_for_any_processes_and_listing_order(tmp_path, monkeypatch):
+    texts = write_files(tmp_path / "in", 300)
+    write_rows(tmp_path / "in" / "rows.jsonl", texts[:50] + [t.upper() for t in texts])
+    write_rows(tmp_path / "in" / "rows.jsonl.gz", [t.title() for t in texts])
+    monkeypatch.setattr(text, "TASK_BYTES", 5000)  # small enough for a pool and some twenty tasks
+    results = []
+    for processes in (1, 2, 3):
+        if processes == 3:  # and files come in another order
+            walk = os.walk
+            monkeypatch.setattr(os, "walk", lambda root: ((d, s.reverse() or s, n[::-1]) for d, s, n in walk(root)))
+        build(tmp_path / "in", tmp_path / f"out{processes}", processes=processes, val_fraction=0.1, shard_tokens=20_000)
+        results.append(digests(tmp_path / f"out{processes}"))
+    assert results[0] == results[1] == results[2] and len(results[0]) > 5
+    apart = [tmp_path / "in" / name for name in sorted(os.listdir(tmp_path / "in"))]
+    for out, inputs in (("apart", apart), ("turned", apart[::-1])):
+        build(inputs, tmp_path / out, val_fraction=0.1, shard_tokens=20_000)
+    assert digests(tmp_path / "apart") == digests(tmp_path / "turned")  # the manifest too
+    results[0].pop("manifest.json")
+    assert results[0].items() <= digests(tmp_path / "apart").items()
+
+
+def test_seed_decides_the_order_and_not_the_split(tmp_path, monkeypatch):
+    texts = write_files(tmp_path / "in", 200)
+    for seed in (0, 1):
+        build(tmp_path / "in", tmp_path / str(seed), seed=seed, val_fraction=0.2)
+    monkeypatch.setattr(text, "SORT_ROWS", 7)  # many ranges of keys, each sorted alone
+    build(tmp_path / "in", tmp_path / "ranges", val_fraction=0.2)
+    monkeypatch.undo()
+    trains = [decode(tmp_path / out, "train") for out in ("0", "1", "ranges")]
+    assert trains[0] != trains[1] and sorted(trains[0]) == sorted(trains[1]) and trains[0] == trains[2]
+    assert trains[0] != sorted(trains[0]) and trains[0] != [t for t in texts if t in trains[0]]
+    neighbours = sum(abs(int(a.split(":")[0]) - int(b.split(":")[0])) == 1 for a, b in zip(trains[0], trains[0][1:]))
+    assert neighbours < 10  # 2 * 160 / 200 expected of a shuffle, 160 without
+
+
+def test_validation_is_chosen_by_hash(tmp_path):
+    texts = write_files(tmp_path / "in", 200)
+    build(tmp_path / "in", tmp_path / "a", val_fraction=0.2)
+    expected = {t for t in texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "little") < 0.2 * 2**64}
+    train, val = decode(tmp_path / "a", "train"), decode(tmp_path / "a", "val")
+    assert {*val} == expected and 20 < len(val) < 60 and not {*train} & {*val}
+    write_rows(tmp_path / "more.jsonl", texts + write_files(tmp_path / "other", 100, seed=2))
+    build(tmp_path / "more.jsonl", tmp_path / "b", val_fraction=0.2, seed=5, stream=True, max_doc_tokens=64)
+    train, val = "".join(decode(tmp_path / "b", "train")), "".join(decode(tmp_path / "b", "val"))
+    for t in texts:  # every document stays on its side: the first piece shows which
+        assert (t[:16] in val) >= (t in expected) and (t[:16] in train) >= (t not in expected)
+
+
+def test_few_documents_still_give_both_sides(tmp_path):
+    (tmp_path / "one.txt").write_text("\n\n".join(f"paragraph {i} " + "x" * 200 for i in range(500)))
+    manifest = build(tmp_path / "one.txt", tmp_path / "a", val_fraction=0.005)
+    train, val = decode(tmp_path / "a", "train"), decode(tmp_path / "a", "val")
+    assert train and val and sum(map(len, train + val)) == (tmp_path / "one.txt").stat().st_size
+    write_rows(tmp_path / "two.jsonl", ["first", "second", "second"])
+    for fraction in (0.001, 0.999):
+        manifest = build(tmp_path / "two.jsonl", tmp_path / "b", val_fraction=fraction)
+        assert {*manifest["files"]} == {"train_000000.bin", "val_000000.bin"}
+        assert not {*decode(tmp_path / "b", "train")} & {*decode(tmp_path / "b", "val")}
+    write_rows(tmp_path / "same.jsonl", ["same", "same"])
+    manifest = build(tmp_path / "same.jsonl", tmp_path / "b", val_fraction=0.5)
+    assert {*manifest["files"]} == {"train_000000.bin"} and not (tmp_path / "b" / "val_000000.bin").exists()
+
+
+def test_duplicates_are_dropped_on_request(tmp_path):
+    write_rows(tmp_path / "x.jsonl", ["a", "b", "a", "a " * 50, "a " * 50])
+    manifest = build(tmp_path / "x.jsonl", tmp_path / "all", max_doc_tokens=16)
+    assert manifest["made_by"]["counts"]["duplicates_dropped"] == 0
+    once = build(tmp_path / "x.jsonl", tmp_path / "once", max_doc_tokens=16, drop_duplicates=True)
+    assert once["made_by"]["counts"]["duplicates_dropped"] == 2
+    assert len("".join(decode(tmp_path / "all", "train"))) == 3 + 200
+    assert len("".join(decode(tmp_path / "once", "train"))) == 2 + 100
+
+
+# -----------------------------------------------------------------------------
+# Pieces and chunks
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
+def test_pieces_end_at_paragraph_ends_and_lose_nothing(tokenizer):
+    encoder = text.Encoder(text.gpt2_tokenizer_json(VOCAB) if tokenizer == "gpt2" else text.bytes_tokenizer_json())
+    rng = random.Random(3)
+    content = "\n\n".join(words(rng, rng.randrange(1, 20)) for _ in range(60))
+    content += "\n" + "long line. " * 300 + "漢" * 400
+    raw, limit = content.encode(), 400
+    ids = encoder.encode(raw, content)
+    ends = encoder.ends(ids)
+    assert ends[-1] == len(raw)
+    cuts = text.cut_tokens(raw, ends, limit)
+    assert cuts[-1] == len(ids) and all(0 < b - a <= limit for a, b in zip([0, *cuts], cuts))
+    pieces = [raw[a:b].decode() for a, b in zip([0, *ends[np.array(cuts) - 1]], ends[np.array(cuts) - 1])]
+    assert "".join(pieces) == content
+    prose = [p for p in pieces if "long" not in p and "漢" not in p]
+    assert len(prose) > 5 and all(p.endswith("\n\n") for p in prose[:-1])
+    sentences = [p for p in pieces if "long" in p and "漢" not in p]
+    assert len(sentences) > 1 and all(p.endswith(".") for p in sentences[:-1])
+
+
+def test_max_doc_tokens_counts_the_begin_id(tmp_path):
+    write_rows(tmp_path / "x.jsonl", ["a" * 99, "b" * 100, "c" * 250])
+    build(tmp_path / "x.jsonl", tmp_path / "out", max_doc_tokens=100)
+    assert sorted(map(len, decode(tmp_path / "out", "train"))) == [1, 52, 99, 99, 99, 99]
+
+
+def test_stream_never_leaves_a_file_beside_itself(tmp_path):
+    """Ten files, each of one letter: whole documents make long runs of a letter, a stream none beyond one chunk."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for letter in "abcdefghij":
+        (folder / f"{letter}.txt").write_text((letter * 60 + "\n\n") * 400)
+    build(folder, tmp_path / "whole")
+    build(folder, tmp_path / "stream", stream=True, shard_tokens=100_000)
+    whole, stream = ("".join(decode(tmp_path / out, "train")).split() for out in ("whole", "stream"))
+    assert sorted(whole) == sorted(stream) and len(stream) == 4000
+    longest = [max(len([*run]) for _, run in itertools.groupby(lines)) for lines in (whole, stream)]
+    assert longest == [400, 16]  # 16 paragraphs of 62 bytes fill a chunk of 1023
+    batches = [[{*lines[i:i + 400]} for i in range(0, 4000, 400)] for lines in (whole, stream)]
+    assert max(map(len, batches[0])) <= 2 and min(map(len, batches[1])) == 10
+    assert max(map(len, decode(tmp_path / "stream", "train"))) < 1024
+    assert len(list((tmp_path / "stream").glob("train_*"))) == 3
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path):
+    write_files(tmp_path / "in", 20)
+    first = run(tmp_path / "in", "--out", tmp_path / "out", "--tokenizer=bytes")
+    assert first.returncode == 0 and first.stderr == ""
+    assert f"--train_files={tmp_path}/out/train_*.bin --val_files={tmp_path}/out/val_*.bin" in first.stdout
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=2")
+    assert again.returncode == 0 and "nothing to do" in again.stdout and again.stdout.count("\n") == 1
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    (tmp_path / "in" / "new.md").write_text("news")
+    build(tmp_path / "in", tmp_path / "out", shard_tokens=500)
+    assert len(list((tmp_path / "out").glob("train_*"))) > 2
+    last = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes")
+    assert "nothing to do" not in last.stdout and "21 documents" in last.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "train_000000.bin", "val_000000.bin", "tokenizer.json", "manifest.json"}  # older shards are gone
+
+
+def test_without_input_the_python_library_is_read(tmp_path):
+    """On a stand-in for the library; the real one takes seconds and is what run.sh starts with."""
+    library = tmp_path / "python3"
+    write_files(library, 30)
+    (library / "test" / "tokenizedata").mkdir(parents=True)
+    (library / "test" / "tokenizedata" / "bad.py").write_text("broken on purpose")
+    (library / "site-packages").mkdir()
+    (library / "site-packages" / "other.py").write_text("not the library")
+    (library / "copy.py").write_text((library / "d0" / "0.txt").read_text())
+    code = f"import sysconfig, runpy; sysconfig.get_path = lambda _: {str(library)!r}; " \
+           f"import sys; sys.argv = ['text.py', '--tokenizer=bytes', '--out={tmp_path}/out']; " \
+           f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = decode(tmp_path / "out", "train") + decode(tmp_path / "out", "val")
+    assert len(texts) == 30 and not any("broken" in t or "not the library" in t for t in texts)
+
+
+def mistakes(tmp_path):
+    """name -> (arguments, what the line must hold)"""
+    write_files(tmp_path / "in", 3)
+    write_rows(tmp_path / "rows.jsonl", ["x", "y"], column="body")
+    (tmp_path / "a.docx").write_text("x")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_text("x")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "wrong").mkdir()
+    for name in ("vocab.bpe", "encoder.json"):
+        (tmp_path / "wrong" / name).write_text("{}")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "fineweb_val_000000.bin").write_text("x")
+    hash_of_wrong = hashlib.sha256(b"{}").hexdigest()
+    return {
+        "path missing": (["nowhere"], ["nowhere", "no such file"]),
+        "nothing usable": ([tmp_path / "blank.txt"], ["no usable text", "empty document"]),
+        "unknown ending": ([tmp_path / "a.docx"], ["a.docx", ".jsonl"]),
+        "unknown endings only": ([tmp_path / "pictures"], [".jpg", ".jsonl"]),
+        "column absent in lines": ([tmp_path / "rows.jsonl"], ["'text'", "body, n"]),
+        "column of numbers": ([tmp_path / "rows.jsonl", "--text_column=n"], ["'n'", "not text"]),
+        "val_fraction": ([tmp_path / "in", "--val_fraction=1"], ["--val_fraction=1.0", "below 1"]),
+        "max_doc_tokens": ([tmp_path / "in", "--max_doc_tokens=3"], ["--max_doc_tokens=3"]),
+        "processes": ([tmp_path / "in", "--processes=0"], ["--processes=0"]),
+        "unknown flag": ([tmp_path / "in", "--sed=1"], ["--sed=1"]),
+        "value of a flag": ([tmp_path / "in", "--seed=x"], ["--seed", "'x'"]),
+        "wrong vocabulary": ([tmp_path / "in", "--vocab_dir", tmp_path / "wrong"], ["vocab.bpe", hash_of_wrong]),
+        "no vocabulary": ([tmp_path / "in", "--tokenizer=gpt2"], ["--vocab_dir", "tiktoken", "--tokenizer=bytes"]),
+        "out is no folder": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/a.docx/out"], ["a.docx"]),
+        "foreign shards": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/foreign"], ["fineweb_val"]),
+    }
+
+
+def refuses(tmp_path, args, expected):
+    """Runs the command; it must end with one line that holds `expected`, and leave the folder as it was."""
+    before = sorted(tmp_path.rglob("*"))
+    args = args if any(str(a).startswith("--out") for a in args) else [*args, f"--out={tmp_path}/new/out"]
+    done = run(*args, env=os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "no_cache")})
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("text.py: "), done.stderr
+    assert all(str(part) in done.stderr for part in expected), done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_mistakes_get_one_line_and_leave_nothing(tmp_path):
+    for args, expected in mistakes(tmp_path).values():
+        refuses(tmp_path, args, expected)
+
+
+def test_absent_column_of_parquet(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"content": ["x"], "url": ["y"]}), tmp_path / "t.parquet")
+    refuses(tmp_path, [tmp_path / "t.parquet"], ["t.parquet", "'text'", "content, url"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_disk_that_fills_up(tmp_path, processes):
+    """A limit on file size stands in for a full disk: the same kind of error at the same places."""
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        (tmp_path / "in" / f"{i}.txt").write_text("word " * 200_000)
+    done = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes", f"--processes={processes}",
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interruption_keeps_the_old_shards(tmp_path, processes):
+    write_files(tmp_path / "in", 5)
+    build(tmp_path / "in", tmp_path / "out")
+    before = digests(tmp_path / "out")
+    (tmp_path / "in" / "more.jsonl").write_text(f'{{"text": "{"x" * 400}"}}\n' * 150_000)
+    command = [sys.executable, SCRIPT, tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes"]
+    with subprocess.Popen([*command, f"--processes={processes}"], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True, start_new_session=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("out/.building-*/ids-*")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, stderr = process.communicate()
+    assert process.returncode == 130 and stderr.count("\n") == 1 and "interrupted" in stderr, stderr
+    assert digests(tmp_path / "out") == before
