@@ -28,8 +28,9 @@ import time
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_origin
 
 import numpy as np
 import torch
@@ -54,9 +55,9 @@ class Stage:                     # what changes along the run; one row a stage
     short: int                   # attention windows in tokens
     long: int
     lr: float                    # factor on every learning rate before the cooldown
-    next_tokens: tuple           # loss weights of the next three tokens: (at the start, at the end) of the stage
-    prefix: tuple                # loss weight of the prefix token (see prefix_tokens): (start, end)
-
+    next_tokens: tuple[tuple[float, float, float], tuple[float, float, float]]      # loss weights of the next three tokens:
+    #                              at the start and at the end of the stage
+    prefix: tuple[float, float]  # loss weight of the prefix token (see prefix_tokens): (start, end)
 
 STAGES = (
     #     until    batch   docs short  long    lr  next_tokens                    prefix
@@ -65,7 +66,6 @@ STAGES = (
     Stage(1.000, 393_216, 2048,  640, 1408, 1.73, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
     Stage(1.012, 393_216, 2048,  768, 1664, 1.73, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
 )
-
 
 @dataclass(frozen=True)
 class Layer:                     # what differs between layers; one row a layer
@@ -77,7 +77,6 @@ class Layer:                     # what differs between layers; one row a layer
     xsa: bool = False            # remove from the attention output what lies along the token's own value (#82)
     gate: bool = False           # gate each head's output
     mix: bool = False            # dense dynamic connections to earlier states (MUDD, arXiv 2502.12170, #81)
-
 
 LAYERS = (
     Layer(),                                                                # 0
@@ -105,7 +104,6 @@ TINY_LAYERS = (
     Layer(window="long", values=2, reads=3, gate=True, mix=True),           # 4
 )
 
-
 @dataclass(frozen=True)
 class Rule:                      # how one parameter is trained and shared between ranks; one row a parameter
     rule: str                    # "muon" (orthogonalised momentum, every step) or "adam" (odd steps only, #39)
@@ -113,7 +111,6 @@ class Rule:                      # how one parameter is trained and shared betwe
     betas: tuple                 # adam: first and second moment; muon: second moment only, its momentum is scheduled
     decay: float                 # cautious weight decay; adam: times lr^2, muon: times lr (#43, #50)
     shared: str                  # "shard": each rank updates a slice, then all gather; "all": all ranks update all
-
 
 PARAMETERS = {
     # name               rule    lr              betas         decay  shared    in the order of communication
@@ -139,7 +136,6 @@ PARAMETERS = {
     "attn_vo":      Rule("muon", 0.023,          (0.90,),      1.2,   "shard"),
     "mlp":          Rule("muon", (0.046, 0.092), (0.90,),      1.2,   "shard"),     # c_fc, c_proj
 }
-
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -175,8 +171,8 @@ class Hyperparameters:
     # optimizer
     lr: float = 1.0                      # factor on every learning rate of PARAMETERS
     momentum: tuple[float, ...] = (0.85, 0.95)      # Muon momentum: low, high
-    momentum_warmup: float = 0.236       # low to high over this fraction of num_iterations
-    momentum_cooldown: float = 0.039     # and back over the last of it
+    momentum_warmup: int = 300           # steps from low to high; not scaled: a horizon of 20 steps is too long for
+    momentum_cooldown: float = 0.039     # ... short runs (dev/EXPERIMENTS.md); back over this last fraction of the run
     # machine
     device: str = "auto"                 # cuda, cpu or mps
     precision: str = "bf16"              # of weights and activations: bf16 or fp32
@@ -196,7 +192,6 @@ class Hyperparameters:
         """Optimizer steps of the run: num_iterations and the extension."""
         return round(self.stages[-1].until * self.num_iterations)
 
-
 PRESETS = {
     "speedrun": Hyperparameters(),       # track 1
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
@@ -211,27 +206,35 @@ PRESETS = {
 
 CHOICES = {"device": ("auto", "cuda", "cpu", "mps"), "precision": ("bf16", "fp32"), "attention": ("auto", "flex", "plain")}
 
-
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
 
+def convert(value, kind):
+    """A value read from JSON as the type an annotation names, rows of tables too; raises ValueError or TypeError."""
+    if is_dataclass(kind):
+        names = [field.name for field in fields(kind)]
+        row = dict(zip(names, value, strict=True)) if isinstance(value, list) else value
+        return kind(**{name: convert(item, kind.__annotations__[name]) for name, item in row.items()})
+    if get_origin(kind) is tuple:
+        kinds = kind.__args__[:1] * len(value) if kind.__args__[-1] is ... else kind.__args__
+        return tuple(convert(item, kind) for item, kind in zip(value, kinds, strict=True))
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise TypeError(value)
+    return value
 
 def parse_value(name: str, text: str, kind):
     """Value of `--name=text` with the type of the dataclass annotation; tables are JSON lists of rows."""
-    row = {tuple[Stage, ...]: Stage, tuple[Layer, ...]: Layer}.get(kind)
+    tables = {tuple[Stage, ...]: "Stage", tuple[Layer, ...]: "Layer"}
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        if row:
-            return tuple(row(**item) if isinstance(item, dict) else row(*item) for item in json.loads(text))
-        if kind in (tuple[int, ...], tuple[float, ...]):
-            return tuple(kind.__args__[0](item) for item in text.split(","))
-        return kind(text.replace("_", "")) if kind is int else kind(text)
-    except (ValueError, KeyError, TypeError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind)
-        wanted = wanted or (f"a JSON list of {row.__name__} rows" if row else "numbers separated by commas")
+        if kind in tables:
+            return convert(json.loads(text), kind)
+        return tuple(map(kind.__args__[0], text.split(","))) if get_origin(kind) is tuple else kind(text)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers separated by commas")
+        wanted = f"a JSON list of {tables[kind]} rows, see the tables in the script" if kind in tables else wanted
         raise UserError(f"--{name}={text} is not {wanted}; --help lists the flags and their defaults") from None
-
 
 def parse_config(argv: list[str]) -> Hyperparameters:
     """Hyperparameters from `--preset=name` and `--field=value` flags; raises UserError on anything else."""
@@ -251,41 +254,45 @@ def parse_config(argv: list[str]) -> Hyperparameters:
     check_config(cfg)
     return cfg
 
-
 def check_config(cfg: Hyperparameters):
     """Raises UserError for a value out of range or values that contradict each other."""
     def need(good, names, remedy):
         for name in names.split():
             if not good(getattr(cfg, name)):
-                raise UserError(f"--{name}={getattr(cfg, name)} {remedy}")
-    need(lambda value: value >= 1, "num_iterations val_tokens val_stream_tokens slot_tokens model_dim head_dim mlp_dim "
+                raise UserError(f"--{name}={str(getattr(cfg, name)).strip('()')} {remedy}")
+    need(lambda value: 1 <= value < 2**63, "num_iterations val_tokens val_stream_tokens slot_tokens model_dim head_dim mlp_dim "
          "gate_dim bigram_rows bigram_signs vocab_multiple", "must be at least 1")
-    need(lambda value: value >= 0, "stop_after val_every micro_batch_tokens vocab_size seed", "must not be negative")
-    need(lambda value: 0 <= value <= 1, "cooldown momentum_warmup momentum_cooldown lr_floor untie", "must be in 0..1")
+    need(lambda value: 0 <= value < 2**63, "stop_after val_every micro_batch_tokens vocab_size seed momentum_warmup",
+         "must not be negative or huge")
+    need(lambda value: 0 <= value <= 1, "cooldown momentum_cooldown lr_floor untie", "must be in 0..1")
     need(lambda value: 0 < value < math.inf, "lr attn_scale rope_base", "must be positive")
-    need(lambda value: len(value) == 2 and min(value) > 0, "final_windows momentum", "must be two positive numbers")
+    need(lambda value: len(value) == 2 and min(value) >= 1, "final_windows", "must be two positive numbers")
+    need(lambda value: len(value) == 2 and all(0 <= item < 1 for item in value), "momentum", "must be two numbers in 0..1")
     for name, choices in CHOICES.items():
         need(lambda value: value in choices, name, f"is unknown; choose from {', '.join(choices)}")
-    need(lambda dim: dim % cfg.head_dim == 0 and dim % 2 == 0 and dim >= 12, "model_dim",
-         f"must be an even multiple of --head_dim={cfg.head_dim}, at least 12")
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
+    need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim", "must hold an even number of heads of "
+         f"--head_dim={cfg.head_dim}, and be at least 12")
     need(lambda tokens: tokens % cfg.slot_tokens == 0, "micro_batch_tokens", f"must be a multiple of {cfg.slot_tokens}, "
          "--slot_tokens")
-    if cfg.model_dim // cfg.head_dim % 2:
-        raise UserError(f"--head_dim={cfg.head_dim} makes an odd number of heads; choose one that makes it even")
+    for i, stage in enumerate(cfg.stages):
+        before = cfg.stages[i - 1].until if i else 0
+        if not before < stage.until < math.inf or stage.batch_tokens % cfg.slot_tokens or not stage.lr > 0 or min(
+                stage.batch_tokens, stage.max_doc_tokens, stage.short, stage.long) < 1:
+            raise UserError(f"stage {i}: batch_tokens={stage.batch_tokens} must be a positive multiple of --slot_tokens="
+                            f"{cfg.slot_tokens}, until={stage.until} above that of the row before, the rest positive")
     if not cfg.stages or cfg.total_steps < cfg.num_iterations:
         raise UserError("the stage table ends before the run: its last row must have until >= 1")
-    for i, stage in enumerate(cfg.stages):
-        if stage.batch_tokens % cfg.slot_tokens or min(stage.batch_tokens, stage.max_doc_tokens, stage.short, stage.long) < 1:
-            raise UserError(f"stage {i}: batch_tokens={stage.batch_tokens} must be a positive multiple of "
-                            f"--slot_tokens={cfg.slot_tokens}, and its lengths and windows positive")
-    reads, skips, tables = ([value for layer in cfg.layers if (value := getattr(layer, name)) >= 0]
+    layers, last = cfg.layers, len(cfg.layers) - 1
+    reads, skips, tables = ([value for layer in layers if (value := getattr(layer, name)) >= 0]
                             for name in ("reads", "skip", "values"))
-    if not (len(set(reads)) == len(set(skips)) == 1 and [layer.mix for layer in cfg.layers].count(True) == 1
-            and cfg.layers[-1].mix and cfg.layers[-1].gate and tables == list(range(len(tables))) and len(tables) > 1):
-        raise UserError("the layer table needs one skip source, one layer that late attention reads, value tables 0, 1, ... "
-                        "in order, and gate and mix in its last row only")
-
+    if (len(set(reads)) != 1 or len(set(skips)) != 1 or tables != list(range(len(tables))) or len(tables) < 2
+            or any(layer.window not in ("short", "long") or layer.attention == (layer.skip >= 0) or layer.reads >= i
+                   or layer.skip >= i or layer.mix != (i == last) for i, layer in enumerate(layers))
+            or layers[0].reads >= 0 or not layers[0].attention or not layers[last].gate or layers[last].values < 0):
+        raise UserError("the layer table needs: windows short or long; one earlier layer that all late attention reads; one "
+                        "earlier layer that all layers without attention skip from; value tables 0, 1, ... in order, at least "
+                        "two; attention in the first layer; gate, values and mix in the last, mix only there")
 
 def print_help():
     print(__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1] + "\n")
@@ -305,7 +312,6 @@ def print_help():
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
 
-
 @dataclass(frozen=True)
 class Shard:
     """One file of tokens; see read_header for what is checked."""
@@ -322,7 +328,6 @@ class Shard:
             return np.memmap(self.path, f"<u{self.width}", "r", offset=HEADER_BYTES, shape=(self.num_tokens,))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path} changed or disappeared while in use ({error}); make it again") from None
-
 
 def read_header(path: str) -> Shard:
     """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
@@ -344,7 +349,6 @@ def read_header(path: str) -> Shard:
     bos_id = int(header[4]) or 50256
     return Shard(path, num_tokens, int(header[3]) or 50257, bos_id, width, digest)
 
-
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
     groups = []
@@ -361,7 +365,6 @@ def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Sha
                             f"{first.tokenizer[:12]}) were made with different tokenizers; make both with the same one")
     return groups[0], groups[1]
 
-
 def read_tokenizer(shard: Shard) -> bytes:
     """Content of the tokenizer.json beside a shard; raises UserError if it is absent or not the one the shard was made with."""
     path = Path(shard.path).parent / "tokenizer.json"
@@ -371,7 +374,6 @@ def read_tokenizer(shard: Shard) -> bytes:
         raise UserError(f"{path} is not the tokenizer that {shard.path} was made with ({shard.tokenizer[:12]}); "
                         "put the right one beside the shards")
     return text
-
 
 def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
     """(V,) int64: for each token the longest other token whose bytes begin it, -1 if there is none (#88)."""
@@ -384,7 +386,6 @@ def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
             longest[token] = ancestors[-1][1]
         ancestors.append((text, token))
     return longest
-
 
 def documents(shards: list[Shard]):
     """Yields (ids, start, end) for every document of every shard in order, indexing a few million tokens at a time.
@@ -400,7 +401,6 @@ def documents(shards: list[Shard]):
                 start = bos
         if start is not None:
             yield ids, start, len(ids)
-
 
 def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs (int32) and targets (int64) of one slot from (ids, start, length) pieces; the rest is padding.
@@ -419,7 +419,6 @@ def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> t
         raise UserError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {max(inputs.max(), targets.max())}, "
                         f"outside the vocabulary of {vocab_size}; make the shard again")
     return inputs, targets
-
 
 def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world_size: int, micro_slots: int):
     """Yields for every step this rank's list of micro-batches, (inputs, targets) of micro_slots slots each.
@@ -447,7 +446,6 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
         yield [tuple(np.concatenate(part) for part in zip(*mine[i:i + micro_slots]))
                for i in range(0, len(mine), micro_slots)]
 
-
 def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> str:
     """The sentence on tokens needed and found; raises UserError if there are too few."""
     needed = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps))
@@ -457,11 +455,9 @@ def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> s
                         f"(python data/fineweb.py, python data/text.py) or lower --num_iterations={cfg.num_iterations}")
     return f"tokens: {num_steps} steps need {needed:,}, found {found:,}"
 
-
 def micro_steps(cfg: Hyperparameters, stage: Stage, world_size: int, micro_slots: int) -> int:
     """Forward passes per step of the busiest rank."""
     return math.ceil(math.ceil(stage.batch_tokens // cfg.slot_tokens / world_size) / micro_slots)
-
 
 def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) streams that together hold each of the first val_tokens tokens once, in whole documents.
@@ -487,7 +483,6 @@ def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[
     return [fill_slot(pieces, cfg.val_stream_tokens, shards[0].bos_id, shards[0].vocab_size)
             for pieces in streams + [pieces] if pieces]
 
-
 def prefetch(batches, depth: int = 2):
     """The same items, prepared by a thread up to `depth` ahead; an exception in it is raised here."""
     with ThreadPoolExecutor(1) as thread:
@@ -495,7 +490,6 @@ def prefetch(batches, depth: int = 2):
         while (batch := pending.popleft().result()) is not None:
             pending.append(thread.submit(next, batches, None))
             yield batch
-
 
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """Arrays to tensors on the device, without waiting for the copy."""
@@ -511,19 +505,20 @@ def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without gain."""
     return F.rms_norm(x, (x.size(-1),))
 
+def mlp(u_TC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
+    """relu(u up^T)^2 down (#5)."""
+    return F.linear(u_TC, up_FC).relu().square() @ down_FC
 
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotates channel pairs (j, j + D/4) of the first half; the tables leave the other half where it is (#17)."""
     swapped = x_THD.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
     return x_THD * cos_TD[:, None] + swapped * sin_TD[:, None]
 
-
 def rotary_tables(position_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (T, D) for `rotary`: the first half of the channels turns, the second has no position."""
     angle = position_T[:, None].float() * inv_freq
     cos, sin, still = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return torch.cat([cos, cos, still + 1, still + 1], 1).to(dtype), torch.cat([sin, -sin, still, still], 1).to(dtype)
-
 
 class GPT(nn.Module):
     """The model, with all parameters in a few banks: one tensor for all matrices of a shape, one for all tables.
@@ -594,10 +589,10 @@ class GPT(nn.Module):
         return nets
 
     @torch.no_grad()
-    def init_parameters(self, seed: int = 0):
+    def init_parameters(self):
         """Sets every parameter and buffer to its initial value, the same for the same seed and kind of device."""
         cfg, C = self.cfg, self.cfg.model_dim
-        generator = torch.Generator(self.embed.device).manual_seed(seed)
+        generator = torch.Generator(self.embed.device).manual_seed(cfg.seed)
         self.lm_head.normal_(0, 0.005, generator=generator)
         self.embed.copy_(self.lm_head)
         self.value_embeds.normal_(0, 0.01, generator=generator)
@@ -631,7 +626,7 @@ class GPT(nn.Module):
         fast ones kept (YaRN, arXiv 2309.00071, #31), and the softmax scale grows a little.
         """
         stages = self.cfg.stages[:index + 1]
-        freq = self.cfg.rope_base ** -torch.linspace(0, 1, self.inv_freq.numel(), dtype=torch.float64)
+        freq = self.cfg.rope_base ** -torch.linspace(0, 1, self.inv_freq.numel(), dtype=torch.float64, device="cpu")
         scale = self.cfg.attn_scale
         for old, new in zip(stages, stages[1:]):
             keep = ((old.long * freq / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -640,13 +635,13 @@ class GPT(nn.Module):
         self.inv_freq.copy_(freq)
         self.attn_scale.fill_(scale)
         short, long = self.cfg.final_windows if final else (stages[-1].short, stages[-1].long)
-        self.windows.copy_(torch.tensor([short, long]))
+        self.windows.copy_(torch.tensor([short, long], device="cpu"))
         self.window_lengths = {"short": short, "long": long}
 
     def masks(self, starts_T: Tensor) -> dict[str, tuple]:
         """window -> (first visible key of each token, block mask or None without FlexAttention)."""
         index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
-        if self.cfg.attention == "plain":
+        if self.cfg.attention != "flex":
             return {name: (torch.maximum(starts_T, index - length), None) for name, length in self.window_lengths.items()}
         longest = max(self.cfg.final_windows + tuple(w for stage in self.cfg.stages for w in (stage.short, stage.long)))
         firsts = {name: torch.maximum(starts_T, index - window) for name, window in zip(("short", "long"), self.windows)}
@@ -668,12 +663,8 @@ class GPT(nn.Module):
         """What the attention of layer i adds to the stream, (T, C), from its normalised input u."""
         layer, T, H, D = self.cfg.layers[i], u_TC.size(0), self.cfg.num_heads, self.cfg.head_dim
         (qk, v, o), scales = weights, self.attn_scales[i].to(u_TC.dtype)
-        qkv = torch.cat([qk, v]) * scales[0]
-        if float8:
-            u_qkv = triton_kernels.Float8Linear.apply(u_TC, qkv, *(x[0] for x in triton_kernels.weights_to_float8(qkv[None])))
-        else:
-            u_qkv = F.linear(u_TC, qkv)
-        q, k, v = u_qkv.view(T, 3, H, D).unbind(1)
+        linear = triton_kernels.float8_linear if float8 else F.linear
+        q, k, v = linear(u_TC, torch.cat([qk, v]) * scales[0]).view(T, 3, H, D).unbind(1)
         if value_TC is not None:
             v = v + value_TC.view(T, H, D)
         q, k = rotary(norm(q) * self.attn_scale.to(q.dtype), *rope), rotary(norm(k), *rope)
@@ -704,7 +695,8 @@ class GPT(nn.Module):
         fresh, masks = starts == index, self.masks(starts)
         rope = rotary_tables(index - starts, self.inv_freq, self.embed.dtype)
         # unbinding a bank once gives one stacked gradient; indexing it layer by layer would give one a layer
-        qk, vo, mlp = self.attn_qk.view(-1, 2 * cfg.model_dim, cfg.model_dim).unbind(), self.attn_vo.unbind(), self.mlp.unbind()
+        qk, vo = self.attn_qk.view(-1, 2 * cfg.model_dim, cfg.model_dim).unbind(), self.attn_vo.unbind()
+        up, down = self.mlp.unbind()[0::2], self.mlp.unbind()[1::2]
         weights = dict(zip(self.attn_layers, zip(qk, vo[0::2], vo[1::2])))
         resid, post = (lambdas.to(self.embed.dtype) for lambdas in (self.resid_lambdas, self.post_lambdas))
         values = [F.embedding(tokens, table) for table in self.value_embeds.unbind()]
@@ -717,10 +709,8 @@ class GPT(nn.Module):
         pair = ((36313 * tokens) ^ (27191 * before)) % cfg.bigram_rows
         bigram = F.embedding(pair, self.bigram_embed) * F.embedding((tokens ^ before) % cfg.bigram_signs, self.bigram_signs)
 
-        float8 = cfg.float8 and loss_weights is not None            # validation is always in full precision
-        if float8:
-            up8, up_scale = triton_kernels.weights_to_float8(self.mlp[0::2])
-            down8, down_scale = triton_kernels.weights_to_float8(self.mlp[1::2].mT)
+        kernels = cfg.kernels and tokens.is_cuda and triton_kernels is not None
+        float8 = cfg.float8 and kernels and loss_weights is not None            # validation is always in full precision
         gates = self.gate_net("gate", 0, x0)
         x = start = x0 + gates["bigram.0"] * bigram
         kept = {}                        # outputs of the layers that later ones read
@@ -753,12 +743,8 @@ class GPT(nn.Module):
                 else:
                     x = x + torch.sigmoid(self.skip_lambda).to(x.dtype) * gates[f"skip.{i}"] * kept[layer.skip]
                 resid_mlp, post_mlp = resid[i, 1], post[i, 1]
-            if float8:
-                added = triton_kernels.Float8MLP.apply(norm(x), mlp[2 * i], mlp[2 * i + 1], up8[i], up_scale[i].clone(),
-                                                       down8[i], down_scale[i].clone())
-            else:
-                added = F.linear(norm(x), mlp[2 * i]).relu().square() @ mlp[2 * i + 1]
-            x = resid_mlp * x + post_mlp * added
+            relu2_mlp = triton_kernels.float8_mlp if float8 else mlp
+            x = resid_mlp * x + post_mlp * relu2_mlp(norm(x), up[i], down[i])
             if i in (self.skip, self.late):
                 kept[i] = x
         mix = self.gate_net("mix", 1, x)
@@ -779,8 +765,8 @@ class GPT(nn.Module):
             all_targets.append(torch.where(same, targets.roll(-k), none))
         all_targets.append(torch.where(targets >= 0, self.prefix_of[targets.clamp(min=0)], none))
         all_targets = torch.stack(all_targets, dim=1)
-        if cfg.kernels:
-            return triton_kernels.head_loss(x, self.lm_head, all_targets, loss_weights, cfg.float8)
+        if kernels:
+            return triton_kernels.head_loss(x, self.lm_head, all_targets, loss_weights, float8)
         return HeadLoss.apply(x, self.lm_head, all_targets, loss_weights)
 
     @property
@@ -798,7 +784,6 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
-
 def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, rows, cols) `dtype`: each matrix with its singular values moved to about 1 (0.86 to 1.06 from above 1e-3)."""
     x = (g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)).to(dtype)
@@ -808,7 +793,6 @@ def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
     return x
-
 
 def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2):
     """One NorMuon step (arXiv 2510.05491) on a bank of matrices, in place on master, momentum and second.
@@ -826,7 +810,6 @@ def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2):
     x = scaled * (x.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
     master.sub_(lr * (x + decay * master * (x * master >= 0)))
 
-
 def adam_update(grad, param, m, v, rate, decay, beta1, beta2):
     """One Adam step with cautious decay, in place on param, m and v (fp32); `rate` includes the bias corrections."""
     g, p = grad.float(), param.float()
@@ -834,7 +817,6 @@ def adam_update(grad, param, m, v, rate, decay, beta1, beta2):
     v.lerp_(g.square(), 1 - beta2)
     update = rate * m / (v.sqrt() + 1e-10)
     param.copy_(p - update - decay * p * (update * p > 0))
-
 
 class Optimizer:
     """NorMuon and Adam over all parameters, by the rows of PARAMETERS, with state sharded over ranks.
@@ -954,7 +936,6 @@ class Optimizer:
                          scalar(momentum(cfg, step)), rule.betas[0])
             part.copy_(state["master"])
 
-
 ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
 
 # -----------------------------------------------------------------------------
@@ -965,13 +946,11 @@ def stage_index(cfg: Hyperparameters, step: int) -> int:
     return next((i for i, stage in enumerate(cfg.stages) if step < round(stage.until * cfg.num_iterations)),
                 len(cfg.stages) - 1)
 
-
 def stage_progress(cfg: Hyperparameters, step: int) -> float:
     """0 at the first step of a stage, towards 1 at its end."""
     index = stage_index(cfg, step)
     begin = round(cfg.stages[index - 1].until * cfg.num_iterations) if index else 0
     return (step - begin) / max(1, round(cfg.stages[index].until * cfg.num_iterations) - begin)
-
 
 def lr_factor(cfg: Hyperparameters, step: int) -> float:
     """The stage's factor, falling in a straight line to lr_floor over the cooldown, where the extension stays."""
@@ -979,21 +958,18 @@ def lr_factor(cfg: Hyperparameters, step: int) -> float:
     done = min(1.0, max(0.0, (step - begin) / max(1, cfg.num_iterations - begin)))
     return cfg.stages[stage_index(cfg, step)].lr * (1 - done) + cfg.lr_floor * done
 
-
 def momentum(cfg: Hyperparameters, step: int) -> float:
     """Muon momentum: up over the warmup, down again over the last steps."""
     low, high = cfg.momentum
-    rise = step / max(1, cfg.momentum_warmup * cfg.num_iterations)
+    rise = step / max(1, cfg.momentum_warmup)
     fall = (cfg.total_steps - step) / max(1, cfg.momentum_cooldown * cfg.num_iterations)
     return low + (high - low) * max(0.0, min(1.0, rise, fall))
-
 
 def loss_weights(cfg: Hyperparameters, step: int) -> list[float]:
     """Weights of the next three tokens and of the prefix token."""
     stage, t = cfg.stages[stage_index(cfg, step)], stage_progress(cfg, step)
     starts, ends = (*stage.next_tokens[0], stage.prefix[0]), (*stage.next_tokens[1], stage.prefix[1])
     return [start + (end - start) * t for start, end in zip(starts, ends, strict=True)]
-
 
 def is_tied(cfg: Hyperparameters, step: int) -> bool:
     """Whether embedding and head are one matrix; the last such step is odd, so that Adam moves at it."""
@@ -1006,7 +982,6 @@ def is_tied(cfg: Hyperparameters, step: int) -> bool:
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
               "RTX 3090": 71e12, "B200": 2250e12}
 
-
 @dataclass(frozen=True)
 class Machine:
     """Where this process runs: its device, its place among the ranks, and the name of the device."""
@@ -1014,7 +989,6 @@ class Machine:
     rank: int
     world_size: int
     name: str
-
 
 def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
@@ -1037,7 +1011,6 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     name = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads"
     return Machine(device, rank, world_size, name)
 
-
 def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hyperparameters:
     """The config with everything that was left to the machine and the shards filled in."""
     cuda = machine.device.type == "cuda"
@@ -1052,23 +1025,22 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
     if attention == "flex" and (cfg.slot_tokens % BLOCK or cfg.val_stream_tokens % BLOCK):
         raise UserError(f"--slot_tokens={cfg.slot_tokens} and --val_stream_tokens={cfg.val_stream_tokens} must be multiples "
                         f"of {BLOCK} with --attention=flex")
-    kernels = cfg.kernels and cuda and triton_kernels is not None and cfg.precision == "bf16"
+    kernels = cfg.kernels and cuda and triton_kernels is not None and cfg.precision == "bf16"      # they take bf16 only
     float8 = cfg.float8 and kernels and torch.cuda.get_device_capability() >= (8, 9) and vocab_size % 16 == 0
     return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, attention=attention, compile=cfg.compile and cuda,
                    kernels=kernels, float8=float8)
 
-
 def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
     """Slots per micro-batch on this rank, and the sentence that explains them.
 
-    Measured on an H200: activations take 11 numbers per token, layer and channel, and 4 per hidden unit; weights,
-    gradients and optimizer state 16 bytes a parameter on one rank.
+    Measured on an H200: activations take up to 11 numbers per token, layer and channel, and 3 per hidden unit (4
+    without kernels); weights, gradients and optimizer state 16 bytes a parameter on one rank.
     """
     share = math.ceil(min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens / machine.world_size)
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
         return min(cfg.micro_batch_tokens // cfg.slot_tokens or share, share), "memory plan: none"
     width = 2 if cfg.precision == "bf16" else 4
-    per_token = width * len(cfg.layers) * (11 * cfg.model_dim + 4 * cfg.mlp_dim)
+    per_token = width * len(cfg.layers) * (11 * cfg.model_dim + (3 if cfg.kernels else 4) * cfg.mlp_dim)
     rows = (2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows
     matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim)
     static = 16 * (rows + matrices) * cfg.model_dim + 4 * width * HEAD_CHUNK * cfg.vocab_size
@@ -1081,7 +1053,6 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
     need = static + slots * cfg.slot_tokens * per_token
     return slots, (f"memory plan: {static / 2**30:.1f} GiB for parameters, gradients, state and logits + {slots} x "
                    f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {need / 2**30:.1f} of {have / 2**30:.1f} GiB")
-
 
 class Run:
     """The run folder: log.txt, run.json, the source, the curve, the checkpoint. Written as the run goes, by rank 0."""
@@ -1183,24 +1154,20 @@ class Run:
         if not self.master or not self.train_losses:
             return
         try:
-            import matplotlib
+            from matplotlib.backends.backend_svg import FigureCanvasSVG
+            from matplotlib.figure import Figure
         except ImportError:
             return self.print("no curve.svg: matplotlib is not installed (pip install matplotlib)")
-        matplotlib.use("svg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-        for axis, column, label in ((axes[0], 0, "step"), (axes[1], 1, "training time in seconds")):
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        for axis, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("step", "training time in seconds")):
             train, val = np.array(self.train_losses), np.array(self.history)
             axis.plot(train[:, column], train[:, 2], color="0.65", linewidth=0.8, label="training (weighted)")
             axis.plot(val[:, column], val[:, 2], "o-", color="black", markersize=4, label="validation")
-            axis.set_xlabel(label)
+            axis.set(xlabel=label, ylabel="loss in nats per token")
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel("loss in nats per token")
-        axes[0].legend()
-        figure.suptitle(f"{Path(__file__).stem}, final validation loss {self.history[-1][2]:.4f}")
-        figure.savefig(self.folder / "curve.svg")
-        plt.close(figure)
-
+            axis.legend()
+        figure.suptitle(f"{Path(__file__).stem}: validation loss {self.history[-1][2]:.4f} after {self.history[-1][0]} steps")
+        FigureCanvasSVG(figure).print_svg(self.folder / "curve.svg")
 
 def command_output(*words: str) -> str:
     """What a command prints, or nothing if it fails."""
@@ -1208,7 +1175,6 @@ def command_output(*words: str) -> str:
         return subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
 
 def write_atomically(path: Path, content: bytes):
     """Writes under a temporary name, then renames, so that a reader never sees half a file."""
@@ -1243,7 +1209,6 @@ def save_checkpoint(run: Run, model: GPT, step: int, tokenizer: bytes, val_loss:
     write_atomically(root / "latest", final.name.encode())
     return final
 
-
 def config_from_dict(values: dict) -> Hyperparameters:
     """Hyperparameters from the `config` of a checkpoint's meta.json; raises UserError on unknown or missing fields."""
     names = {field.name for field in fields(Hyperparameters)}
@@ -1251,12 +1216,9 @@ def config_from_dict(values: dict) -> Hyperparameters:
         odd = sorted(values.keys() ^ names) if isinstance(values, dict) else values
         raise UserError(f"the checkpoint's config and this script differ in {odd}; use the script that made it")
     try:
-        rows = {"stages": tuple(Stage(**row) for row in values["stages"]),
-                "layers": tuple(Layer(**row) for row in values["layers"])}
-        cfg = Hyperparameters(**{name: tuple(value) if isinstance(value, list) else value
-                                 for name, value in values.items() if name not in rows}, **rows)
+        cfg = convert(values, Hyperparameters)
         check_config(cfg)
-    except TypeError as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"the checkpoint's config cannot be read ({error}); use the script that made it") from None
     return cfg
 
@@ -1275,14 +1237,12 @@ def digest(tensors: dict[str, Tensor]) -> dict[str, int]:
             sums[name] += int((chunk.long() * (weights | 1)).sum())
     return sums
 
-
 def run_state(model: GPT, optimizer: Optimizer, machine: Machine) -> dict[str, Tensor]:
     """Every tensor that training changes, and the random state."""
     state = dict(model.state_dict()) | {"rng": torch.get_rng_state()}
     if machine.device.type == "cuda":
         state["cuda rng"] = torch.cuda.get_rng_state(machine.device)
     return state | {f"{name}.{key}": t for name, part in optimizer.state.items() for key, t in part.items()}
-
 
 def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, stop: bool = False) -> Tensor:
     """Forward and backward of all micro-batches and one optimizer step.
@@ -1300,7 +1260,6 @@ def training_step(model, optimizer: Optimizer, batches: list, step: int, machine
     optimizer.step(step)
     return total
 
-
 @torch.no_grad()
 def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> float:
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
@@ -1310,7 +1269,6 @@ def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> fl
     if machine.world_size > 1:
         dist.all_reduce(total)
     return total.item() / cfg.val_tokens
-
 
 def warm_up(model, optimizer: Optimizer, machine: Machine, micro_slots: int):
     """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit."""
@@ -1328,13 +1286,12 @@ def warm_up(model, optimizer: Optimizer, machine: Machine, micro_slots: int):
     training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)], untied, machine)
     with torch.no_grad():
         model(*to_device(synthetic(cfg.val_stream_tokens), machine.device))
-    raw.init_parameters(cfg.seed)
+    raw.init_parameters()
     share_parameters(raw, machine)
     optimizer.reset()
     after = digest(run_state(raw, optimizer, machine))
     changed = [name for name in before if before[name] != after[name]]
     assert not changed, f"warm-up changed the initial state of {changed}"
-
 
 def share_parameters(model: GPT, machine: Machine):
     """Rank 0's parameters and buffers for all: random numbers may differ between kinds of GPU."""
@@ -1342,17 +1299,14 @@ def share_parameters(model: GPT, machine: Machine):
         for tensor in [*model.parameters(), *model.buffers()]:
             dist.broadcast(tensor.data, 0)
 
-
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made so far in this process."""
     return torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
-
 
 def first_bad(model: GPT) -> str:
     """The first parameter of the table with a NaN or Inf in it."""
     named = dict(model.named_parameters())
     return next((name for name in PARAMETERS if not torch.isfinite(named[name]).all()), "none: only the loss")
-
 
 class Clock:
     """Training time in seconds: runs only between start() and stop(), which wait for the device and all ranks."""
@@ -1377,7 +1331,6 @@ class Clock:
     @property
     def seconds(self) -> float:
         return self.before + (time.perf_counter() - self.started if self.started else 0.0)
-
 
 def train(cfg: Hyperparameters, argv: list[str]) -> int:
     """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. Returns exit code."""
@@ -1449,7 +1402,6 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     run.finish("finished" if finished else "interrupted", done, clock, folder, train_shards + val_shards)
     return 0 if finished else 130
 
-
 def main() -> int:
     """Runs the command line; returns the exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
     argv = sys.argv[1:]
@@ -1473,7 +1425,6 @@ def main() -> int:
 # Kernels (appendix)
 
 BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
-
 
 def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
     """FlexAttention mask where query q sees keys first[q]..q, for non-decreasing `first` (int32, length a multiple of BLOCK).
@@ -1502,7 +1453,6 @@ def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
         return (kv_index <= q_index) & (kv_index >= first_T[q_index])
     return BlockMask((first_T.numel(), first_T.numel()), *kv, *full_kv, *q, *full_q, (BLOCK, BLOCK), visible)
 
-
 def flex(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask) -> Tensor:
     """Attention output (T, H, D) under a block mask; the softmax scale is already in q."""
     # 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md)
@@ -1510,7 +1460,6 @@ def flex(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask) -> Tensor
              "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 3}
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
     return flex_attention(q, k, v, block_mask=mask, scale=1.0, kernel_options=tiles)[0].transpose(0, 1)
-
 
 def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor, window: int) -> Tensor:
     """The same in plain PyTorch: chunks as long as the window, each of which sees itself and the one before."""
@@ -1529,10 +1478,8 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0)
     return y.transpose(1, 2).reshape(n * size, H, D)[:T]
 
-
 LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
 HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time
-
 
 class HeadLoss(torch.autograd.Function):
     """Sum over tokens of the weighted cross-entropies of several targets, without keeping any logits.
@@ -1568,11 +1515,9 @@ class HeadLoss(torch.autograd.Function):
         dx, dweight = ctx.saved_tensors
         return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
 
-
 def map_logits(logits: Tensor) -> Tensor:
     """fp32 logits in 0..23 from the head's raw product."""
     return LOGIT_SCALE * torch.sigmoid((logits.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
-
 
 if __name__ == "__main__":
     sys.exit(main())

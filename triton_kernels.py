@@ -18,13 +18,11 @@ HEAD_CHUNK = 32_768                      # tokens whose logits exist at one time
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-
 @triton.jit
 def tanh_of_logit(z):
     """tanh((z + 5) / 15) in one instruction of the special function unit, relative error 2^-11."""
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [(z + 5.0) * (1.0 / 15.0)], dtype=tl.float32,
                                      is_pure=True, pack=1)
-
 
 @triton.jit
 def cross_entropy_kernel(z_TV, targets_TK, weights_K, loss_T, lse_T, weight_T, z_target_TK, V, K: tl.constexpr, BLOCK: tl.constexpr):
@@ -50,14 +48,12 @@ def cross_entropy_kernel(z_TV, targets_TK, weights_K, loss_T, lse_T, weight_T, z
     tl.store(lse_T + row, lse)
     tl.store(weight_T + row, weight)
 
-
 @triton.jit
 def grad_of_logit(z, lse, weight, targets_weight, scale):
     """Derivative of the row's loss by z, times scale, where `targets_weight` is the weight of targets at this column."""
     tanh = tanh_of_logit(z)
     grad = weight * tl.exp2((11.5 * LOG2_E) * tanh + (11.5 - lse) * LOG2_E) - targets_weight
     return grad * (1.0 - tanh * tanh) * ((11.5 / 15.0) * scale)
-
 
 @triton.jit
 def cross_entropy_grad_kernel(z_TV, lse_T, weight_T, grad_TV, grad_VT, scale, T, V, TRANSPOSE: tl.constexpr,
@@ -76,7 +72,6 @@ def cross_entropy_grad_kernel(z_TV, lse_T, weight_T, grad_TV, grad_VT, scale, T,
         place = column.to(tl.int64)[:, None] * T + row[None, :]
         tl.store(grad_VT + place, tl.trans(grad.to(tl.bfloat16)).to(grad_VT.dtype.element_ty), mask=tl.trans(inside))
 
-
 @triton.jit
 def target_grad_kernel(z_target_TK, targets_TK, weights_K, lse_T, weight_T, grad_TV, grad_VT, scale, T, V, K: tl.constexpr,
                        TRANSPOSE: tl.constexpr):
@@ -92,7 +87,6 @@ def target_grad_kernel(z_target_TK, targets_TK, weights_K, lse_T, weight_T, grad
         tl.store(grad_TV + row * V + target, grad, mask=target >= 0)
         if TRANSPOSE:
             tl.store(grad_VT + target.to(tl.int64) * T + row, grad, mask=target >= 0)
-
 
 def cross_entropy(z_TV: Tensor, targets_TK: Tensor, weights_K: Tensor, float8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss summed, gradient by z (T, V), its transpose (V, T) or None).
@@ -121,12 +115,10 @@ def to_float8(x: Tensor, scale: float) -> Tensor:
     """x * scale in e4m3, saturating."""
     return (x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
 
-
 def scaled_product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype, fast: bool) -> Tensor:
     """a @ b / scale for float8 a (row-major) and b (column-major)."""
     one = torch.ones((), device=a.device)        # scales need storage of their own: cuBLAS wants them 16-byte aligned
     return torch._scaled_mm(a, b, scale_a=one, scale_b=one / scale, out_dtype=dtype, use_fast_accum=fast)
-
 
 @torch.library.custom_op("minutegpt::head_loss", mutates_args=())
 def head_loss_op(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Tensor,
@@ -152,19 +144,15 @@ def head_loss_op(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K:
         loss += part
     return loss, dx, dweight.to(weight_VC.dtype)
 
-
 @head_loss_op.register_fake
 def _(x_TC, weight_VC, targets_TK, weights_K, float8):
     return weights_K.new_empty(()), torch.empty_like(x_TC), torch.empty_like(weight_VC)
-
 
 def head_loss_backward(ctx, grad, *_):
     dx, dweight = ctx.saved_tensors
     return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None, None
 
-
 head_loss_op.register_autograd(head_loss_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
-
 
 def head_loss(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Tensor, float8: bool) -> Tensor:
     """Sum over tokens of the weighted cross-entropies of K targets (int64, -1: none), a fp32 scalar with gradients.
@@ -177,36 +165,33 @@ def head_loss(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Te
 # -----------------------------------------------------------------------------
 # Float8 in the forward, bf16 in the backward: projections of normalised rows, and the MLP
 
-def weights_to_float8(weight_NFC: Tensor) -> tuple[Tensor, Tensor]:
-    """A bank of matrices in e4m3 with one scale a matrix, so that its largest entry becomes 448; and the scales (N,)."""
-    scale = 448 / weight_NFC.detach().abs().amax(dim=(1, 2)).float().clamp(min=1e-12)
-    return to_float8(weight_NFC.detach(), scale[:, None, None]).contiguous(), scale
-
+def weight_to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in e4m3 scaled so that its largest entry becomes 448, row-major; and the scale."""
+    scale = 448 / weight.abs().amax().float().clamp(min=1e-12)
+    return to_float8(weight, scale).contiguous(), scale
 
 class Float8Linear(torch.autograd.Function):
-    """u @ weight.T with a float8 product; u (T, C) bf16 with RMS-normalised rows, weight (F, C) bf16, weight8 its e4m3."""
+    """The product of float8_linear; its gradients are bf16 products."""
 
     @staticmethod
-    def forward(ctx, u, weight, weight8, scale):
+    def forward(ctx, u, weight):
         ctx.save_for_backward(u, weight)
+        weight8, scale = weight_to_float8(weight)
         return scaled_product(to_float8(u, X_SCALE), weight8.T, X_SCALE * scale, u.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):
         u, weight = ctx.saved_tensors
-        return grad @ weight, grad.T @ u, None, None
-
+        return grad @ weight, grad.T @ u
 
 class Float8MLP(torch.autograd.Function):
-    """relu(u @ up.T)^2 @ down with float8 products; u (T, C) with RMS-normalised rows, up and down (F, C), all bf16.
-
-    up8 (F, C) and down8 (C, F) are e4m3. For normalised u a hidden unit's pre-activation has about the size of its row
-    of `up`; the square is scaled by the mean square of those, so that units 20 times that size still fit.
-    """
+    """The products of float8_mlp; its gradients are bf16 products."""
 
     @staticmethod
-    def forward(ctx, u, up, down, up8, up_scale, down8, down_scale):
+    def forward(ctx, u, up, down):
+        (up8, up_scale), (down8, down_scale) = weight_to_float8(up), weight_to_float8(down.T)
         pre = scaled_product(to_float8(u, X_SCALE), up8.T, X_SCALE * up_scale, u.dtype, fast=True)
+        # for normalised u a pre-activation has about the norm of its row of `up`: units 20 times that still fit
         hidden_scale = 1 / up.float().square().sum(dim=1).mean()
         hidden8 = to_float8(pre.relu().float().square(), hidden_scale)
         ctx.save_for_backward(u, pre, up, down)
@@ -217,4 +202,12 @@ class Float8MLP(torch.autograd.Function):
         u, pre, up, down = ctx.saved_tensors
         relu = pre.relu()
         dpre = 2 * relu * (grad @ down.T)
-        return dpre @ up, dpre.T @ u, relu.square().T @ grad, None, None, None, None
+        return dpre @ up, dpre.T @ u, relu.square().T @ grad
+
+def float8_linear(u_TC: Tensor, weight_FC: Tensor) -> Tensor:
+    """u @ weight.T (T, F), the product in float8; u bf16 with RMS-normalised rows, weight bf16."""
+    return Float8Linear.apply(u_TC, weight_FC)
+
+def float8_mlp(u_TC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
+    """relu(u @ up.T)^2 @ down (T, C), both products in float8; u bf16 with RMS-normalised rows, up and down bf16."""
+    return Float8MLP.apply(u_TC, up_FC, down_FC)

@@ -30,7 +30,7 @@ FLAGS = {
     "cooldown": 0.5, "lr_floor": 0.0, "untie": 1.0,
     "layers": LAYERS, "model_dim": 1536, "head_dim": 64, "mlp_dim": 100, "gate_dim": 3, "bigram_rows": 77,
     "bigram_signs": 5, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2, "rope_base": 10_000.0,
-    "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 0.1, "momentum_cooldown": 0.2,
+    "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 10, "momentum_cooldown": 0.2,
     "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "compile": False, "seed": 5, "out_dir": "else where",
 }
 
@@ -129,7 +129,7 @@ def test_values_of_the_wrong_type(refused, flag, words):
     "--stop_after=-1", "--val_every=-1", "--micro_batch_tokens=-1", "--micro_batch_tokens=100", "--slot_tokens=1000",
     "--model_dim=0", "--model_dim=700", "--head_dim=0", "--head_dim=6", "--head_dim=256", "--mlp_dim=0", "--gate_dim=0",
     "--bigram_rows=0", "--bigram_signs=0", "--vocab_size=-1", "--vocab_multiple=0",
-    "--cooldown=1.5", "--cooldown=-0.1", "--cooldown=nan", "--lr_floor=2", "--untie=-1", "--momentum_warmup=7",
+    "--cooldown=1.5", "--cooldown=-0.1", "--cooldown=nan", "--lr_floor=2", "--untie=-1", "--momentum_warmup=-7",
     "--momentum_cooldown=-1", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--attn_scale=0", "--attn_scale=nan",
     "--rope_base=0", "--rope_base=inf", "--momentum=0.9", "--momentum=0.8,0.9,1", "--momentum=0.9,1.5",
     "--momentum=nan,nan", "--final_windows=0,5", "--final_windows=5", "--final_windows=5,0", "--final_windows=1,2,3",

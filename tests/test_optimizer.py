@@ -292,16 +292,17 @@ def test_the_shares_of_all_ranks_are_the_parameter_and_some_padding(cfg, world_s
 # Warm-up
 
 @pytest.fixture
-def fresh(cfg):
-    """Function that returns a new model and optimizer of the same seed."""
-    def make():
-        model = GPT(cfg)
+def fresh(small_config):
+    """Function of a seed that returns a new model and optimizer."""
+    def make(seed=0):
+        model = GPT(small_config(seed=seed))
         return model, Optimizer(model)
     return make
 
 
-def test_the_warm_up_leaves_everything_as_it_was(fresh):
-    model, optimizer = fresh()
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_warm_up_leaves_everything_as_it_was(fresh, seed):
+    model, optimizer = fresh(seed)
     before = digest(run_state(model, optimizer, machine()))
     parameters = [param.detach().clone() for param in model.parameters()]
     train_gpt.warm_up(model, optimizer, machine(), 2)
@@ -309,7 +310,7 @@ def test_the_warm_up_leaves_everything_as_it_was(fresh):
     assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters()))
     assert all(param.grad is None for param in model.parameters())
     losses = []
-    for model, optimizer in ((model, optimizer), fresh()):  # the first steps are those of a run without it, bit for bit
+    for model, optimizer in ((model, optimizer), fresh(seed)):  # the first steps are those of a run without it, bit for bit
         losses.append([train_gpt.training_step(model, optimizer, batches(2, step), step, machine()).tolist()
                        for step in range(3)])
     assert losses[0] == losses[1]
@@ -321,7 +322,7 @@ def test_a_warm_up_that_leaves_a_trace_is_noticed(fresh, monkeypatch, what):
     if what == "optimizer":
         monkeypatch.setattr(Optimizer, "reset", lambda self: None)
     else:
-        monkeypatch.setattr(GPT, "init_parameters", lambda self, seed=0: None)
+        monkeypatch.setattr(GPT, "init_parameters", lambda self: None)
     with pytest.raises(AssertionError, match="warm-up"):
         train_gpt.warm_up(model, optimizer, machine(), 1)
 
