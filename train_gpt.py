@@ -13,6 +13,7 @@ n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Opti
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
 import base64
+import errno
 import glob
 import hashlib
 import json
@@ -36,6 +37,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -171,8 +174,8 @@ class Hyperparameters:
     # optimizer
     lr: float = 1.0                      # factor on every learning rate of PARAMETERS
     momentum: tuple[float, ...] = (0.85, 0.95)      # Muon momentum: low, high
-    momentum_warmup: int = 300           # steps from low to high; not scaled: a horizon of 20 steps is too long for
-    momentum_cooldown: float = 0.039     # ... short runs (dev/EXPERIMENTS.md); back over this last fraction of the run
+    momentum_warmup: int = 300           # steps from low to high; steps, for short runs want a short memory
+    momentum_cooldown: float = 0.039     # back to low over this last fraction of num_iterations
     # machine
     device: str = "auto"                 # cuda, cpu or mps
     precision: str = "bf16"              # of weights and activations: bf16 or fp32
@@ -196,7 +199,7 @@ PRESETS = {
     "speedrun": Hyperparameters(),       # track 1
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=131_072,
-        val_stream_tokens=8192, slot_tokens=1024, num_iterations=900, val_every=150, stages=TINY_STAGES,
+        val_stream_tokens=8192, slot_tokens=1024, num_iterations=110, val_every=50, stages=TINY_STAGES,
         final_windows=(64, 256), layers=TINY_LAYERS, model_dim=192, head_dim=48, mlp_dim=768, gate_dim=16,
         bigram_rows=32_768, bigram_signs=256, vocab_multiple=1, precision="fp32", compile=False),
 }
@@ -208,6 +211,9 @@ CHOICES = {"device": ("auto", "cuda", "cpu", "mps"), "precision": ("bf16", "fp32
 
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+
+class RankError(UserError):
+    """A UserError that other ranks may not see."""
 
 def convert(value, kind):
     """A value read from JSON as the type an annotation names, rows of tables too; raises ValueError or TypeError."""
@@ -302,7 +308,7 @@ def print_help():
     comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if ":" in line}
     for field in fields(Hyperparameters):
         table = field.name in ("stages", "layers")
-        value = "the table above, as JSON rows" if table else field.default
+        value = "JSON rows, see the table in the script" if table else field.default
         value = ",".join(map(str, value)) if isinstance(value, tuple) else value
         print(f"  --{field.name}={value}".ljust(66) + comments.get(field.name, ""))
 
@@ -416,7 +422,7 @@ def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> t
         targets[filled + len(after):filled + length] = bos_id       # the shard ends with this document
         filled += length
     if max(inputs.max(), targets.max()) >= vocab_size:
-        raise UserError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {max(inputs.max(), targets.max())}, "
+        raise RankError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {max(inputs.max(), targets.max())}, "
                         f"outside the vocabulary of {vocab_size}; make the shard again")
     return inputs, targets
 
@@ -785,7 +791,7 @@ POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
                  (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, rows, cols) `dtype`: each matrix with its singular values moved to about 1 (0.86 to 1.06 from above 1e-3)."""
+    """(N, rows, cols) `dtype`: each matrix with its singular values moved to about 1 (0.86 to 1.14 from above 1e-3)."""
     x = (g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)).to(dtype)
     tall = x.size(1) > x.size(2)
     for a, b, c in POLAR_EXPRESS:
@@ -794,12 +800,12 @@ def polar_express(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
         x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
     return x
 
-def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2):
+def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2, apply):
     """One NorMuon step (arXiv 2510.05491) on a bank of matrices, in place on master, momentum and second.
 
     grad (N, rows, cols) any dtype; master, momentum fp32 of the same shape; second (N, rows, 1) or (N, 1, cols); lr
-    (N, 1, 1) spectral norm per step; decay, mu, beta2 scalars. Decay acts only where the update shrinks the weight
-    (cautious, arXiv 2411.16085).
+    (N, 1, 1) spectral norm per step; decay, mu, beta2 scalars; apply a bool tensor: whether master changes. Decay acts
+    only where the update shrinks the weight (cautious, arXiv 2411.16085).
     """
     g = grad.float()
     momentum.lerp_(g, 1 - mu)
@@ -808,15 +814,18 @@ def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2):
     second.lerp_(x.square().mean(dim=axis, keepdim=True), 1 - beta2)
     scaled = x * second.clamp(min=1e-10).rsqrt()
     x = scaled * (x.norm(dim=(1, 2), keepdim=True) / scaled.norm(dim=(1, 2), keepdim=True).clamp(min=1e-10))
-    master.sub_(lr * (x + decay * master * (x * master >= 0)))
+    master.copy_(torch.where(apply, master - lr * (x + decay * master * (x * master >= 0)), master))
 
-def adam_update(grad, param, m, v, rate, decay, beta1, beta2):
-    """One Adam step with cautious decay, in place on param, m and v (fp32); `rate` includes the bias corrections."""
+def adam_update(grad, param, m, v, rate, decay, beta1, beta2, apply):
+    """One Adam step with cautious decay, in place on param (if `apply`), m and v (fp32).
+
+    `rate` includes the bias corrections.
+    """
     g, p = grad.float(), param.float()
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
     update = rate * m / (v.sqrt() + 1e-10)
-    param.copy_(p - update - decay * p * (update * p > 0))
+    param.copy_(torch.where(apply, p - update - decay * p * (update * p > 0), p))
 
 class Optimizer:
     """NorMuon and Adam over all parameters, by the rows of PARAMETERS, with state sharded over ranks.
@@ -830,7 +839,8 @@ class Optimizer:
         assert named.keys() == PARAMETERS.keys(), f"in one place only: {sorted(named.keys() ^ PARAMETERS.keys())}"
         self.model, self.params, self.rank, self.world_size = model, named, rank, world_size
         compiled = model.cfg.compile
-        torch._dynamo.config.recompile_limit = 64                   # one graph a parameter shape
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64               # one graph a parameter shape
         self.normuon = torch.compile(normuon_update, dynamic=False) if compiled else normuon_update
         self.adam = torch.compile(adam_update, dynamic=False) if compiled else adam_update
         self.whole, self.state = {}, {}
@@ -870,6 +880,7 @@ class Optimizer:
     @torch.no_grad()
     def reset(self):
         """State of step 0 for the parameters as they are."""
+        self.healthy = torch.ones((), dtype=torch.bool, device=self.model.embed.device)
         for name, state in self.state.items():
             for tensor in state.values():
                 tensor.zero_()
@@ -891,8 +902,12 @@ class Optimizer:
         return part, dist.reduce_scatter_tensor(part, grad, async_op=True)
 
     @torch.no_grad()
-    def step(self, step: int):
-        """Updates the parameters that are due at this step and drops their gradients."""
+    def step(self, step: int, apply: Tensor | None = None):
+        """Updates the parameters that are due at this step and drops their gradients.
+
+        apply: bool scalar on the device; once it was false (the loss is not finite) no parameter changes any more.
+        """
+        apply = self.healthy = self.healthy if apply is None else self.healthy & apply
         cfg, tied = self.model.cfg, is_tied(self.model.cfg, step)
         if tied:                         # one matrix: its gradient is the sum, and the embedding follows the head
             head, embed = self.params["lm_head"], self.params["embed"]
@@ -906,7 +921,7 @@ class Optimizer:
             grad, handle = reduced.pop(name)
             if handle:
                 handle.wait()
-            self.update(name, grad, step)
+            self.update(name, grad, step, apply)
             if self.world_size > 1 and PARAMETERS[name].shared == "shard":
                 gathers[name] = dist.all_gather_into_tensor(self.whole[name], self.part(name), async_op=True)
         for handle in gathers.values():
@@ -917,7 +932,7 @@ class Optimizer:
                 for key, value in self.state["lm_head"].items():
                     self.state["embed"][key].copy_(value)
 
-    def update(self, name: str, grad: Tensor, step: int):
+    def update(self, name: str, grad: Tensor, step: int, apply: Tensor):
         """The rule of one parameter, on this rank's part."""
         cfg, rule, state, part = self.model.cfg, PARAMETERS[name], self.state[name], self.part(name)
         factor = cfg.lr * lr_factor(cfg, step)
@@ -926,15 +941,16 @@ class Optimizer:
             lr, (beta1, beta2) = rule.lr * factor, rule.betas
             state["count"] += 1
             corrected = lr * math.sqrt(1 - beta2 ** int(state["count"])) / (1 - beta1 ** int(state["count"]))
-            self.adam(grad, part, state["m"], state["v"], scalar(corrected), scalar(lr * lr * rule.decay), beta1, beta2)
+            self.adam(grad, part, state["m"], state["v"], scalar(corrected), scalar(lr * lr * rule.decay), beta1, beta2,
+                      apply)
         else:
             rates = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,)
             offset = self.rank * part.size(0)
             lr = torch.tensor([rates[(offset + n) % len(rates)] * factor for n in range(part.size(0))])
             lr = lr.view(-1, 1, 1).to(part.device, non_blocking=True)
             self.normuon(grad, state["master"], state["m"], state["v"], lr, scalar(rule.decay * ATTN_LR * factor),
-                         scalar(momentum(cfg, step)), rule.betas[0])
-            part.copy_(state["master"])
+                         scalar(momentum(cfg, step)), rule.betas[0], apply)
+            part.copy_(torch.where(apply, state["master"], part))
 
 ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
 
@@ -1060,17 +1076,22 @@ class Run:
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str]):
         self.cfg, self.machine, self.master, self.live = cfg, machine, machine.rank == 0, False
         self.history, self.train_losses, self.tokens_seen, self.wrote = [], [], 0, 0.0
+        script, error = Path(__file__), None
+        if self.master:
+            self.folder = Path(cfg.out_dir) / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{uuid.uuid4().hex[:6]}"
+            try:
+                self.folder.mkdir(parents=True)
+                shutil.copy(script, self.folder / script.name)
+                self.log_file = open(self.folder / "log.txt", "w", buffering=1)
+            except OSError as os_error:
+                error = f"--out_dir={cfg.out_dir} cannot be written ({os_error.strerror}); choose another"
+        if machine.world_size > 1:
+            dist.broadcast_object_list(errors := [error], 0)
+            error = errors[0]
+        if error:
+            raise UserError(error)
         if not self.master:
             return
-        script = Path(__file__)
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{uuid.uuid4().hex[:6]}"
-        self.folder = Path(cfg.out_dir) / name
-        try:
-            self.folder.mkdir(parents=True)
-            shutil.copy(script, self.folder / script.name)
-            self.log_file = open(self.folder / "log.txt", "w", buffering=1)
-        except OSError as error:
-            raise UserError(f"--out_dir={cfg.out_dir} cannot be written ({error.strerror}); choose another") from None
         source = script.read_text()
         self.log_file.write(source + "\n" + "=" * 100 + "\n")
         self.info = {
@@ -1108,11 +1129,7 @@ class Run:
         batch = cfg.stages[stage_index(cfg, step - 1)].batch_tokens
         self.tokens_seen += batch
         loss = loss / batch / sum(loss_weights(cfg, step - 1))
-        if not math.isfinite(loss):
-            text = (f"the loss of step {step} is {loss}; first parameter that is not finite: {first_bad(model)}; lower "
-                    f"--lr={cfg.lr} or look at the last change")
-            self.save(status="diverged", error=text, tokens_seen=self.tokens_seen)
-            raise FloatingPointError(text)
+        self.need_finite(loss, f"the loss of step {step}", model)
         rate = self.tokens_seen / seconds
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in self.machine.name), 0) * self.machine.world_size
         mfu = f"{600 * model.matmul_parameters * rate / peak:.1f}%" if peak else "n/a"
@@ -1128,8 +1145,17 @@ class Run:
             self.live, self.wrote = terminal, time.time()
         return stop > 0
 
-    def validated(self, step: int, clock, val_loss: float):
+    def need_finite(self, loss: float, what: str, model):
+        """Raises FloatingPointError, which names what is wrong, if a loss is NaN or infinite."""
+        if not math.isfinite(loss):
+            text = (f"{what} is {loss}; first parameter that is not finite: {first_bad(model)}; lower --lr={self.cfg.lr} or "
+                    "look at the last change")
+            self.save(status="diverged", error=text, tokens_seen=self.tokens_seen)
+            raise FloatingPointError(text)
+
+    def validated(self, step: int, clock, val_loss: float, model):
         """Logs a validation, which is also when run.json is brought up to date."""
+        self.need_finite(val_loss, f"the validation loss of step {step}", model)
         self.history.append((step, clock.seconds, val_loss))
         self.print(f"step:{step}/{self.cfg.total_steps} val_loss:{val_loss:.6f} train_time:{1000 * clock.seconds:.0f}ms "
                    f"step_avg:{1000 * clock.seconds / max(step, 1):.2f}ms")
@@ -1188,23 +1214,25 @@ def write_atomically(path: Path, content: bytes):
 # -----------------------------------------------------------------------------
 # Checkpoint
 
-def save_checkpoint(run: Run, model: GPT, step: int, tokenizer: bytes, val_loss: float | None) -> Path | None:
+def save_checkpoint(run: Run, model: GPT, step: int, tokenizer: bytes) -> Path | None:
     """Writes the folder checkpoint/step_<n> of the run (model.safetensors, meta.json, tokenizer.json), then `latest`."""
     if not run.master:
         return None
-    from safetensors.torch import save_file
     root = run.folder / "checkpoint"
     final, temporary = root / f"step_{step:06d}", root / f".step_{step:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()},
-              temporary / "model.safetensors")
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()},
+                  temporary / "model.safetensors")
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{temporary} cannot be written ({error}); free space or choose another --out_dir") from None
     meta = {"format": 1, "script": Path(__file__).stem, "source_sha256": run.info["source_sha256"],
-            "config": asdict(model.cfg), "step": step, "stage": stage_index(model.cfg, step - 1), "val_loss": val_loss,
+            "config": asdict(model.cfg), "step": step, "stage": stage_index(model.cfg, step - 1), "val_loss": None,
             "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest()}
     write_atomically(temporary / "tokenizer.json", tokenizer)
     write_atomically(temporary / "meta.json", json.dumps(meta, indent=1).encode())
-    shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     write_atomically(root / "latest", final.name.encode())
     return final
@@ -1257,7 +1285,7 @@ def training_step(model, optimizer: Optimizer, batches: list, step: int, machine
         total[0] += loss.detach()
     if machine.world_size > 1:
         dist.all_reduce(total)
-    optimizer.step(step)
+    optimizer.step(step, torch.isfinite(total[0]))
     return total
 
 @torch.no_grad()
@@ -1301,7 +1329,8 @@ def share_parameters(model: GPT, machine: Machine):
 
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made so far in this process."""
-    return torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    dynamo = sys.modules.get("torch._dynamo")                       # importing it takes seconds
+    return dynamo.utils.counters["stats"].get("unique_graphs", 0) if dynamo else 0
 
 def first_bad(model: GPT) -> str:
     """The first parameter of the table with a NaN or Inf in it."""
@@ -1369,7 +1398,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     graphs, clock = compiled_graphs(), Clock(machine)
     if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run.validated(0, clock, validate(forward, cfg, streams, machine))
+    run.validated(0, clock, validate(forward, cfg, streams, machine), model)
 
     clock.start()                        # training time counts from the first look at the data
     model.prefix_of.copy_(torch.from_numpy(prefix_tokens(json.loads(tokenizer), cfg.vocab_size)))
@@ -1386,37 +1415,47 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
             clock.stop()
             if stop:
                 break
-            run.validated(done, clock, validate(forward, cfg, streams, machine))
+            run.validated(done, clock, validate(forward, cfg, streams, machine), model)
             clock.start()
     if clock.started:
         clock.stop()
     run.step(done, clock, *pending.tolist(), model)
     run.save(recompiles=compiled_graphs() - graphs, tokens_seen=run.tokens_seen, train_time_ms=round(1000 * clock.seconds))
-    folder = save_checkpoint(run, model, done, tokenizer, None)     # before the evaluation can fail
+    folder = save_checkpoint(run, model, done, tokenizer)           # before the evaluation can fail
     finished = done == num_steps
     if finished:
         if done == cfg.total_steps:
             model.set_stage(stage, final=True)
-        run.validated(done, clock, validate(forward, cfg, streams, machine))
-        folder = save_checkpoint(run, model, done, tokenizer, run.history[-1][2])
+        run.validated(done, clock, validate(forward, cfg, streams, machine), model)
+        if run.master:
+            meta = json.loads((folder / "meta.json").read_text()) | {"val_loss": run.history[-1][2]}
+            write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
     run.finish("finished" if finished else "interrupted", done, clock, folder, train_shards + val_shards)
     return 0 if finished else 130
 
 def main() -> int:
     """Runs the command line; returns the exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
-    argv = sys.argv[1:]
+    argv, rank = sys.argv[1:], int(os.environ.get("RANK", 0))
     if "--help" in argv or "-h" in argv:
         print_help()
         return 0
     try:
         return train(parse_config(argv), argv)
     except FloatingPointError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        if rank == 0:
+            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 3
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank == 0 or isinstance(error, RankError):
             print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"{Path(__file__).name}: {error}; free space or choose another --out_dir", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

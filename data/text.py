@@ -810,9 +810,9 @@ def parse_args(argv=None):
     add("--val_fraction", type=float, default=0.005,
         help="share of the documents held out, chosen by their sha256; given two documents, at least one is held out "
              "and one is not; 0: none (default: %(default)s)")
-    add("--max_doc_tokens", type=int, default=0,
+    add("--max_doc_tokens", type=int,
         help="longer documents become pieces of at most so many tokens, each a document of its own that ends at a "
-             "paragraph end (else at a line, sentence or word end); nothing is lost; 0: off (default: %(default)s)")
+             "paragraph end (else at a line, sentence or word end); nothing is lost; 0: off (default: 0, without input 1024)")
     add("--stream", action="store_true",
         help=f"shuffle chunks, not documents: long documents are cut as by --max_doc_tokens (when that is 0, at "
              f"{CHUNK_TOKENS} tokens), each chunk starts with the begin-of-document id, and the chunks of a document "
@@ -904,7 +904,8 @@ def main():
     if not args.out and out_dir in (Path(i).resolve() for i in inputs):
         out_dir = out_dir.with_name(out_dir.name + "_shards")
     tokenizer, why = choose_tokenizer(args)
-    options = dict(tokenizer=tokenizer, val_fraction=args.val_fraction, max_doc_tokens=args.max_doc_tokens,
+    max_doc_tokens = args.max_doc_tokens if args.max_doc_tokens is not None else 0 if args.inputs else 1024
+    options = dict(tokenizer=tokenizer, val_fraction=args.val_fraction, max_doc_tokens=max_doc_tokens,
                    seed=args.seed, stream=args.stream, shard_tokens=args.shard_tokens, text_column=args.text_column,
                    exclude=args.exclude, drop_duplicates=args.drop_duplicates)
     check_options(options)

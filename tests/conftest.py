@@ -132,7 +132,7 @@ def run_main(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(run_main, tmp_path):
-    """Function that expects a command line to be refused: exit code 2, one line that has all the words, nothing made."""
+    """Function that expects a command line to be refused: exit code 2, one line with all the words, nothing made."""
     def check(*argv, words=()):
         logs = tmp_path / "refused_logs"
         done = run_main(*([] if any(arg.startswith("--out_dir") for arg in argv) else [f"--out_dir={logs}"]), *argv)

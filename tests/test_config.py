@@ -1,6 +1,6 @@
 """The command line of train_gpt.py: every field is a flag, every bad value is one line, importing it does nothing.
 
-Against: a frozen list of flags (adding a knob is a decision, so it must be added here too) and a bad value of each kind.
+Against: a frozen list of flags (a new knob is a decision, so it must be added here too) and a bad value of each kind.
 Run: python -m pytest tests/test_config.py
 """
 import dataclasses
@@ -29,9 +29,11 @@ FLAGS = {
     "num_iterations": 300, "stop_after": 7, "val_every": 0, "stages": [STAGE], "final_windows": (100, 200),
     "cooldown": 0.5, "lr_floor": 0.0, "untie": 1.0,
     "layers": LAYERS, "model_dim": 1536, "head_dim": 64, "mlp_dim": 100, "gate_dim": 3, "bigram_rows": 77,
-    "bigram_signs": 5, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2, "rope_base": 10_000.0,
+    "bigram_signs": 5, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2,
+    "rope_base": 10_000.0,
     "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 10, "momentum_cooldown": 0.2,
-    "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "compile": False, "seed": 5, "out_dir": "else where",
+    "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "compile": False,
+    "seed": 5, "out_dir": "else where",
 }
 
 
@@ -160,7 +162,8 @@ def test_stage_tables_that_make_no_sense(refused, flag):
 
 
 @pytest.mark.parametrize("flag", [
-    "--layers=[]", "--layers=[{}]", layers(row3={"mix": False}), layers(row3={"gate": False}), layers(row0={"mix": True}),
+    "--layers=[]", "--layers=[{}]", layers(row3={"mix": False}), layers(row3={"gate": False}),
+    layers(row0={"mix": True}),
     layers(row0={"values": 1}), layers(row1={"values": 3}), layers(row3={"reads": -1}), layers(row3={"reads": 9}),
     layers(row2={"skip": 7}), layers(row2={"skip": -1}), layers(row1={"window": "huge"}),
     layers(row1={"values": "x"}),
@@ -175,7 +178,8 @@ def test_the_tables_above_are_good_without_the_change(data):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"vocab_size": 100}, ["257", "100"]), ({"bos_id": 5}, ["256", "bos_id"]), ({"attention": "flex"}, ["flex", "plain"]),
+    ({"vocab_size": 100}, ["257", "100"]), ({"bos_id": 5}, ["256", "bos_id"]),
+    ({"attention": "flex"}, ["flex", "plain"]),
 ])
 def test_flags_that_contradict_the_shards_or_the_machine(refused, data, changes, words):
     refused(*small_flags(data, **changes), words=words)
@@ -212,7 +216,8 @@ def test_importing_it_has_no_effect(tmp_path):
 
 
 def test_as_a_program_it_refuses_with_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train_gpt.py", "--seed=one"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "train_gpt.py", "--seed=one"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"train_gpt\.py: [^\n]*--seed=one[^\n]*\n", done.stderr)
     assert list(tmp_path.iterdir()) == []

@@ -90,8 +90,8 @@ def damaged(path, kind):
 
 @pytest.mark.parametrize("name", ["train_000001.bin", "val_000000.bin"])
 @pytest.mark.parametrize("kind", [
-    "empty", "short header", "no tokens", "truncated", "longer than it says", "promises more", "negative length", "foreign",
-    "version", "magic", "width", "folder"])
+    "empty", "short header", "no tokens", "truncated", "longer than it says", "promises more", "negative length",
+    "foreign", "version", "magic", "width", "folder"])
 def test_damaged_shards_are_refused(refused, tmp_path, kind, name):
     folder = make_data(tmp_path / "shards", train_tokens=2000, val_tokens=2000)
     words = damaged(folder / name, kind)
@@ -113,7 +113,8 @@ def test_shards_of_different_tokenizers_are_refused(refused, tmp_path, words, na
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, ["missing", "data/text.py"]), (b"", ["not the tokenizer"]), (tokenizer_json() + b" ", ["not the tokenizer"])])
+    (None, ["missing", "data/text.py"]), (b"", ["not the tokenizer"]),
+    (tokenizer_json() + b" ", ["not the tokenizer"])])
 def test_the_tokenizer_must_be_the_one_of_the_shards(refused, tmp_path, content, words):
     folder = make_data(tmp_path / "shards")
     (folder / "tokenizer.json").unlink()
@@ -339,7 +340,8 @@ def test_the_constant_is_the_hash_of_gpt2s_tokenizer():
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     encoder = json.loads((GPT2_BPE / "encoder.json").read_text(encoding="utf-8"))
     texts = {token: bytes(byte_of[char] for char in text) for text, token in encoder.items() if text != "<|endoftext|>"}
-    content = {"name": "gpt2", "pattern": GPT2_PATTERN, "ranks": [base64.b64encode(texts[i]).decode() for i in range(50256)],
+    ranks = [base64.b64encode(texts[i]).decode() for i in range(50256)]
+    content = {"name": "gpt2", "pattern": GPT2_PATTERN, "ranks": ranks,
                "special_tokens": {"<|endoftext|>": 50256}, "bos_id": 50256}
     text = json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n"
     assert hashlib.sha256(text.encode("ascii")).hexdigest() == train_gpt.GPT2_TOKENIZER_SHA256

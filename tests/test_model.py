@@ -44,7 +44,8 @@ def model(request, small_config):
 def random_documents(lengths, seed=0):
     """Documents of random tokens; the first token of each is BOS."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.cat([torch.tensor([BOS]), torch.randint(0, BOS, (length - 1,), generator=generator)]) for length in lengths]
+    return [torch.cat([torch.tensor([BOS]), torch.randint(0, BOS, (length - 1,), generator=generator)])
+            for length in lengths]
 
 
 def logits_of(model, tokens):
@@ -84,7 +85,8 @@ def test_isolation_reaches_the_gradients(model):
         if extra:
             packed = gradients
     for name, gradient in gradients.items():
-        torch.testing.assert_close(packed[name], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-7, rtol=1e-3, msg=name)
+        small = 1e-4 * float(gradient.abs().max()) + 1e-7
+        torch.testing.assert_close(packed[name], gradient, atol=small, rtol=1e-3, msg=name)
 
 
 def test_a_token_sees_as_far_back_as_all_windows_reach_together(small_config):
@@ -136,7 +138,8 @@ def dense_attention(q, k, v, mask):
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("length, window", [(1, 5), (40, 1), (40, 7), (41, 40), (39, 40), (64, 16), (130, 33), (30, 1000)])
+@pytest.mark.parametrize("length, window", [
+    (1, 5), (40, 1), (40, 7), (41, 40), (39, 40), (64, 16), (130, 33), (30, 1000)])
 def test_plain_attention_against_a_dense_softmax(length, window):
     borders = sorted({length // 3, length // 3 + 1, 2 * length // 3})
     first = first_visible(length, borders, window)
@@ -258,7 +261,8 @@ def test_frequencies_and_softmax_scale_of_the_speedrun():
     assert scales == pytest.approx([0.1, 0.116946, 0.127518, 0.131778], abs=1e-6)
     model.set_stage(3, final=True)
     assert model.windows.tolist() == [768, 2560]
-    assert model.inv_freq.tolist() == pytest.approx(frequencies, rel=1e-5) and float(model.attn_scale) == pytest.approx(scales[3])
+    assert model.inv_freq.tolist() == pytest.approx(frequencies, rel=1e-5)
+    assert float(model.attn_scale) == pytest.approx(scales[3])
     model.set_stage(0)  # and back, as after the warm-up
     assert float(model.attn_scale) == pytest.approx(0.1)
 
@@ -328,8 +332,9 @@ def test_the_training_loss_is_made_of_the_next_three_tokens_and_the_prefix(model
     for k in range(4):
         assert model(tokens, targets, torch.eye(4)[k]).item() == pytest.approx(expected[k], rel=1e-5)
     assert model(tokens, targets).item() == pytest.approx(expected[0], rel=1e-5)
-    mixed = torch.tensor([1, 0.5, 0.25, 0.25])
-    assert model(tokens, targets, mixed).item() == pytest.approx(sum(w * e for w, e in zip(mixed.tolist(), expected)), rel=1e-5)
+    mixed = [1, 0.5, 0.25, 0.25]
+    weighted = sum(weight * loss for weight, loss in zip(mixed, expected))
+    assert model(tokens, targets, torch.tensor(mixed)).item() == pytest.approx(weighted, rel=1e-5)
 
 
 def test_padding_adds_nothing(model):
@@ -376,12 +381,14 @@ def test_gates_and_mixes_begin_at_their_static_values(monkeypatch, speedrun_laye
                             | {f"{kind}.{i}" for kind in ("x0", "bigram") for i in attention})
     assert sum(value.size(1) for value in gates.values()) == 18 + 6 * speedrun_layers.num_heads + 1
     for name, value in gates.items():
-        torch.testing.assert_close(value, torch.full_like(value, STATIC_GATES[name.split(".")[0]]), atol=1e-6, rtol=1e-6)
+        static = torch.full_like(value, STATIC_GATES[name.split(".")[0]])
+        torch.testing.assert_close(value, static, atol=1e-6, rtol=1e-6)
     assert mixes.keys() == STATIC_MIXES.keys()
     for name, value in mixes.items():
         torch.testing.assert_close(value, torch.full_like(value, STATIC_MIXES[name]), atol=1e-6, rtol=1e-6)
 
 
+@torch.no_grad()
 def test_initial_parameters_of_the_recipe(speedrun_layers):
     model = GPT(speedrun_layers)
     bound = math.sqrt(3) * 0.5 * 48 ** -0.5
@@ -415,7 +422,7 @@ def test_every_parameter_gets_a_gradient(model):
 # Parts
 
 def attention_outputs(monkeypatch, model, alpha):
-    """layer -> (core attention y, values v, what leaves the layer before the output matrix), with XSA gates at alpha."""
+    """layer -> (core attention y, values v, what enters the output matrix), with all XSA gates at alpha."""
     cores, outputs = [], {}
     original, attention, gate_net = train_gpt.plain_attention, GPT.attention, GPT.gate_net
 
@@ -429,7 +436,8 @@ def attention_outputs(monkeypatch, model, alpha):
 
     def gates(self, *args):
         found = gate_net(self, *args)
-        return {name: torch.full_like(value, alpha) if name.startswith("xsa") else value for name, value in found.items()}
+        return {name: torch.full_like(value, alpha) if name.startswith("xsa") else value
+                for name, value in found.items()}
     monkeypatch.setattr(train_gpt, "plain_attention", core)
     monkeypatch.setattr(GPT, "attention", recorded)
     monkeypatch.setattr(GPT, "gate_net", gates)

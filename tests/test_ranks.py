@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, join, main_of, make_data, make_text, only_folder, rank_starter, small_flags, write_shard
+from conftest import (ROOT, VOCAB, join, main_of, make_data, make_text, only_folder, rank_starter, small_flags,
+                      write_shard)
 
 WORLDS = (1, 2, 3)
 
@@ -31,12 +32,12 @@ def recorded_main(argv, out):
             batches.append(batch)
             yield batch
 
-    def recorded_step(self, number):
+    def recorded_step(self, number, apply):
         if number == 0:
             record["gradients"] = {name: param.grad.clone() for name, param in self.params.items()}
             for gradient in record["gradients"].values() if self.world_size > 1 else ():
                 torch.distributed.all_reduce(gradient)
-        step(self, number)
+        step(self, number, apply)
         record["parameters"] = {name: param.detach().clone() for name, param in self.params.items()}
     train_gpt.training_batches, train_gpt.Optimizer.step = recorded_batches, recorded_step
     code = main_of(argv)
@@ -152,10 +153,23 @@ def test_what_all_ranks_find_wrong_is_said_once(start_ranks, data, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+def test_an_output_folder_that_the_first_rank_cannot_make_ends_all_without_a_traceback(start_ranks, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    processes = start_ranks(2, main_of, small_flags(data, out_dir=tmp_path / "file" / "logs"))
+    codes, said = join(processes), "".join(process.output.read_text() for process in processes)
+    assert codes == [2, 2] and said.count("--out_dir") == 1 and "Traceback" not in said, said
+
+
+def test_a_loss_that_is_not_a_number_is_said_once(start_ranks, data, tmp_path):
+    processes = start_ranks(2, main_of, small_flags(data, out_dir=tmp_path / "logs", lr=1e30))
+    codes, said = join(processes), "".join(process.output.read_text() for process in processes)
+    assert codes == [3, 3] and len(re.findall("is nan", said)) == 1, said
+
+
 def test_under_torchrun(data, tmp_path):
     logs = tmp_path / "logs"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_gpt.py",
-               *small_flags(data, out_dir=logs, stop_after=3)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "train_gpt.py", *small_flags(data, out_dir=logs, stop_after=3)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^step:3/20 val_loss:", done.stdout, re.M)

@@ -89,8 +89,11 @@ def test_a_shorter_run_has_the_same_shape():
         if min(abs(step - border) for border in (100, 200, 300)) > 1:  # the border may lie between the two
             assert stage_index(short, step) == stage_index(SPEEDRUN, same)
             assert lr_factor(short, step) == pytest.approx(lr_factor(SPEEDRUN, same), abs=0.02)
-            assert momentum(short, step) == pytest.approx(momentum(SPEEDRUN, same), abs=0.012)
             assert loss_weights(short, step) == pytest.approx(loss_weights(SPEEDRUN, same), abs=0.01)
+        if step < 304 - 12:  # the rise of the momentum takes 300 steps in any run, its fall a part of the run
+            assert momentum(short, step) == pytest.approx(momentum(SPEEDRUN, step), abs=1e-12)
+        else:
+            assert momentum(short, step) <= 0.85 + 0.1 * (304 - step) / 11.7 + 1e-12
     assert [stage_index(short, step) for step in (99, 100, 199, 200, 299, 300)] == [0, 1, 1, 2, 2, 3]
 
 
