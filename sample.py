@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=int, default=1, metavar="N", help="number of texts (default: %(default)s)")
     add("--max_tokens", type=int, default=400, metavar="N", help="longest text, in tokens after the prompt; it ends "
         "sooner where the model ends the document (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="below 1: more likely tokens, above 1: more surprising ones, "
+    add("--temperature", type=float, default=1.0, help="below 1: more likely tokens, above 1: more surprising ones, "
         "0: always the likeliest (default: %(default)s)")
     add("--top_k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens, 0: all "
         "(default: %(default)s)")
