@@ -7,8 +7,8 @@
 
 The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
 embeddings) beside a small transformer, NorMuon for matrices and Adam for tables, everything growing in stages.
-Facts and figures come from the public NanoGPT speedrun (KellerJordan/modded-nanogpt, record 89; "#n" below is its record
-n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Optimizer.step, main.
+Facts and figures come from the public NanoGPT speedrun (KellerJordan/modded-nanogpt, record 89; "#n" below is its
+record n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Optimizer.step, train.
 
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
@@ -19,15 +19,12 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import uuid
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -58,8 +55,8 @@ class Stage:                     # what changes along the run; one row a stage
     short: int                   # attention windows in tokens
     long: int
     lr: float                    # factor on every learning rate before the cooldown
-    next_tokens: tuple[tuple[float, float, float], tuple[float, float, float]]      # loss weights of the next three tokens:
-    #                              at the start and at the end of the stage
+    next_tokens: tuple[tuple[float, float, float], tuple[float, float, float]]      # loss weights of the next three
+    #                              tokens: at the start and at the end of the stage
     prefix: tuple[float, float]  # loss weight of the prefix token (see prefix_tokens): (start, end)
 
 STAGES = (
@@ -181,7 +178,7 @@ class Hyperparameters:
     precision: str = "bf16"              # of weights and activations: bf16 or fp32
     attention: str = "auto"              # flex (CUDA) or plain (anywhere)
     kernels: bool = True                 # the kernels of triton_kernels.py, on CUDA
-    float8: bool = True                  # products in float8 where the GPU has it and kernels are on; never in validation
+    float8: bool = True                  # products in float8, if the GPU and the kernels can; never in validation
     compile: bool = True                 # torch.compile; off on the CPU
     seed: int = 0
     out_dir: str = "logs"                # each run makes a folder in it
@@ -207,8 +204,6 @@ PRESETS = {
 # -----------------------------------------------------------------------------
 # Command line
 
-CHOICES = {"device": ("auto", "cuda", "cpu", "mps"), "precision": ("bf16", "fp32"), "attention": ("auto", "flex", "plain")}
-
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
 
@@ -218,8 +213,7 @@ class RankError(UserError):
 def convert(value, kind):
     """A value read from JSON as the type an annotation names, rows of tables too; raises ValueError or TypeError."""
     if is_dataclass(kind):
-        names = [field.name for field in fields(kind)]
-        row = dict(zip(names, value, strict=True)) if isinstance(value, list) else value
+        row = dict(zip(kind.__annotations__, value, strict=True)) if isinstance(value, list) else value
         return kind(**{name: convert(item, kind.__annotations__[name]) for name, item in row.items()})
     if get_origin(kind) is tuple:
         kinds = kind.__args__[:1] * len(value) if kind.__args__[-1] is ... else kind.__args__
@@ -230,7 +224,7 @@ def convert(value, kind):
 
 def parse_value(name: str, text: str, kind):
     """Value of `--name=text` with the type of the dataclass annotation; tables are JSON lists of rows."""
-    tables = {tuple[Stage, ...]: "Stage", tuple[Layer, ...]: "Layer"}
+    tables = {tuple[Stage, ...]: "a JSON list of Stage rows", tuple[Layer, ...]: "a JSON list of Layer rows"}
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -238,8 +232,8 @@ def parse_value(name: str, text: str, kind):
             return convert(json.loads(text), kind)
         return tuple(map(kind.__args__[0], text.split(","))) if get_origin(kind) is tuple else kind(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "numbers separated by commas")
-        wanted = f"a JSON list of {tables[kind]} rows, see the tables in the script" if kind in tables else wanted
+        wanted = tables | {bool: "true or false", int: "a whole number", float: "a number"}
+        wanted = wanted.get(kind, "numbers separated by commas")
         raise UserError(f"--{name}={text} is not {wanted}; --help lists the flags and their defaults") from None
 
 def parse_config(argv: list[str]) -> Hyperparameters:
@@ -266,27 +260,27 @@ def check_config(cfg: Hyperparameters):
         for name in names.split():
             if not good(getattr(cfg, name)):
                 raise UserError(f"--{name}={str(getattr(cfg, name)).strip('()')} {remedy}")
-    need(lambda value: 1 <= value < 2**63, "num_iterations val_tokens val_stream_tokens slot_tokens model_dim head_dim mlp_dim "
-         "gate_dim bigram_rows bigram_signs vocab_multiple", "must be at least 1")
+    need(lambda value: 1 <= value < 2**63, "num_iterations val_tokens val_stream_tokens slot_tokens model_dim head_dim "
+         "mlp_dim gate_dim bigram_rows bigram_signs vocab_multiple", "must be at least 1")
     need(lambda value: 0 <= value < 2**63, "stop_after val_every micro_batch_tokens vocab_size seed momentum_warmup",
          "must not be negative or huge")
     need(lambda value: 0 <= value <= 1, "cooldown momentum_cooldown lr_floor untie", "must be in 0..1")
     need(lambda value: 0 < value < math.inf, "lr attn_scale rope_base", "must be positive")
-    need(lambda value: len(value) == 2 and min(value) >= 1, "final_windows", "must be two positive numbers")
-    need(lambda value: len(value) == 2 and all(0 <= item < 1 for item in value), "momentum", "must be two numbers in 0..1")
-    for name, choices in CHOICES.items():
-        need(lambda value: value in choices, name, f"is unknown; choose from {', '.join(choices)}")
+    need(lambda pair: len(pair) == 2 and min(pair) >= 1, "final_windows", "must be two positive numbers")
+    need(lambda pair: len(pair) == 2 and all(0 <= item < 1 for item in pair), "momentum", "must be two numbers in 0..1")
+    for name, known in (("device", "auto cuda cpu mps"), ("precision", "bf16 fp32"), ("attention", "auto flex plain")):
+        need(lambda value: value in known.split(), name, f"is unknown; choose from {known}")
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
-    need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim", "must hold an even number of heads of "
-         f"--head_dim={cfg.head_dim}, and be at least 12")
-    need(lambda tokens: tokens % cfg.slot_tokens == 0, "micro_batch_tokens", f"must be a multiple of {cfg.slot_tokens}, "
-         "--slot_tokens")
+    need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
+         f"must be at least 12 and hold an even number of heads of --head_dim={cfg.head_dim}")
+    need(lambda tokens: tokens % cfg.slot_tokens == 0, "micro_batch_tokens",
+         f"must be a multiple of --slot_tokens={cfg.slot_tokens}")
     for i, stage in enumerate(cfg.stages):
-        before = cfg.stages[i - 1].until if i else 0
-        if not before < stage.until < math.inf or stage.batch_tokens % cfg.slot_tokens or not stage.lr > 0 or min(
-                stage.batch_tokens, stage.max_doc_tokens, stage.short, stage.long) < 1:
-            raise UserError(f"stage {i}: batch_tokens={stage.batch_tokens} must be a positive multiple of --slot_tokens="
-                            f"{cfg.slot_tokens}, until={stage.until} above that of the row before, the rest positive")
+        before, rest = cfg.stages[i - 1].until if i else 0, (stage.max_doc_tokens, stage.short, stage.long)
+        if (not before < stage.until < math.inf or stage.batch_tokens % cfg.slot_tokens or not stage.lr > 0
+                or min(stage.batch_tokens, *rest) < 1):
+            raise UserError(f"stage {i}: until={stage.until} must be above the row before, the rest positive, and "
+                            f"batch_tokens={stage.batch_tokens} a multiple of --slot_tokens={cfg.slot_tokens}")
     if not cfg.stages or cfg.total_steps < cfg.num_iterations:
         raise UserError("the stage table ends before the run: its last row must have until >= 1")
     layers, last = cfg.layers, len(cfg.layers) - 1
@@ -296,20 +290,18 @@ def check_config(cfg: Hyperparameters):
             or any(layer.window not in ("short", "long") or layer.attention == (layer.skip >= 0) or layer.reads >= i
                    or layer.skip >= i or layer.mix != (i == last) for i, layer in enumerate(layers))
             or layers[0].reads >= 0 or not layers[0].attention or not layers[last].gate or layers[last].values < 0):
-        raise UserError("the layer table needs: windows short or long; one earlier layer that all late attention reads; one "
-                        "earlier layer that all layers without attention skip from; value tables 0, 1, ... in order, at least "
-                        "two; attention in the first layer; gate, values and mix in the last, mix only there")
+        raise UserError("the layer table needs windows short or long; one earlier layer that all late attention reads, "
+                        "one that all layers without attention skip from; values 0, 1, ... in order, at least two; "
+                        "attention in the first layer; gate, values and mix in the last, mix only there")
 
 def print_help():
-    print(__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1] + "\n")
-    print("Flags, --field=value, with the defaults of --preset=speedrun (the other presets: "
-          + ", ".join(name for name in PRESETS if name != "speedrun") + "):\n")
+    print(*__doc__.split("\n\n")[:2], sep="\n\n", end="\n\n")
+    print(f"Flags, --field=value, with the defaults of --preset=speedrun (all presets: {', '.join(PRESETS)}):\n")
     lines = Path(__file__).read_text().split("class Hyperparameters:")[1].split("@property")[0].splitlines()
     comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if ":" in line}
     for field in fields(Hyperparameters):
-        table = field.name in ("stages", "layers")
-        value = "JSON rows, see the table in the script" if table else field.default
-        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        value = "JSON rows, see the table in the script" if field.name in ("stages", "layers") else value
         print(f"  --{field.name}={value}".ljust(66) + comments.get(field.name, ""))
 
 # -----------------------------------------------------------------------------
@@ -339,8 +331,7 @@ def read_header(path: str) -> Shard:
     """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
     again = "make or download it again (python data/fineweb.py or python data/text.py)"
     try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {again}") from None
     if size < HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -351,40 +342,35 @@ def read_header(path: str) -> Shard:
         raise UserError(f"{path} claims {width} bytes per token, only 2 and 4 exist; {again}")
     if num_tokens < 1 or size != HEADER_BYTES + num_tokens * width:
         raise UserError(f"{path} promises {num_tokens} tokens but holds {(size - HEADER_BYTES) // width}; {again}")
-    digest = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
-    bos_id = int(header[4]) or 50256
-    return Shard(path, num_tokens, int(header[3]) or 50257, bos_id, width, digest)
+    tokenizer = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
+    return Shard(path, num_tokens, int(header[3]) or 50257, int(header[4]) or 50256, width, tokenizer)
 
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
     groups = []
     for flag, pattern in (("train_files", train_files), ("val_files", val_files)):
-        paths = sorted(glob.glob(pattern))
-        if not paths:
-            raise UserError(f"--{flag}={pattern} matches no file; get shards with python data/fineweb.py 9, or from "
-                            "your own text with python data/text.py")
-        groups.append([read_header(path) for path in paths])
-    first, *others = groups[0] + groups[1]
-    for shard in others:
+        groups.append([read_header(path) for path in sorted(glob.glob(pattern))])
+        if not groups[-1]:
+            raise UserError(f"--{flag}={pattern} matches no file; make some with data/fineweb.py or data/text.py")
+    first = groups[0][0]
+    for shard in groups[0] + groups[1]:
         if (shard.tokenizer, shard.vocab_size, shard.bos_id) != (first.tokenizer, first.vocab_size, first.bos_id):
-            raise UserError(f"{shard.path} (tokenizer {shard.tokenizer[:12]}) and {first.path} (tokenizer "
-                            f"{first.tokenizer[:12]}) were made with different tokenizers; make both with the same one")
+            raise UserError(f"{shard.path} has tokenizer {shard.tokenizer[:12]}, {first.path} {first.tokenizer[:12]}; "
+                            "make both with the same one")
     return groups[0], groups[1]
 
 def read_tokenizer(shard: Shard) -> bytes:
-    """Content of the tokenizer.json beside a shard; raises UserError if it is absent or not the one the shard was made with."""
+    """The tokenizer.json beside a shard; raises UserError if it is absent or not the one the shard was made with."""
     path = Path(shard.path).parent / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path} is missing; python data/fineweb.py or python data/text.py puts it there")
     if path.stat().st_size > 1 << 26 or hashlib.sha256(text := path.read_bytes()).hexdigest() != shard.tokenizer:
-        raise UserError(f"{path} is not the tokenizer that {shard.path} was made with ({shard.tokenizer[:12]}); "
-                        "put the right one beside the shards")
+        raise UserError(f"{path} is not the tokenizer of {shard.path} ({shard.tokenizer[:12]}); put that one there")
     return text
 
 def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
     """(V,) int64: for each token the longest other token whose bytes begin it, -1 if there is none (#88)."""
-    longest = np.full(vocab_size, -1, np.int64)
-    ancestors = []                       # tokens that begin the current one, shortest first
+    longest, ancestors = np.full(vocab_size, -1, np.int64), []      # ancestors begin the current one, shortest first
     for text, token in sorted((base64.b64decode(rank), i) for i, rank in enumerate(tokenizer["ranks"])):
         while ancestors and not text.startswith(ancestors[-1][0]):
             ancestors.pop()
@@ -394,13 +380,10 @@ def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
     return longest
 
 def documents(shards: list[Shard]):
-    """Yields (ids, start, end) for every document of every shard in order, indexing a few million tokens at a time.
-
-    A document cut by a shard border ends there; its rest in the next shard has no beginning and is left out.
-    """
+    """Yields (ids, start, end) of every document in order; of one cut by a shard border the rest is left out."""
     for shard in shards:
         ids, start = shard.read(), None
-        for low in range(0, len(ids), 1 << 22):
+        for low in range(0, len(ids), 1 << 22):                     # indexes a few million tokens at a time
             for bos in np.flatnonzero(ids[low:low + (1 << 22)] == shard.bos_id) + low:
                 if start is not None:
                     yield ids, start, bos
@@ -409,30 +392,23 @@ def documents(shards: list[Shard]):
             yield ids, start, len(ids)
 
 def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (int32) and targets (int64) of one slot from (ids, start, length) pieces; the rest is padding.
-
-    The target is the token that really follows, also where a document was cut. Padding is documents of nothing but
-    their first token, without targets (-1).
-    """
+    """Inputs (int32), targets (int64) of one slot from (ids, start, length) pieces, padded with bos_id and -1."""
     inputs, targets, filled = np.full(slot_tokens, bos_id, np.int32), np.full(slot_tokens, -1, np.int64), 0
     for ids, start, length in pieces:
         inputs[filled:filled + length] = ids[start:start + length]
-        after = ids[start + 1:start + length + 1]
+        after = ids[start + 1:start + length + 1]                   # what really follows, also where a document is cut
         targets[filled:filled + len(after)] = after
         targets[filled + len(after):filled + length] = bos_id       # the shard ends with this document
         filled += length
-    if max(inputs.max(), targets.max()) >= vocab_size:
-        raise RankError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {max(inputs.max(), targets.max())}, "
-                        f"outside the vocabulary of {vocab_size}; make the shard again")
+    if (highest := max(inputs.max(), targets.max())) >= vocab_size:
+        raise RankError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {highest}, outside the vocabulary of "
+                        f"{vocab_size}; make the shard again")
     return inputs, targets
 
 def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world_size: int, micro_slots: int):
-    """Yields for every step this rank's list of micro-batches, (inputs, targets) of micro_slots slots each.
-
-    The slots of a step are the same whatever the number of ranks: rank r takes its contiguous share of them.
-    """
-    docs = documents(shards)
-    for step in range(cfg.total_steps):
+    """Yields for each step this rank's share of its slots, as a list of (inputs, targets) of micro_slots slots each."""
+    docs, kind = documents(shards), (cfg.slot_tokens, shards[0].bos_id, shards[0].vocab_size)
+    for step in range(cfg.total_steps):  # the same slots for any number of ranks, who take contiguous shares
         stage, mine = cfg.stages[stage_index(cfg, step)], []
         num_slots = stage.batch_tokens // cfg.slot_tokens
         for slot in range(num_slots):
@@ -440,15 +416,14 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
             while room:
                 ids, start, end = next(docs, (None, 0, 0))
                 if ids is None:
-                    raise UserError(f"the training text ran out at step {step} of {cfg.total_steps} (cut documents leave "
-                                    f"tokens unused); add shards or lower --num_iterations={cfg.num_iterations}")
+                    raise UserError(f"the training text ran out at step {step} of {cfg.total_steps} (what is cut from "
+                                    f"documents is lost); add shards or lower --num_iterations={cfg.num_iterations}")
                 pieces.append((ids, start, length := min(end - start, stage.max_doc_tokens, room)))
                 room -= length
             if rank * num_slots // world_size <= slot < (rank + 1) * num_slots // world_size:
-                mine.append(fill_slot(pieces, cfg.slot_tokens, shards[0].bos_id, shards[0].vocab_size))
-        empty = fill_slot([], cfg.slot_tokens, shards[0].bos_id, shards[0].vocab_size)
-        steps_needed = micro_steps(cfg, stage, world_size, micro_slots)
-        mine += [empty] * (steps_needed * micro_slots - len(mine))  # every rank runs the same number of equal micro-steps
+                mine.append(fill_slot(pieces, *kind))
+        # every rank runs the same number of equal micro-steps
+        mine += [fill_slot([], *kind)] * (micro_steps(cfg, stage, world_size, micro_slots) * micro_slots - len(mine))
         yield [tuple(np.concatenate(part) for part in zip(*mine[i:i + micro_slots]))
                for i in range(0, len(mine), micro_slots)]
 
@@ -457,8 +432,8 @@ def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> s
     needed = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps))
     found = sum(shard.num_tokens for shard in shards)
     if found < needed:
-        raise UserError(f"--train_files={cfg.train_files} holds {found} tokens, {num_steps} steps need {needed}; add shards "
-                        f"(python data/fineweb.py, python data/text.py) or lower --num_iterations={cfg.num_iterations}")
+        raise UserError(f"--train_files={cfg.train_files} holds {found} tokens, {num_steps} steps need {needed}; add "
+                        f"shards (data/fineweb.py or data/text.py) or lower --num_iterations={cfg.num_iterations}")
     return f"tokens: {num_steps} steps need {needed:,}, found {found:,}"
 
 def micro_steps(cfg: Hyperparameters, stage: Stage, world_size: int, micro_slots: int) -> int:
@@ -466,42 +441,38 @@ def micro_steps(cfg: Hyperparameters, stage: Stage, world_size: int, micro_slots
     return math.ceil(math.ceil(stage.batch_tokens // cfg.slot_tokens / world_size) / micro_slots)
 
 def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(inputs, targets) streams that together hold each of the first val_tokens tokens once, in whole documents.
-
-    So the loss depends neither on the number of ranks nor on memory. Documents longer than a stream are cut.
-    """
+    """(inputs, targets) streams that hold each of the first val_tokens tokens once; only longer documents are cut."""
     found = sum(shard.num_tokens for shard in shards)
     if found <= cfg.val_tokens:
-        raise UserError(f"--val_files={cfg.val_files} holds {found} tokens, --val_tokens={cfg.val_tokens} needs one more "
-                        "than that; add shards or lower it")
+        raise UserError(f"--val_files={cfg.val_files} holds {found} tokens, --val_tokens={cfg.val_tokens} needs more; "
+                        "add shards or lower it")
     streams, pieces, room, left = [], [], cfg.val_stream_tokens, cfg.val_tokens
     for ids, start, end in documents(shards):
         while left and start < end:
             whole = min(end - start, left)
-            if whole > room and (room < cfg.val_stream_tokens):
+            if whole > room and room < cfg.val_stream_tokens:
                 streams.append(pieces)
                 pieces, room = [], cfg.val_stream_tokens
             length = min(whole, room)
             pieces.append((ids, start, length))
             start, room, left = start + length, room - length, left - length
     if left:
-        raise UserError(f"--val_files={cfg.val_files} has tokens before its first document start; make the shards again")
+        raise UserError(f"--val_files={cfg.val_files} has tokens before its first document; make the shards again")
     return [fill_slot(pieces, cfg.val_stream_tokens, shards[0].bos_id, shards[0].vocab_size)
             for pieces in streams + [pieces] if pieces]
 
 def prefetch(batches, depth: int = 2):
     """The same items, prepared by a thread up to `depth` ahead; an exception in it is raised here."""
     with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(next, batches, None) for _ in range(depth))
-        while (batch := pending.popleft().result()) is not None:
+        pending = [thread.submit(next, batches, None) for _ in range(depth)]
+        while (batch := pending.pop(0).result()) is not None:
             pending.append(thread.submit(next, batches, None))
             yield batch
 
-def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:
     """Arrays to tensors on the device, without waiting for the copy."""
     tensors = [torch.from_numpy(array) for array in batch]
-    if device.type == "cuda":
-        tensors = [tensor.pin_memory() for tensor in tensors]
+    tensors = [tensor.pin_memory() for tensor in tensors] if device.type == "cuda" else tensors
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 # -----------------------------------------------------------------------------
@@ -527,10 +498,10 @@ def rotary_tables(position_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> t
     return torch.cat([cos, cos, still + 1, still + 1], 1).to(dtype), torch.cat([sin, -sin, still, still], 1).to(dtype)
 
 class GPT(nn.Module):
-    """The model, with all parameters in a few banks: one tensor for all matrices of a shape, one for all tables.
+    """The model, built from the layer table of `cfg`, which must name vocab_size and bos_id.
 
-    Built from the layer table of `cfg`, which must name vocab_size and bos_id. Parameters and windows are those of the
-    first stage; set_stage moves on. Runs on one packed stream of documents, each beginning with bos_id.
+    All parameters are in a few banks: one tensor for all matrices of a shape, one for all tables. Windows are those of
+    the first stage; set_stage moves on.
     """
 
     def __init__(self, cfg: Hyperparameters):
@@ -538,18 +509,15 @@ class GPT(nn.Module):
         assert cfg.vocab_size > 0 and cfg.bos_id >= 0, "vocab_size and bos_id come from the shards"
         self.cfg, layers, C, V = cfg, cfg.layers, cfg.model_dim, cfg.vocab_size
         self.attn_layers = [i for i, layer in enumerate(layers) if layer.attention]
-        self.late = max(layer.reads for layer in layers)
-        self.skip = max(layer.skip for layer in layers)
-        self.gate_names = self.name_gates()
-        num_tables = sum(layer.values >= 0 for layer in layers)
+        self.late, self.skip = max(layer.reads for layer in layers), max(layer.skip for layer in layers)
+        self.gate_names, num_tables = self.name_gates(), sum(layer.values >= 0 for layer in layers)
         num_gates = sum(size for net in self.gate_names for _, size, _ in net)
         num_mixes = sum(size for net in self.MIXES for _, size, _ in net)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.precision]
 
         def parameter(*shape, dtype=dtype):
             return nn.Parameter(torch.empty(shape, dtype=dtype))
-        self.embed = parameter(V, C)
-        self.lm_head = parameter(V, C)
+        self.embed, self.lm_head = parameter(V, C), parameter(V, C)
         self.value_embeds = parameter(num_tables, V, C)
         self.bigram_embed = parameter(cfg.bigram_rows, C)
         self.attn_qk = parameter(len(self.attn_layers) * cfg.num_heads, 2 * cfg.head_dim, C)    # pairs of heads: #80
@@ -559,22 +527,18 @@ class GPT(nn.Module):
         self.resid_lambdas = parameter(len(layers), 2, dtype=torch.float32)     # of the stream at attention and mlp
         self.post_lambdas = parameter(len(layers), 2, dtype=torch.float32)      # of what they add
         self.smear_gate = parameter(12)
-        self.smear_lambda = parameter(1, dtype=torch.float32)
-        self.skip_lambda = parameter(1, dtype=torch.float32)
+        self.smear_lambda, self.skip_lambda = parameter(1, dtype=torch.float32), parameter(1, dtype=torch.float32)
         self.value_gates = parameter(max(num_tables - 1, 1), cfg.num_heads, 12)
         self.gate_fc = parameter(2, cfg.gate_dim, C)
-        self.gate_proj = parameter(num_gates, cfg.gate_dim)
-        self.gate_bias = parameter(num_gates)
+        self.gate_proj, self.gate_bias = parameter(num_gates, cfg.gate_dim), parameter(num_gates)
         self.gate_scale = parameter(1, dtype=torch.float32)
         self.mix_fc = parameter(2, cfg.gate_dim, C)
-        self.mix_proj = parameter(num_mixes, cfg.gate_dim)
-        self.mix_bias = parameter(num_mixes)
+        self.mix_proj, self.mix_bias = parameter(num_mixes, cfg.gate_dim), parameter(num_mixes)
         self.register_buffer("bigram_signs", torch.empty(cfg.bigram_signs, C, dtype=dtype))
         self.register_buffer("inv_freq", torch.empty(cfg.head_dim // 4))
         self.register_buffer("attn_scale", torch.empty(()))
         self.register_buffer("windows", torch.empty(2, dtype=torch.int32))      # short, long
         self.register_buffer("prefix_of", torch.full((V,), -1), persistent=False)
-        self.window_lengths = {"short": 0, "long": 0}
         self.init_parameters()
 
     # the mix nets of the last layer and of the output: name, outputs, their initial value (#81)
@@ -597,12 +561,10 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_parameters(self):
         """Sets every parameter and buffer to its initial value, the same for the same seed and kind of device."""
-        cfg, C = self.cfg, self.cfg.model_dim
-        generator = torch.Generator(self.embed.device).manual_seed(cfg.seed)
+        C, generator = self.cfg.model_dim, torch.Generator(self.embed.device).manual_seed(self.cfg.seed)
         self.lm_head.normal_(0, 0.005, generator=generator)
         self.embed.copy_(self.lm_head)
         self.value_embeds.normal_(0, 0.01, generator=generator)
-        self.bigram_embed.zero_()
         bound = 3 ** 0.5 * 0.5 * C ** -0.5
         for bank in (self.attn_qk, self.attn_vo, self.mlp):
             bank.uniform_(-bound, bound, generator=generator)
@@ -610,30 +572,27 @@ class GPT(nn.Module):
         self.attn_scales.copy_(torch.tensor([0.5, 1.0]))
         self.resid_lambdas.fill_(1.1 ** 0.5)                        # the early stream fades with depth (#45)
         self.post_lambdas.fill_(1)
-        self.smear_gate.zero_()
-        self.smear_lambda.zero_()
         self.skip_lambda.fill_(-1.5)
-        self.value_gates.zero_()
         self.gate_scale.fill_(0.1)
+        for zero in (self.bigram_embed, self.smear_gate, self.smear_lambda, self.value_gates):
+            zero.zero_()
         for fc, proj, bias, nets in ((self.gate_fc, self.gate_proj, self.gate_bias, self.gate_names),
                                      (self.mix_fc, self.mix_proj, self.mix_bias, self.MIXES)):
             fc.uniform_(-C ** -0.5, C ** -0.5, generator=generator)
             proj.zero_()
             bias.copy_(torch.tensor([value / 0.1 for net in nets for _, size, value in net for _ in range(size)]))
-        self.bigram_signs.copy_(torch.randint(0, 2, self.bigram_signs.shape, generator=generator,
-                                              device=self.embed.device) * 2 - 1)
+        signs = torch.randint(0, 2, self.bigram_signs.shape, generator=generator, device=self.embed.device)
+        self.bigram_signs.copy_(signs * 2 - 1)
         self.set_stage(0)
 
     @torch.no_grad()
     def set_stage(self, index: int, final: bool = False):
-        """Windows, rotary frequencies and softmax scale of a stage; `final`: with the windows of the last validation.
-
-        When the long window grows from a to b tokens, frequencies that turn less than once in a are slowed by a/b and
-        fast ones kept (YaRN, arXiv 2309.00071, #31), and the softmax scale grows a little.
-        """
+        """Windows, rotary frequencies and softmax scale of a stage; `final`: the windows of the last validation."""
         stages = self.cfg.stages[:index + 1]
         freq = self.cfg.rope_base ** -torch.linspace(0, 1, self.inv_freq.numel(), dtype=torch.float64, device="cpu")
         scale = self.cfg.attn_scale
+        # when the long window grows from a to b tokens, frequencies that turn less than once in a are slowed by a/b
+        # and fast ones kept (YaRN, arXiv 2309.00071, #31), and the softmax scale grows a little
         for old, new in zip(stages, stages[1:]):
             keep = ((old.long * freq / (2 * math.pi) - 1) / 31).clamp(0, 1)
             freq = freq * (keep + (1 - keep) * old.long / new.long)
@@ -648,10 +607,11 @@ class GPT(nn.Module):
         """window -> (first visible key of each token, block mask or None without FlexAttention)."""
         index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
         if self.cfg.attention != "flex":
-            return {name: (torch.maximum(starts_T, index - length), None) for name, length in self.window_lengths.items()}
+            return {name: (torch.maximum(starts_T, index - size), None) for name, size in self.window_lengths.items()}
         longest = max(self.cfg.final_windows + tuple(w for stage in self.cfg.stages for w in (stage.short, stage.long)))
-        firsts = {name: torch.maximum(starts_T, index - window) for name, window in zip(("short", "long"), self.windows)}
-        return {name: (first, block_mask(first, -(-longest // BLOCK) + 2)) for name, first in firsts.items()}
+        short, long = (torch.maximum(starts_T, index - window) for window in self.windows)
+        return {name: (first, block_mask(first, -(-longest // BLOCK) + 2))
+                for name, first in (("short", short), ("long", long))}
 
     def gate_net(self, kind: str, net: int, x_TC: Tensor) -> dict[str, Tensor]:
         """name -> (T, size): the outputs of one small network that computes gates for each token (#81, #85)."""
@@ -678,7 +638,8 @@ class GPT(nn.Module):
             moving = torch.arange(D, device=k.device) < D // 2
             k = torch.where(fresh_T[:, None, None] | moving, k, k.roll(1, 0))
         first, blocks = masks[layer.window]
-        y = plain_attention(q, k, v, first, self.window_lengths[layer.window]) if blocks is None else flex(q, k, v, blocks)
+        window = self.window_lengths[layer.window]
+        y = plain_attention(q, k, v, first, window) if blocks is None else flex(q, k, v, blocks)
         if layer.xsa:
             along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(gates[f"xsa.{i}"])[:, :, None] * along * v
@@ -687,11 +648,10 @@ class GPT(nn.Module):
         return F.linear(y.reshape(T, -1), o * scales[1])
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, loss_weights: Tensor | None = None) -> Tensor:
-        """Loss of one packed stream, or its logits.
+        """Logits (T, V) fp32 of one packed stream; with targets the sum of the cross-entropies in nats, a fp32 scalar.
 
         tokens (T,) integers, documents beginning with bos_id; no token sees another document. targets (T,) int64, -1:
-        none. Returns without targets the logits (T, V) fp32; with targets the sum of the cross-entropies in nats, a fp32
-        scalar. With loss_weights (4,) fp32 it is the training loss, whose weights are those of the next token, the
+        none. With loss_weights (4,) fp32 the sum is the training loss, whose weights are those of the next token, the
         second, the third, and the next token's prefix.
         """
         cfg, H = self.cfg, self.cfg.num_heads
@@ -713,7 +673,8 @@ class GPT(nn.Module):
         # pair of tokens, hashed (#62)
         before = torch.where(fresh, tokens, tokens.roll(1, 0))
         pair = ((36313 * tokens) ^ (27191 * before)) % cfg.bigram_rows
-        bigram = F.embedding(pair, self.bigram_embed) * F.embedding((tokens ^ before) % cfg.bigram_signs, self.bigram_signs)
+        bigram = F.embedding(pair, self.bigram_embed)
+        bigram = bigram * F.embedding((tokens ^ before) % cfg.bigram_signs, self.bigram_signs)
 
         kernels = cfg.kernels and tokens.is_cuda and triton_kernels is not None
         float8 = cfg.float8 and kernels and loss_weights is not None            # validation is always in full precision
@@ -723,40 +684,35 @@ class GPT(nn.Module):
         for i, layer in enumerate(cfg.layers):
             if i == self.skip + 1:
                 gates |= self.gate_net("gate", 1, x)
+            value, resid_mlp, post_mlp = None, resid[i, 1], post[i, 1]
             if layer.mix:
                 kept["last"], mix = x, self.gate_net("mix", 0, x)
-                sources = start, kept[self.late], x
-            value = None
-            if layer.mix:
+                sources, resid_mlp, post_mlp = (start, kept[self.late], x), mix["mlp_x"], mix["mlp"]
                 gate = mix["value_gate"].repeat_interleave(H // 2, dim=1)
                 own = values[layer.values].view(-1, H, cfg.head_dim) * gate[:, :, None]
                 value = own.flatten(1) + sum(c * s for c, s in zip(mix["value"].split(1, dim=1), sources))
             u = norm(x if layer.reads < 0 else kept[layer.reads])
             if layer.values >= 0 and not layer.mix:
                 table = values[layer.values]
-                gate = 2 * torch.sigmoid(F.linear(torch.cat([u[:, :6], table[:, :6]], 1), self.value_gates[layer.values]))
-                value = (table.view(-1, H, cfg.head_dim) * gate[:, :, None]).flatten(1)
+                gate = F.linear(torch.cat([u[:, :6], table[:, :6]], 1), self.value_gates[layer.values])
+                value = (table.view(-1, H, cfg.head_dim) * (2 * torch.sigmoid(gate))[:, :, None]).flatten(1)
             if layer.mix:
                 x = x + sum(c * s for c, s in zip(mix["stream"].split(1, dim=1), sources))
                 attn = self.attention(i, u, weights[i], rope, masks, fresh, gates, value, float8)
                 x = mix["attn_x"] * x + mix["attn"] * attn + mix["attn_x0"] * start + mix["attn_bigram"] * bigram
-                resid_mlp, post_mlp = mix["mlp_x"], mix["mlp"]
+            elif layer.attention:
+                attn = self.attention(i, u, weights[i], rope, masks, fresh, gates, value, float8)
+                x = resid[i, 0] * x + post[i, 0] * attn + gates[f"x0.{i}"] * x0
+                x = x + gates[f"bigram.{i}"] * bigram if i else x           # layer 0 starts with it
             else:
-                if layer.attention:
-                    attn = self.attention(i, u, weights[i], rope, masks, fresh, gates, value, float8)
-                    x = resid[i, 0] * x + post[i, 0] * attn + gates[f"x0.{i}"] * x0
-                    x = x + gates[f"bigram.{i}"] * bigram if i else x       # layer 0 starts with it
-                else:
-                    x = x + torch.sigmoid(self.skip_lambda).to(x.dtype) * gates[f"skip.{i}"] * kept[layer.skip]
-                resid_mlp, post_mlp = resid[i, 1], post[i, 1]
+                x = x + torch.sigmoid(self.skip_lambda).to(x.dtype) * gates[f"skip.{i}"] * kept[layer.skip]
             relu2_mlp = triton_kernels.float8_mlp if float8 else mlp
             x = resid_mlp * x + post_mlp * relu2_mlp(norm(x), up[i], down[i])
             if i in (self.skip, self.late):
                 kept[i] = x
         mix = self.gate_net("mix", 1, x)
-        x = (x + mix["x0"] * start + mix["late"] * kept[self.late] + mix["last"] * kept["last"]
-             + mix["embed"] * values[0] + mix["skip"] * kept[self.skip])
-        x = norm(x)
+        x = norm(x + mix["x0"] * start + mix["late"] * kept[self.late] + mix["last"] * kept["last"]
+                 + mix["embed"] * values[0] + mix["skip"] * kept[self.skip])
 
         if targets is None:
             return map_logits(F.linear(x, self.lm_head))
@@ -764,21 +720,20 @@ class GPT(nn.Module):
             losses = [F.cross_entropy(map_logits(F.linear(x, self.lm_head)), targets, ignore_index=-1, reduction="sum")
                       for x, targets in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
             return torch.stack(losses).sum()
-        none = torch.full_like(targets, -1)
         all_targets = [targets]
         for k in (1, 2):                 # the target k tokens further, within the same document
             same = torch.cat([starts[k:], starts[:k] - 1]) == starts
-            all_targets.append(torch.where(same, targets.roll(-k), none))
-        all_targets.append(torch.where(targets >= 0, self.prefix_of[targets.clamp(min=0)], none))
-        all_targets = torch.stack(all_targets, dim=1)
+            all_targets.append(torch.where(same, targets.roll(-k), -1))
+        all_targets.append(torch.where(targets >= 0, self.prefix_of[targets.clamp(min=0)], -1))
         if kernels:
-            return triton_kernels.head_loss(x, self.lm_head, all_targets, loss_weights, float8)
-        return HeadLoss.apply(x, self.lm_head, all_targets, loss_weights)
+            return triton_kernels.head_loss(x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights, float8)
+        return HeadLoss.apply(x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights)
 
     @property
     def matmul_parameters(self) -> int:
         """Weights that take part in a dense product for every token; tables are looked up instead."""
-        return sum(bank.numel() for bank in (self.attn_qk, self.attn_vo, self.mlp, self.lm_head, self.gate_fc, self.mix_fc))
+        banks = self.attn_qk, self.attn_vo, self.mlp, self.lm_head, self.gate_fc, self.mix_fc
+        return sum(bank.numel() for bank in banks)
 
 # -----------------------------------------------------------------------------
 # Optimizer
@@ -817,10 +772,7 @@ def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2, apply):
     master.copy_(torch.where(apply, master - lr * (x + decay * master * (x * master >= 0)), master))
 
 def adam_update(grad, param, m, v, rate, decay, beta1, beta2, apply):
-    """One Adam step with cautious decay, in place on param (if `apply`), m and v (fp32).
-
-    `rate` includes the bias corrections.
-    """
+    """One Adam step with cautious decay, in place on param (if `apply`), m and v; rate is corrected for bias."""
     g, p = grad.float(), param.float()
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
@@ -835,16 +787,15 @@ class Optimizer:
     """
 
     def __init__(self, model: GPT, rank: int = 0, world_size: int = 1):
-        named = dict(model.named_parameters())
-        assert named.keys() == PARAMETERS.keys(), f"in one place only: {sorted(named.keys() ^ PARAMETERS.keys())}"
-        self.model, self.params, self.rank, self.world_size = model, named, rank, world_size
-        compiled = model.cfg.compile
-        if compiled:
+        self.model, self.rank, self.world_size = model, rank, world_size
+        self.params, self.whole, self.state = dict(model.named_parameters()), {}, {}
+        odd = sorted(self.params.keys() ^ PARAMETERS.keys())
+        assert not odd, f"in one place only: {odd}"
+        self.normuon, self.adam = normuon_update, adam_update
+        if model.cfg.compile:
             torch._dynamo.config.recompile_limit = 64               # one graph a parameter shape
-        self.normuon = torch.compile(normuon_update, dynamic=False) if compiled else normuon_update
-        self.adam = torch.compile(adam_update, dynamic=False) if compiled else adam_update
-        self.whole, self.state = {}, {}
-        for name, param in named.items():
+            self.normuon, self.adam = (torch.compile(rule, dynamic=False) for rule in (normuon_update, adam_update))
+        for name, param in self.params.items():
             self.share_out(name, param)
         self.reset()
 
@@ -853,29 +804,25 @@ class Optimizer:
         rule, flat = PARAMETERS[name], param.data
         if rule.rule == "adam" and rule.shared == "shard":          # share out single rows, not whole tables
             flat = flat.view(-1, flat.size(-1))
+        self.whole[name] = whole = flat
         if rule.shared == "shard" and self.world_size > 1:
             rows = -(-flat.size(0) // self.world_size) * self.world_size
-            whole = flat.new_zeros(rows, *flat.shape[1:])
+            self.whole[name] = whole = flat.new_zeros(rows, *flat.shape[1:])
             whole[:flat.size(0)] = flat
             param.data = whole[:flat.size(0)].view(param.shape)
-            self.whole[name] = whole
-        else:
-            self.whole[name] = flat
         part = self.part(name)
-        state = {"m": torch.zeros_like(part, dtype=torch.float32)}
+        state = self.state[name] = {"m": torch.zeros_like(part, dtype=torch.float32)}
         if rule.rule == "adam":
             state |= {"v": torch.zeros_like(state["m"]), "count": torch.zeros((), dtype=torch.int64)}
         else:
             n, rows, cols = part.shape
             state |= {"master": torch.zeros_like(state["m"]),
                       "v": state["m"].new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols))}
-        self.state[name] = state
 
     def part(self, name: str) -> Tensor:
         """The rows of a parameter that this rank updates."""
-        if PARAMETERS[name].shared == "all":
-            return self.whole[name]
-        return self.whole[name].chunk(self.world_size)[self.rank]
+        whole = self.whole[name]
+        return whole if PARAMETERS[name].shared == "all" else whole.chunk(self.world_size)[self.rank]
 
     @torch.no_grad()
     def reset(self):
@@ -889,7 +836,7 @@ class Optimizer:
             self.params[name].grad = None
 
     def reduce(self, name: str) -> tuple[Tensor, object]:
-        """Starts summing a gradient over ranks. Returns this rank's part of the sum and a handle to wait on, or None."""
+        """Starts summing a gradient over ranks; this rank's part of the sum, and a handle to wait on or None."""
         whole, param = self.whole[name], self.params[name]
         grad, param.grad = param.grad.view(-1, *whole.shape[1:]), None
         if self.world_size == 1:
@@ -903,10 +850,8 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, apply: Tensor | None = None):
-        """Updates the parameters that are due at this step and drops their gradients.
-
-        apply: bool scalar on the device; once it was false (the loss is not finite) no parameter changes any more.
-        """
+        """Updates the parameters due at this step, drops their gradients; none once `apply` (bool scalar) was false."""
+        # false: the loss is not finite; a tensor on the device, so that nothing waits for it
         apply = self.healthy = self.healthy if apply is None else self.healthy & apply
         cfg, tied = self.model.cfg, is_tied(self.model.cfg, step)
         if tied:                         # one matrix: its gradient is the sum, and the embedding follows the head
@@ -916,15 +861,15 @@ class Optimizer:
         due = [name for name, rule in PARAMETERS.items()
                if (rule.rule == "muon" or step % 2) and not (tied and name == "embed")]
         reduced = {name: self.reduce(name) for name in due}
-        gathers = {}
+        gathers = []
         for name in due:
             grad, handle = reduced.pop(name)
             if handle:
                 handle.wait()
             self.update(name, grad, step, apply)
             if self.world_size > 1 and PARAMETERS[name].shared == "shard":
-                gathers[name] = dist.all_gather_into_tensor(self.whole[name], self.part(name), async_op=True)
-        for handle in gathers.values():
+                gathers.append(dist.all_gather_into_tensor(self.whole[name], self.part(name), async_op=True))
+        for handle in gathers:
             handle.wait()
         if tied and step % 2:
             embed.copy_(head)
@@ -936,7 +881,7 @@ class Optimizer:
         """The rule of one parameter, on this rank's part."""
         cfg, rule, state, part = self.model.cfg, PARAMETERS[name], self.state[name], self.part(name)
         factor = cfg.lr * lr_factor(cfg, step)
-        scalar = lambda value: torch.tensor(value, dtype=torch.float32)            # a tensor, so that nothing recompiles
+        scalar = lambda value: torch.tensor(value, dtype=torch.float32)         # a tensor, so that nothing recompiles
         if rule.rule == "adam":
             lr, (beta1, beta2) = rule.lr * factor, rule.betas
             state["count"] += 1
@@ -945,8 +890,8 @@ class Optimizer:
                       apply)
         else:
             rates = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,)
-            offset = self.rank * part.size(0)
-            lr = torch.tensor([rates[(offset + n) % len(rates)] * factor for n in range(part.size(0))])
+            first = self.rank * part.size(0)
+            lr = torch.tensor([rates[(first + n) % len(rates)] * factor for n in range(part.size(0))])
             lr = lr.view(-1, 1, 1).to(part.device, non_blocking=True)
             self.normuon(grad, state["master"], state["m"], state["v"], lr, scalar(rule.decay * ATTN_LR * factor),
                          scalar(momentum(cfg, step)), rule.betas[0], apply)
@@ -1008,8 +953,8 @@ class Machine:
 
 def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
-    rank, world_size, local_rank = (int(os.environ.get(*item)) for item in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    env, cuda, gpus = os.environ, torch.cuda.is_available(), torch.cuda.device_count()
+    rank, world_size, local_rank = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
     kind = cfg.device if cfg.device != "auto" else "cuda" if cuda else "cpu"
     if not {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}[kind]:
         raise UserError(f"--device={kind}, but PyTorch sees no such device; use --device=cpu or another build of torch")
@@ -1017,14 +962,14 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
         raise UserError(f"torchrun starts more ranks than the {gpus} GPUs here; lower --nproc_per_node")
     slots = min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens
     if world_size > slots:
-        raise UserError(f"{world_size} ranks share {slots} slots, which leaves a rank without a token; start at most {slots} "
-                        f"or lower --slot_tokens={cfg.slot_tokens}")
-    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+        raise UserError(f"{world_size} ranks share {slots} slots, so one has no token; start at most {slots} or lower "
+                        f"--slot_tokens={cfg.slot_tokens}")
+    device, name = torch.device(kind), f"{kind}, {torch.get_num_threads()} threads"
     if kind == "cuda":
+        device, name = torch.device(kind, local_rank), torch.cuda.get_device_name(local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads"
     return Machine(device, rank, world_size, name)
 
 def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hyperparameters:
@@ -1033,78 +978,72 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
     vocab_size = cfg.vocab_size or -(-shard.vocab_size // cfg.vocab_multiple) * cfg.vocab_multiple
     bos_id = cfg.bos_id if cfg.bos_id >= 0 else shard.bos_id
     if shard.vocab_size > vocab_size or bos_id != shard.bos_id:
-        raise UserError(f"{shard.path} has {shard.vocab_size} ids and begins documents with {shard.bos_id}, the flags say "
+        raise UserError(f"{shard.path} has {shard.vocab_size} ids and begins documents with {shard.bos_id}, not as in "
                         f"--vocab_size={vocab_size} --bos_id={bos_id}; leave both flags away")
     attention = cfg.attention if cfg.attention != "auto" else ("flex" if cuda else "plain")
-    if attention == "flex" and not cuda:
-        raise UserError("--attention=flex needs a CUDA device; use --attention=plain")
-    if attention == "flex" and (cfg.slot_tokens % BLOCK or cfg.val_stream_tokens % BLOCK):
-        raise UserError(f"--slot_tokens={cfg.slot_tokens} and --val_stream_tokens={cfg.val_stream_tokens} must be multiples "
-                        f"of {BLOCK} with --attention=flex")
+    if attention == "flex" and (not cuda or cfg.slot_tokens % BLOCK or cfg.val_stream_tokens % BLOCK):
+        raise UserError(f"--attention=flex needs a CUDA device, and multiples of {BLOCK} for --slot_tokens="
+                        f"{cfg.slot_tokens} and --val_stream_tokens={cfg.val_stream_tokens}; or use --attention=plain")
     kernels = cfg.kernels and cuda and triton_kernels is not None and cfg.precision == "bf16"      # they take bf16 only
     float8 = cfg.float8 and kernels and torch.cuda.get_device_capability() >= (8, 9) and vocab_size % 16 == 0
     return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, attention=attention, compile=cfg.compile and cuda,
                    kernels=kernels, float8=float8)
 
 def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
-    """Slots per micro-batch on this rank, and the sentence that explains them.
-
-    Measured on an H200: activations take up to 11 numbers per token, layer and channel, and 3 per hidden unit (4
-    without kernels); weights, gradients and optimizer state 16 bytes a parameter on one rank.
-    """
+    """Slots per micro-batch on this rank, and the sentence that explains them."""
     share = math.ceil(min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens / machine.world_size)
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
         return min(cfg.micro_batch_tokens // cfg.slot_tokens or share, share), "memory plan: none"
+    # measured on an H200: activations take up to 11 numbers per token, layer and channel, and 3 per hidden unit (4
+    # without kernels); weights, gradients and optimizer state 16 bytes a parameter on one rank
     width = 2 if cfg.precision == "bf16" else 4
     per_token = width * len(cfg.layers) * (11 * cfg.model_dim + (3 if cfg.kernels else 4) * cfg.mlp_dim)
     rows = (2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows
     matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim)
     static = 16 * (rows + matrices) * cfg.model_dim + 4 * width * HEAD_CHUNK * cfg.vocab_size
-    have = 0.92 * torch.cuda.get_device_properties(machine.device).total_memory
-    fits = int((have - static) / (per_token * cfg.slot_tokens))
+    have, slot = 0.92 * torch.cuda.get_device_properties(machine.device).total_memory, per_token * cfg.slot_tokens
+    fits = int((have - static) / slot)
     if fits < 1:
         raise UserError(f"the GPU has {have / 2**30:.0f} GiB to use, one slot of --slot_tokens={cfg.slot_tokens} needs "
-                        f"{(static + per_token * cfg.slot_tokens) / 2**30:.0f}; lower --slot_tokens")
+                        f"{(static + slot) / 2**30:.0f}; lower --slot_tokens")
     slots = math.ceil(share / math.ceil(share / fits))              # equal micro-steps
-    need = static + slots * cfg.slot_tokens * per_token
     return slots, (f"memory plan: {static / 2**30:.1f} GiB for parameters, gradients, state and logits + {slots} x "
-                   f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {need / 2**30:.1f} of {have / 2**30:.1f} GiB")
+                   f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {(static + slots * slot) / 2**30:.1f} of "
+                   f"{have / 2**30:.1f} GiB")
 
 class Run:
     """The run folder: log.txt, run.json, the source, the curve, the checkpoint. Written as the run goes, by rank 0."""
 
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str]):
         self.cfg, self.machine, self.master, self.live = cfg, machine, machine.rank == 0, False
-        self.history, self.train_losses, self.tokens_seen, self.wrote = [], [], 0, 0.0
-        script, error = Path(__file__), None
+        self.history, self.train_losses, self.tokens_seen, self.wrote, self.info = [], [], 0, 0.0, {}
+        script, errors = Path(__file__), [None]
         if self.master:
-            self.folder = Path(cfg.out_dir) / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{uuid.uuid4().hex[:6]}"
+            name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{os.urandom(3).hex()}"
+            self.folder = Path(cfg.out_dir) / name
             try:
                 self.folder.mkdir(parents=True)
                 shutil.copy(script, self.folder / script.name)
                 self.log_file = open(self.folder / "log.txt", "w", buffering=1)
-            except OSError as os_error:
-                error = f"--out_dir={cfg.out_dir} cannot be written ({os_error.strerror}); choose another"
+            except OSError as error:
+                errors = [f"--out_dir={cfg.out_dir} cannot be written ({error.strerror}); choose another"]
         if machine.world_size > 1:
-            dist.broadcast_object_list(errors := [error], 0)
-            error = errors[0]
-        if error:
-            raise UserError(error)
+            dist.broadcast_object_list(errors, 0)
+        if errors[0]:
+            raise UserError(errors[0])
         if not self.master:
             return
         source = script.read_text()
         self.log_file.write(source + "\n" + "=" * 100 + "\n")
-        self.info = {
-            "format": 1, "status": "running", "script": script.name, "argv": argv, "config": asdict(cfg), "seed": cfg.seed,
-            "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
-            "git": {"commit": command_output("git", "rev-parse", "HEAD"),
-                    "dirty": bool(command_output("git", "status", "--porcelain"))},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                         "numpy": np.__version__}, "device": machine.name, "world_size": machine.world_size,
-            "gpu": command_output("nvidia-smi", "--format=csv",
-                                  "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit"),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "val_losses": []}
-        self.save()
+        self.save(format=1, status="running", script=script.name, argv=argv, config=asdict(cfg), seed=cfg.seed,
+                  source_sha256=hashlib.sha256(source.encode()).hexdigest(),
+                  git={"commit": command_output("git", "rev-parse", "HEAD"),
+                       "dirty": bool(command_output("git", "status", "--porcelain"))},
+                  versions={"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
+                            "numpy": np.__version__}, device=machine.name, world_size=machine.world_size,
+                  gpu=command_output("nvidia-smi", "--format=csv", "--query-gpu=name,driver_version,memory.total,"
+                                     "clocks.sm,clocks.mem,power.limit"),
+                  started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), val_losses=[])
 
     def save(self, **changes):
         """Updates run.json, so that it is whole at any moment."""
@@ -1121,44 +1060,41 @@ class Run:
                 self.live = False
 
     def step(self, step: int, clock, loss: float, stop: float, model) -> bool:
-        """Logs a finished step; on a terminal a live line, elsewhere a line now and then. Returns whether to stop.
-
-        Raises FloatingPointError, which names the step and the first bad parameter, if the loss is not finite.
-        """
-        cfg, seconds = self.cfg, clock.seconds
+        """Logs a finished step, on a terminal as a live line, else a line now and then. Returns whether to stop."""
+        cfg, seconds, terminal = self.cfg, clock.seconds, sys.stdout.isatty()
         batch = cfg.stages[stage_index(cfg, step - 1)].batch_tokens
         self.tokens_seen += batch
         loss = loss / batch / sum(loss_weights(cfg, step - 1))
         self.need_finite(loss, f"the loss of step {step}", model)
-        rate = self.tokens_seen / seconds
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in self.machine.name), 0) * self.machine.world_size
-        mfu = f"{600 * model.matmul_parameters * rate / peak:.1f}%" if peak else "n/a"
-        left = (cfg.total_steps - step) * seconds / step
         self.train_losses.append((step, seconds, loss))
-        text = (f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms "
-                f"step_avg:{1000 * seconds / step:.2f}ms")
+        text = f"step:{step}/{cfg.total_steps} train_loss:{loss:.4f} {train_time(seconds, step)}"
         self.print(text, console=False)
-        terminal = sys.stdout.isatty()
         if self.master and time.time() - self.wrote > (0.1 if terminal else 10):
-            live = f"{text}  {rate / 1000:.1f}k tokens/s  mfu {mfu}  {left:.0f} s left"
-            print(f"\r\033[K{live}" if terminal else live, end="" if terminal else "\n", flush=True)
+            rate = self.tokens_seen / seconds
+            peak = next((flops for part, flops in PEAK_FLOPS.items() if part in self.machine.name), 0)
+            peak *= self.machine.world_size
+            mfu = f"{600 * model.matmul_parameters * rate / peak:.1f}%" if peak else "n/a"
+            left = (cfg.total_steps - step) * seconds / step
+            text += f"  {rate / 1000:.1f}k tokens/s  mfu {mfu}  {left:.0f} s left"
+            print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
             self.live, self.wrote = terminal, time.time()
         return stop > 0
 
     def need_finite(self, loss: float, what: str, model):
-        """Raises FloatingPointError, which names what is wrong, if a loss is NaN or infinite."""
-        if not math.isfinite(loss):
-            text = (f"{what} is {loss}; first parameter that is not finite: {first_bad(model)}; lower --lr={self.cfg.lr} or "
-                    "look at the last change")
-            self.save(status="diverged", error=text, tokens_seen=self.tokens_seen)
-            raise FloatingPointError(text)
+        """Raises FloatingPointError, which names the first bad parameter of the table, if a loss is NaN or infinite."""
+        if math.isfinite(loss):
+            return
+        named = dict(model.named_parameters())
+        bad = next((name for name in PARAMETERS if not torch.isfinite(named[name]).all()), "none: only the loss")
+        text = f"{what} is {loss}; first bad parameter: {bad}; lower --lr={self.cfg.lr} or look at the last change"
+        self.save(status="diverged", error=text, tokens_seen=self.tokens_seen)
+        raise FloatingPointError(text)
 
     def validated(self, step: int, clock, val_loss: float, model):
         """Logs a validation, which is also when run.json is brought up to date."""
         self.need_finite(val_loss, f"the validation loss of step {step}", model)
         self.history.append((step, clock.seconds, val_loss))
-        self.print(f"step:{step}/{self.cfg.total_steps} val_loss:{val_loss:.6f} train_time:{1000 * clock.seconds:.0f}ms "
-                   f"step_avg:{1000 * clock.seconds / max(step, 1):.2f}ms")
+        self.print(f"step:{step}/{self.cfg.total_steps} val_loss:{val_loss:.6f} {train_time(clock.seconds, step)}")
         self.save(tokens_seen=self.tokens_seen, train_time_ms=round(1000 * clock.seconds), val_losses=[
             {"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6), "tokens": self.cfg.val_tokens}
             for s, t, v in self.history])
@@ -1166,39 +1102,43 @@ class Run:
     def finish(self, status: str, step: int, clock, checkpoint: Path | None, shards: list[Shard]):
         """The last lines of the log, the curve, and the final run.json."""
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.machine.device.type == "cuda" else 0
-        self.save(status=status, peak_memory_gib=round(memory, 2), data={shard.path: shard.num_tokens for shard in shards})
-        self.plot()
+        data = {shard.path: shard.num_tokens for shard in shards}
+        self.save(status=status, peak_memory_gib=round(memory, 2), data=data)
         if self.master:
+            self.plot()
             self.print(f"{status}: {step} steps, {self.tokens_seen:,} tokens in {clock.seconds:.1f} s of training "
-                       f"({self.tokens_seen / clock.seconds:,.0f} tokens/s), compilation {self.info['compile_seconds']} s, "
-                       f"{self.info['recompiles']} recompiles" + (f", peak memory {memory:.1f} GiB" if memory else ""))
+                       f"({self.tokens_seen / clock.seconds:,.0f} tokens/s), "
+                       f"compilation {self.info['compile_seconds']} s, {self.info['recompiles']} recompiles"
+                       + (f", peak memory {memory:.1f} GiB" if memory else ""))
             self.print(f"log, curve and checkpoint are in {self.folder}")
             self.print(f"next: python sample.py --checkpoint={checkpoint}")
 
     def plot(self):
         """curve.svg: training and validation loss over steps and over training time."""
-        if not self.master or not self.train_losses:
-            return
         try:
             from matplotlib.backends.backend_svg import FigureCanvasSVG
             from matplotlib.figure import Figure
         except ImportError:
             return self.print("no curve.svg: matplotlib is not installed (pip install matplotlib)")
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        for axis, column, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("step", "training time in seconds")):
-            train, val = np.array(self.train_losses), np.array(self.history)
+        figure, train, val = Figure((11, 4), layout="constrained"), np.array(self.train_losses), np.array(self.history)
+        for column, axis in enumerate(figure.subplots(1, 2, sharey=True)):
             axis.plot(train[:, column], train[:, 2], color="0.65", linewidth=0.8, label="training (weighted)")
             axis.plot(val[:, column], val[:, 2], "o-", color="black", markersize=4, label="validation")
-            axis.set(xlabel=label, ylabel="loss in nats per token")
+            axis.set(xlabel=("step", "training time in seconds")[column], ylabel="loss in nats per token")
             axis.grid(alpha=0.3)
             axis.legend()
-        figure.suptitle(f"{Path(__file__).stem}: validation loss {self.history[-1][2]:.4f} after {self.history[-1][0]} steps")
+        figure.suptitle(f"{Path(__file__).stem}: validation loss {val[-1, 2]:.4f} after {val[-1, 0]:.0f} steps")
         FigureCanvasSVG(figure).print_svg(self.folder / "curve.svg")
+
+def train_time(seconds: float, step: int) -> str:
+    """The last two fields of a log line."""
+    return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
 
 def command_output(*words: str) -> str:
     """What a command prints, or nothing if it fails."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent).stdout.strip()
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -1215,7 +1155,7 @@ def write_atomically(path: Path, content: bytes):
 # Checkpoint
 
 def save_checkpoint(run: Run, model: GPT, step: int, tokenizer: bytes) -> Path | None:
-    """Writes the folder checkpoint/step_<n> of the run (model.safetensors, meta.json, tokenizer.json), then `latest`."""
+    """Writes checkpoint/step_<n> of the run (model.safetensors, meta.json, tokenizer.json), then the file `latest`."""
     if not run.master:
         return None
     root = run.folder / "checkpoint"
@@ -1255,11 +1195,9 @@ def config_from_dict(values: dict) -> Hyperparameters:
 
 def digest(tensors: dict[str, Tensor]) -> dict[str, int]:
     """A 64-bit sum per tensor that changes with any bit of it, computed where the tensor lies."""
-    sums = {}
+    sums = dict.fromkeys(tensors, 0)
     for name, tensor in tensors.items():
-        words = tensor.detach().contiguous().flatten()
-        words = words.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])
-        sums[name] = 0
+        words = tensor.detach().contiguous().flatten().view(torch.uint8)
         for i, chunk in enumerate(words.split(1 << 24)):
             weights = torch.arange(chunk.numel(), device=chunk.device) * 2654435761 + 2 * i + 1
             sums[name] += int((chunk.long() * (weights | 1)).sum())
@@ -1272,11 +1210,8 @@ def run_state(model: GPT, optimizer: Optimizer, machine: Machine) -> dict[str, T
         state["cuda rng"] = torch.cuda.get_rng_state(machine.device)
     return state | {f"{name}.{key}": t for name, part in optimizer.state.items() for key, t in part.items()}
 
-def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, stop: bool = False) -> Tensor:
-    """Forward and backward of all micro-batches and one optimizer step.
-
-    Returns (loss summed over the batch, number of ranks asked to stop), summed over ranks, on the device.
-    """
+def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, stop=False) -> Tensor:
+    """Trains on one batch; returns (its summed loss, number of ranks asked to stop) of all ranks, on the device."""
     weights = torch.tensor(loss_weights(optimizer.model.cfg, step)).to(machine.device, non_blocking=True)
     total = torch.tensor([0.0, float(stop)]).to(machine.device, non_blocking=True)
     for batch in batches:
@@ -1308,17 +1243,15 @@ def warm_up(model, optimizer: Optimizer, machine: Machine, micro_slots: int):
         tokens = generator.integers(0, cfg.vocab_size, length, dtype=np.int32)
         tokens[::512] = cfg.bos_id
         return tokens, np.roll(tokens, -1).astype(np.int64)
-    for step in (0, 1):                  # Adam rests at even steps and moves at odd ones
-        training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)] * 2, step, machine)
     untied = round(cfg.untie * cfg.num_iterations) // 2 * 2 + 3
-    training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)], untied, machine)
+    for step, count in ((0, 2), (1, 2), (untied, 1)):               # Adam rests at even steps and moves at odd ones
+        training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)] * count, step, machine)
     with torch.no_grad():
         model(*to_device(synthetic(cfg.val_stream_tokens), machine.device))
     raw.init_parameters()
     share_parameters(raw, machine)
     optimizer.reset()
-    after = digest(run_state(raw, optimizer, machine))
-    changed = [name for name in before if before[name] != after[name]]
+    changed = [name for name, value in digest(run_state(raw, optimizer, machine)).items() if value != before[name]]
     assert not changed, f"warm-up changed the initial state of {changed}"
 
 def share_parameters(model: GPT, machine: Machine):
@@ -1331,11 +1264,6 @@ def compiled_graphs() -> int:
     """Graphs that torch.compile has made so far in this process."""
     dynamo = sys.modules.get("torch._dynamo")                       # importing it takes seconds
     return dynamo.utils.counters["stats"].get("unique_graphs", 0) if dynamo else 0
-
-def first_bad(model: GPT) -> str:
-    """The first parameter of the table with a NaN or Inf in it."""
-    named = dict(model.named_parameters())
-    return next((name for name in PARAMETERS if not torch.isfinite(named[name]).all()), "none: only the loss")
 
 class Clock:
     """Training time in seconds: runs only between start() and stop(), which wait for the device and all ranks."""
@@ -1362,13 +1290,12 @@ class Clock:
         return self.before + (time.perf_counter() - self.started if self.started else 0.0)
 
 def train(cfg: Hyperparameters, argv: list[str]) -> int:
-    """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. Returns exit code."""
+    """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. The exit code."""
     machine = setup_machine(cfg)
     train_shards, val_shards = open_shards(cfg.train_files, cfg.val_files)
     cfg = resolve_config(cfg, machine, train_shards[0])
     num_steps = min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
-    tokens = check_tokens(cfg, train_shards, num_steps)
-    tokenizer = read_tokenizer(train_shards[0])
+    tokens, tokenizer = check_tokens(cfg, train_shards, num_steps), read_tokenizer(train_shards[0])
     streams = validation_streams(cfg, val_shards)
     micro_slots, plan = memory_plan(cfg, machine)
 
@@ -1381,8 +1308,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     share_parameters(model, machine)
     optimizer = Optimizer(model, machine.rank, machine.world_size)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
-    run.print(f"{Path(__file__).name}: {machine.world_size} x {machine.name}, {cfg.precision}, {cfg.attention} attention, "
-              f"torch {torch.__version__}")
+    run.print(f"{Path(__file__).name}: {machine.world_size} x {machine.name}, {cfg.precision}, "
+              f"{cfg.attention} attention, torch {torch.__version__}")
     run.print(f"parameters: {sum(param.numel() for param in model.parameters()) / 1e6:.1f} M, of which "
               f"{model.matmul_parameters / 1e6:.1f} M in matrix products")
     run.print(f"{tokens}; validation on {cfg.val_tokens:,}")
@@ -1420,7 +1347,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     if clock.started:
         clock.stop()
     run.step(done, clock, *pending.tolist(), model)
-    run.save(recompiles=compiled_graphs() - graphs, tokens_seen=run.tokens_seen, train_time_ms=round(1000 * clock.seconds))
+    milliseconds = round(1000 * clock.seconds)
+    run.save(recompiles=compiled_graphs() - graphs, tokens_seen=run.tokens_seen, train_time_ms=milliseconds)
     folder = save_checkpoint(run, model, done, tokenizer)           # before the evaluation can fail
     finished = done == num_steps
     if finished:
@@ -1434,21 +1362,17 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     return 0 if finished else 130
 
 def main() -> int:
-    """Runs the command line; returns the exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
+    """Runs the command line. Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
     argv, rank = sys.argv[1:], int(os.environ.get("RANK", 0))
     if "--help" in argv or "-h" in argv:
         print_help()
         return 0
     try:
         return train(parse_config(argv), argv)
-    except FloatingPointError as error:
-        if rank == 0:
-            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 3
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         if rank == 0 or isinstance(error, RankError):
             print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 3
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
@@ -1466,7 +1390,7 @@ def main() -> int:
 BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
 
 def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
-    """FlexAttention mask where query q sees keys first[q]..q, for non-decreasing `first` (int32, length a multiple of BLOCK).
+    """FlexAttention mask where query q sees keys first[q]..q; `first` int32, non-decreasing, of a multiple of BLOCK.
 
     Since first never decreases, each query block sees a contiguous run of key blocks and the other way round, so all
     tables follow from each block's first and last entry; nothing of size (T / BLOCK)^2 is built.

@@ -25,7 +25,8 @@ def tanh_of_logit(z):
                                      is_pure=True, pack=1)
 
 @triton.jit
-def cross_entropy_kernel(z_TV, targets_TK, weights_K, loss_T, lse_T, weight_T, z_target_TK, V, K: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_kernel(z_TV, targets_TK, weights_K, loss_T, lse_T, weight_T, z_target_TK, V, K: tl.constexpr,
+                         BLOCK: tl.constexpr):
     """One row a program: log-sum-exp, sum of active target weights, and weighted loss."""
     row = tl.program_id(0).to(tl.int64)
     z_TV += row * V
@@ -50,7 +51,7 @@ def cross_entropy_kernel(z_TV, targets_TK, weights_K, loss_T, lse_T, weight_T, z
 
 @triton.jit
 def grad_of_logit(z, lse, weight, targets_weight, scale):
-    """Derivative of the row's loss by z, times scale, where `targets_weight` is the weight of targets at this column."""
+    """Derivative of the row's loss by z, times scale; `targets_weight`: the weight of targets at this column."""
     tanh = tanh_of_logit(z)
     grad = weight * tl.exp2((11.5 * LOG2_E) * tanh + (11.5 - lse) * LOG2_E) - targets_weight
     return grad * (1.0 - tanh * tanh) * ((11.5 / 15.0) * scale)
@@ -66,15 +67,15 @@ def cross_entropy_grad_kernel(z_TV, lse_T, weight_T, grad_TV, grad_VT, scale, T,
     lse = tl.load(lse_T + row, mask=row < T, other=0.0)[:, None]
     weight = tl.load(weight_T + row, mask=row < T, other=0.0)[:, None]
     z = tl.load(z_TV + place, mask=inside, other=0.0).to(tl.float32)
-    grad = grad_of_logit(z, lse, weight, 0.0, scale)
+    grad = grad_of_logit(z, lse, weight, 0.0, scale).to(tl.bfloat16)            # two bytes are cheaper to transpose
     tl.store(grad_TV + place, grad.to(grad_TV.dtype.element_ty), mask=inside)
     if TRANSPOSE:
         place = column.to(tl.int64)[:, None] * T + row[None, :]
-        tl.store(grad_VT + place, tl.trans(grad.to(tl.bfloat16)).to(grad_VT.dtype.element_ty), mask=tl.trans(inside))
+        tl.store(grad_VT + place, tl.trans(grad).to(grad_VT.dtype.element_ty), mask=tl.trans(inside))
 
 @triton.jit
-def target_grad_kernel(z_target_TK, targets_TK, weights_K, lse_T, weight_T, grad_TV, grad_VT, scale, T, V, K: tl.constexpr,
-                       TRANSPOSE: tl.constexpr):
+def target_grad_kernel(z_target_TK, targets_TK, weights_K, lse_T, weight_T, grad_TV, grad_VT, scale, T, V,
+                       K: tl.constexpr, TRANSPOSE: tl.constexpr):
     """One row a program: the gradient again in the few columns that are targets, from their logits."""
     row = tl.program_id(0).to(tl.int64)
     lse, weight = tl.load(lse_T + row), tl.load(weight_T + row)
@@ -88,16 +89,18 @@ def target_grad_kernel(z_target_TK, targets_TK, weights_K, lse_T, weight_T, grad
         if TRANSPOSE:
             tl.store(grad_VT + target.to(tl.int64) * T + row, grad, mask=target >= 0)
 
-def cross_entropy(z_TV: Tensor, targets_TK: Tensor, weights_K: Tensor, float8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def cross_entropy(z_TV: Tensor, targets_TK: Tensor, weights_K: Tensor,
+                  float8: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss summed, gradient by z (T, V), its transpose (V, T) or None).
 
-    z bf16, targets int64 (-1: none), weights fp32. With float8 the gradient is e5m2, multiplied by GRAD_SCALE, and comes
-    both ways round, as float8 products want it; otherwise it is bf16 and overwrites z.
+    z bf16, targets int64 (-1: none), weights fp32. With float8 the gradient is e5m2, multiplied by GRAD_SCALE, and
+    comes both ways round, as float8 products want it; otherwise it is bf16 and overwrites z.
     """
     (T, V), K = z_TV.shape, targets_TK.size(1)
     loss, lse, weight = (z_TV.new_empty(T, dtype=torch.float32) for _ in range(3))
     z_target = z_TV.new_empty(T, K, dtype=torch.float32)
-    cross_entropy_kernel[(T,)](z_TV, targets_TK, weights_K, loss, lse, weight, z_target, V, K=K, BLOCK=4096, num_warps=8)
+    cross_entropy_kernel[(T,)](z_TV, targets_TK, weights_K, loss, lse, weight, z_target, V, K=K, BLOCK=4096,
+                               num_warps=8)
     grad = torch.empty_like(z_TV, dtype=torch.float8_e5m2) if float8 else z_TV
     transposed, scale = (grad.new_empty(V, T), GRAD_SCALE) if float8 else (grad, 1.0)
     rows, columns = (64, 64) if float8 else (32, 128)
@@ -136,11 +139,12 @@ def head_loss_op(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K:
             part, grad, grad_VT = cross_entropy(z, targets_TK[rows], weights_K, True)
             del z
             dx[rows] = scaled_product(grad, weight8_CV.T, GRAD_SCALE * WEIGHT_SCALE, torch.bfloat16, fast=False)
-            dweight += scaled_product(grad_VT, x8[rows].T.contiguous().T, GRAD_SCALE * X_SCALE, torch.float32, fast=False)
+            dweight += scaled_product(grad_VT, x8[rows].T.contiguous().T, GRAD_SCALE * X_SCALE, torch.float32,
+                                      fast=False)
         else:
             part, grad, _ = cross_entropy(x_TC[rows] @ weight_VC.T, targets_TK[rows], weights_K, False)
             torch.mm(grad, weight_VC, out=dx[rows])
-            dweight += grad.T @ x_TC[rows]
+            dweight += torch.mm(grad.T, x_TC[rows], out_dtype=torch.float32)
         loss += part
     return loss, dx, dweight.to(weight_VC.dtype)
 
@@ -152,7 +156,8 @@ def head_loss_backward(ctx, grad, *_):
     dx, dweight = ctx.saved_tensors
     return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None, None
 
-head_loss_op.register_autograd(head_loss_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
+head_loss_op.register_autograd(
+    head_loss_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
 
 def head_loss(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Tensor, float8: bool) -> Tensor:
     """Sum over tokens of the weighted cross-entropies of K targets (int64, -1: none), a fp32 scalar with gradients.

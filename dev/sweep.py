@@ -45,8 +45,8 @@ def edited_script(script: Path, name: str, edits: list[tuple[str, str]]) -> Path
 def run_variant(args, name: str, script: Path, flags: list[str]) -> dict:
     """Runs one variant and returns what its run.json says, with a note if it failed."""
     folder = args.out / name
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}", str(script),
-               *args.common, *flags, f"--out_dir={folder}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}",
+               str(script), *args.common, *flags, f"--out_dir={folder}"]
     if args.ranks == 1:
         command = [sys.executable, str(script), *args.common, *flags, f"--out_dir={folder}"]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -73,9 +73,9 @@ def table_row(name: str, info: dict) -> list[str]:
     last = (info.get("val_losses") or [{}])[-1]
     train_s = last.get("train_time_ms", 0) / 1000
     rate = info.get("tokens_seen", 0) / max(info.get("train_time_ms", 0) / 1000, 1e-9)
-    return [name, str(last.get("step", "")), f"{last.get('val_loss', float('nan')):.4f}", f"{train_s:.2f}", f"{rate:.0f}",
-            str(info.get("compile_seconds", "")), str(info.get("recompiles", "")), str(info.get("peak_memory_gib", "")),
-            info["note"]]
+    return [name, str(last.get("step", "")), f"{last.get('val_loss', float('nan')):.4f}", f"{train_s:.2f}",
+            f"{rate:.0f}", str(info.get("compile_seconds", "")), str(info.get("recompiles", "")),
+            str(info.get("peak_memory_gib", "")), info["note"]]
 
 
 def main():

@@ -1,0 +1,302 @@
+"""The kernels of triton_kernels.py and FlexAttention as train_gpt.py calls it, on a GPU: values and gradients.
+
+Against: the same formulas in float64 with autograd, and the plain PyTorch versions in bf16, whose error sets the
+bounds; a training step with kernels and float8 against one without. Skipped without CUDA or Triton; float8 also below
+compute capability 8.9. Run: python -m pytest tests/test_kernels.py
+"""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from train_gpt import GPT, PRESETS, HeadLoss, block_mask, flex, plain_attention
+
+kernels = train_gpt.triton_kernels
+DEVICE, CUDA = "cuda", torch.cuda.is_available()
+FLOAT8 = CUDA and torch.cuda.get_device_capability() >= (8, 9)
+pytestmark = [pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU"),
+              pytest.mark.skipif(kernels is None, reason="needs Triton"),
+              pytest.mark.filterwarnings("ignore")]                     # PyTorch's hints on speed
+needs_float8 = pytest.mark.skipif(not FLOAT8, reason="needs a GPU of compute capability 8.9 or above, for float8")
+number_formats = pytest.mark.parametrize("float8", [False, pytest.param(True, marks=needs_float8)],
+                                         ids=["bf16", "float8"])
+eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+TANH_ERROR = 0.02  # bound on what the approximate tanh, 2^-11, becomes in one entry of the logit gradient, relative
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """New tensors hold NaN, so that an entry that a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2):
+            assert torch.empty(8, 8, device=DEVICE, dtype=dtype).float().isnan().all(), dtype
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, std=1.0):
+    return (torch.randn(shape, device=DEVICE) * std).bfloat16()
+
+
+def normalised(T, C):
+    return train_gpt.norm(torch.randn(T, C, device=DEVICE)).bfloat16()
+
+
+def relative(value, reference):
+    """Distance from the reference in units of its norm."""
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def as_leaves(*tensors, dtype=None):
+    return [tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
+
+
+def maybe_compiled(function, compiled):
+    if compiled:
+        torch._dynamo.reset()            # each test with a cache of its own, not at the limit on recompilations
+    return torch.compile(function, dynamic=False, fullgraph=True) if compiled else function
+
+
+# -----------------------------------------------------------------------------
+# Cross-entropy and head
+
+def make_targets(T, V):
+    """Targets (T, 4) with missing ones, repeated ones, the first and the last column, and rows without any."""
+    targets = torch.randint(-1, V, (T, 4), device=DEVICE)
+    targets[torch.rand(T, 4, device=DEVICE) < 0.2] = -1
+    targets[:10, 0] = targets[:10, 1] = torch.randint(0, V, (10,), device=DEVICE)
+    targets[10:20, 3] = targets[10:20, 0] = torch.randint(0, V, (10,), device=DEVICE)
+    targets[20:22] = torch.randint(0, V, (2, 1), device=DEVICE)         # all four the same
+    targets[22:24] = torch.tensor([0, V - 1, V - 1, 0], device=DEVICE)
+    targets[[24, 31, T - 1]] = -1
+    return targets
+
+
+def exact_loss(logits, targets, weights):
+    """Sum of weighted cross-entropies in float64, by definition."""
+    capped = 23 * torch.sigmoid((logits + 5) / 7.5)
+    losses = capped.logsumexp(dim=1, keepdim=True) - capped.gather(1, targets.clamp(min=0))
+    return (losses * weights.double() * (targets >= 0)).sum()
+
+
+# odd against the tiles of the kernels (32 x 128, 64 x 64) and, the last, against the 4096 columns of the row kernel
+SIZES = pytest.mark.parametrize("T, V, weights", [(272, 1008, (1, .5, .25, .25)), (48, 384, (1, .3, 0, .25)),
+                                                  (48, 5008, (1, 0, 0, 0))])
+
+
+def cross_entropy_case(T, V, weights, float8):
+    """What the kernel returns for random logits, and (loss, gradient) in float64; with them targets and weights."""
+    z, targets = randn(T, V, std=2), make_targets(T, V)
+    weights = torch.tensor(weights, device=DEVICE, dtype=torch.float32)
+    exact, = as_leaves(z, dtype=torch.float64)
+    loss = exact_loss(exact, targets, weights)
+    loss.backward()
+    result = kernels.cross_entropy(z.clone(), targets, weights, float8)
+    return result, (loss.item(), exact.grad), (z, targets, weights)
+
+
+@SIZES
+@number_formats
+def test_cross_entropy_in_each_entry(T, V, weights, float8, poisoned):
+    (loss, grad, _), (exact_value, exact_grad), (_, targets, _) = cross_entropy_case(T, V, weights, float8)
+    assert loss.item() == pytest.approx(exact_value, rel=1e-3)
+    assert grad.dtype == (torch.float8_e5m2 if float8 else torch.bfloat16) and grad.shape == (T, V)
+    scale, rounding = (kernels.GRAD_SCALE, 2**-3) if float8 else (1.0, 2**-8)
+    # below the smallest normal number of e5m2, 2^-14, rounding is absolute
+    torch.testing.assert_close(grad.double() / scale, exact_grad, rtol=rounding + TANH_ERROR, atol=2**-17 / 2**14)
+    assert (grad.float()[(targets < 0).all(dim=1)] == 0).all(), "rows without a target have no gradient"
+
+
+@SIZES
+@needs_float8
+def test_transposed_float8_gradient_is_exactly_the_transpose(T, V, weights, poisoned):
+    (_, grad, transposed), _, _ = cross_entropy_case(T, V, weights, float8=True)
+    assert transposed.shape == (V, T) and transposed.is_contiguous() and transposed.dtype == grad.dtype
+    different = (grad.float().T != transposed.float()).sum().item()     # NaN differs from itself
+    assert different == 0, f"{different} of {grad.numel()} entries differ"
+
+
+@SIZES
+def test_bf16_cross_entropy_is_as_good_as_plain_pytorch(T, V, weights, poisoned):
+    (_, grad, transposed), (_, exact_grad), (z, targets, weights) = cross_entropy_case(T, V, weights, float8=False)
+    assert transposed is None
+    plain, = as_leaves(z)
+    HeadLoss.apply(plain, torch.eye(V, device=DEVICE, dtype=torch.bfloat16), targets, weights).backward()
+    assert relative(grad, exact_grad) <= 1.1 * relative(plain.grad, exact_grad)
+
+
+def test_bf16_cross_entropy_overwrites_its_logits():
+    z, targets = randn(48, 384), make_targets(48, 384)
+    _, grad, _ = kernels.cross_entropy(z, targets, torch.ones(4, device=DEVICE), False)
+    assert grad.data_ptr() == z.data_ptr()
+
+
+@pytest.mark.parametrize("T, V, chunk", [(272, 1008, 128), (48, 384, 1 << 15)], ids=["chunks", "whole"])
+@eager_and_compiled
+@number_formats
+def test_head_loss_and_gradients(T, V, chunk, compiled, float8, monkeypatch, request):
+    if not compiled:                     # under torch.compile deterministic algorithms would change other code too
+        request.getfixturevalue("poisoned")
+    for module in (kernels, train_gpt):  # each chunk rounds once, in either
+        monkeypatch.setattr(module, "HEAD_CHUNK", chunk)
+    x, weight, targets = normalised(T, 768), randn(V, 768, std=0.05), make_targets(T, V)
+    weights = torch.tensor((1, .5, .25, .25), device=DEVICE)
+    exact, plain, ours = as_leaves(x, weight, dtype=torch.float64), as_leaves(x, weight), as_leaves(x, weight)
+    exact_value = exact_loss(exact[0] @ exact[1].T, targets, weights)
+    plain_value = HeadLoss.apply(*plain, targets, weights)
+    our_value = maybe_compiled(kernels.head_loss, compiled)(*ours, targets, weights, float8)
+    for loss in (exact_value, plain_value, our_value):
+        (3 * loss).backward()            # the factor must reach the gradients
+    assert our_value.dtype == torch.float32
+    assert our_value.item() == pytest.approx(exact_value.item(), rel=3e-3 if float8 else 1e-3)
+    for name, good, usual, tensor in zip(("x", "weight"), exact, plain, ours):
+        bound = 0.08 if float8 else 1.1 * relative(usual.grad, good.grad) + 1e-4
+        assert relative(tensor.grad, good.grad) <= bound, name
+
+
+# -----------------------------------------------------------------------------
+# Float8 products
+
+def run_both(function, reference, inputs, compiled):
+    """Output and gradients of a function, those of its reference, and the reference's output in float64."""
+    ours, plain = as_leaves(*inputs), as_leaves(*inputs)
+    y, expected = maybe_compiled(function, compiled)(*ours), reference(*plain)
+    grad = randn(*y.shape)
+    y.backward(grad)
+    expected.backward(grad)
+    exact = reference(*(tensor.double() for tensor in inputs))
+    return (y, [tensor.grad for tensor in ours]), (expected, [tensor.grad for tensor in plain]), exact
+
+
+@needs_float8
+@eager_and_compiled
+def test_float8_linear(compiled):
+    inputs = normalised(272, 768), randn(400, 768, std=0.02)
+    (y, grads), (_, expected), exact = run_both(kernels.float8_linear, F.linear, inputs, compiled)
+    assert y.shape == (272, 400) and y.dtype == torch.bfloat16
+    assert relative(y, exact) <= 0.07
+    for grad, good in zip(grads, expected):
+        assert grad.shape == good.shape and relative(grad, good) <= 0.01
+
+
+@needs_float8
+@eager_and_compiled
+def test_float8_mlp(compiled):
+    inputs = normalised(272, 768), randn(1536, 768, std=0.02), randn(1536, 768, std=0.02)
+    (y, grads), (_, expected), exact = run_both(kernels.float8_mlp, train_gpt.mlp, inputs, compiled)
+    assert y.shape == (272, 768) and y.dtype == torch.bfloat16
+    assert relative(y, exact) <= 0.07
+    for grad, good in zip(grads, expected):                 # from the pre-activations of the float8 product
+        assert grad.shape == good.shape and relative(grad, good) <= 0.1
+
+
+@needs_float8
+@eager_and_compiled
+def test_huge_activations_saturate(compiled):
+    u, weight = 1e4 * normalised(48, 768), randn(384, 768, std=0.02)
+    largest = 448 / kernels.X_SCALE                         # the largest input that e4m3 can hold
+    for function, weights in ((kernels.float8_linear, (weight,)), (kernels.float8_mlp, (weight, weight))):
+        function = maybe_compiled(function, compiled)
+        y = function(u, *weights)
+        assert y.isfinite().all()
+        assert torch.equal(y, function(u.clamp(-largest, largest), *weights))
+
+
+@needs_float8
+@eager_and_compiled
+def test_a_float8_mlp_begins_as_nothing(compiled):
+    u, up, down = as_leaves(normalised(48, 768), randn(384, 768, std=0.02), randn(384, 768, std=0))
+    y = maybe_compiled(kernels.float8_mlp, compiled)(u, up, down)
+    y.backward(randn(48, 768))
+    assert (y == 0).all() and (u.grad == 0).all() and (up.grad == 0).all()
+    assert down.grad.isfinite().all() and (down.grad != 0).any()
+
+
+# -----------------------------------------------------------------------------
+# FlexAttention with the block mask of the model
+
+T, H, D, WINDOWS = 4096, 6, 128, (128, 384, 1408)
+
+
+@pytest.fixture(scope="module")
+def compiled_flex():
+    """flex and block_mask compiled together once for all windows, as in the model."""
+    torch._dynamo.reset()
+
+    def attend(q, k, v, first):
+        return flex(q, k, v, block_mask(first, max(WINDOWS) // train_gpt.BLOCK + 2))
+    return torch.compile(attend, dynamic=False, fullgraph=True)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_flex_attention_is_as_good_as_plain_attention(window, compiled_flex):
+    starts = torch.zeros(T, dtype=torch.int32, device=DEVICE)
+    borders = torch.cat([torch.randint(1, T, (14,), device=DEVICE), torch.tensor([1024, 1025, T - 1], device=DEVICE)])
+    starts[borders] = borders.int()
+    index = torch.arange(T, device=DEVICE, dtype=torch.int32)
+    first = torch.maximum(starts.cummax(0).values.int(), index - window)
+    q, k, v = train_gpt.norm(randn(T, H, D)) * 0.1, train_gpt.norm(randn(T, H, D)), randn(T, H, D)
+    grad, results = randn(T, H, D), {}
+    for name, dtype in (("exact", torch.float64), ("plain", torch.bfloat16), ("flex", torch.bfloat16)):
+        inputs = as_leaves(q, k, v, dtype=dtype)
+        y = compiled_flex(*inputs, first) if name == "flex" else plain_attention(*inputs, first, window)
+        y.backward(grad.to(dtype))
+        results[name] = [y.detach()] + [tensor.grad for tensor in inputs]
+    for name, exact, plain, ours in zip(("y", "dq", "dk", "dv"), *results.values()):
+        assert relative(ours, exact) <= 2 * relative(plain, exact), name
+
+
+# -----------------------------------------------------------------------------
+# The training step
+
+CONFIG = replace(PRESETS["speedrun"], layers=train_gpt.TINY_LAYERS, model_dim=256, head_dim=64, mlp_dim=512,
+                 bigram_rows=1024, vocab_size=1024, bos_id=1023, attention="flex", compile=False)
+STEP = 1                                 # the first at which Adam moves too
+
+
+def training_losses(compiled, **changes):
+    """Loss per token of two training steps on the same random batch, from a model away from its initial state."""
+    with torch.device(DEVICE):
+        model = GPT(replace(CONFIG, **changes))
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        with torch.no_grad():
+            for param in model.parameters():
+                param += 0.2 * torch.randn(param.shape, generator=generator) * (0.1 if param.dim() > 2 else 1)
+            model.prefix_of.copy_(torch.randint(-1, CONFIG.bos_id, model.prefix_of.shape, generator=generator))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, CONFIG.bos_id, 2048, dtype=np.int32)
+    tokens[[0, 300, 301, 1000, 1900]] = CONFIG.bos_id
+    batch = tokens, np.roll(tokens, -1).astype(np.int64)
+    # the optimizer stays as it is: only the model is compiled, to save the time
+    optimizer, forward = train_gpt.Optimizer(model), maybe_compiled(model, compiled)
+    machine = train_gpt.Machine(torch.device(DEVICE), 0, 1, DEVICE)
+    totals = [train_gpt.training_step(forward, optimizer, [batch], STEP, machine) for _ in range(2)]
+    return [total[0].item() / len(tokens) for total in totals]
+
+
+@pytest.fixture(scope="module")
+def plain_losses():
+    """The same steps without kernels, float8 and torch.compile."""
+    return training_losses(False, kernels=False, float8=False)
+
+
+@pytest.mark.parametrize("with_kernels, float8", [(False, False), (True, False),
+                                                  pytest.param(True, True, marks=needs_float8)],
+                         ids=["plain", "bf16", "float8"])
+@eager_and_compiled
+def test_a_training_step(compiled, with_kernels, float8, plain_losses):
+    losses = training_losses(compiled, kernels=with_kernels, float8=float8)
+    assert losses[0] == pytest.approx(plain_losses[0], rel=1e-2)
+    assert losses[1] == pytest.approx(plain_losses[1], rel=3e-2)
+    assert plain_losses[1] < 0.9 * plain_losses[0], "the step must change the loss, or its gradients are not tested"
