@@ -779,6 +779,10 @@ def adam_update(grad, param, m, v, rate, decay, beta1, beta2, apply):
     update = rate * m / (v.sqrt() + 1e-10)
     param.copy_(torch.where(apply, p - update - decay * p * (update * p > 0), p))
 
+# torch 2.13 renamed these two and warns about the old names; 2.11 knows only those
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 class Optimizer:
     """NorMuon and Adam over all parameters, by the rows of PARAMETERS, with state sharded over ranks.
 
@@ -846,7 +850,7 @@ class Optimizer:
         if grad.size(0) < whole.size(0):
             grad = F.pad(grad, (0, 0) * (grad.dim() - 1) + (0, whole.size(0) - grad.size(0)))
         part = torch.empty_like(self.part(name))
-        return part, dist.reduce_scatter_tensor(part, grad, async_op=True)
+        return part, REDUCE_SCATTER(part, grad, async_op=True)
 
     @torch.no_grad()
     def step(self, step: int, apply: Tensor | None = None):
@@ -868,7 +872,7 @@ class Optimizer:
                 handle.wait()
             self.update(name, grad, step, apply)
             if self.world_size > 1 and PARAMETERS[name].shared == "shard":
-                gathers.append(dist.all_gather_into_tensor(self.whole[name], self.part(name), async_op=True))
+                gathers.append(ALL_GATHER(self.whole[name], self.part(name), async_op=True))
         for handle in gathers:
             handle.wait()
         if tied and step % 2:
@@ -1379,6 +1383,8 @@ def main() -> int:
         print(f"{Path(__file__).name}: {error}; free space or choose another --out_dir", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if rank == 0:
+            print(f"{Path(__file__).name}: interrupted before the first step; nothing to save", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

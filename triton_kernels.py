@@ -197,7 +197,7 @@ class Float8MLP(torch.autograd.Function):
         (up8, up_scale), (down8, down_scale) = weight_to_float8(up), weight_to_float8(down.T)
         pre = scaled_product(to_float8(u, X_SCALE), up8.T, X_SCALE * up_scale, u.dtype, fast=True)
         # for normalised u a pre-activation has about the norm of its row of `up`: units 20 times that still fit
-        hidden_scale = 1 / up.float().square().sum(dim=1).mean()
+        hidden_scale = 1 / up.float().square().sum(dim=1).mean().clamp(min=1e-6)
         hidden8 = to_float8(pre.relu().float().square(), hidden_scale)
         ctx.save_for_backward(u, pre, up, down)
         return scaled_product(hidden8, down8.T, hidden_scale * down_scale, u.dtype, fast=True)
