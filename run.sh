@@ -133,7 +133,7 @@ newest_checkpoint() { # run folders begin with date and time, so the last name i
 }
 
 train() { # train PRESET COMMAND...: unless that preset was trained here before and its checkpoint still stands
-  local preset=$1 start=$SECONDS checkpoint finished
+  local preset=$1 start=$SECONDS finished # leaves the folder in the global checkpoint, for the sample
   shift
   finished=logs/finished_$preset
   checkpoint=$(cat "$finished" 2>/dev/null || true)
@@ -151,12 +151,12 @@ train() { # train PRESET COMMAND...: unless that preset was trained here before 
 
 sample() {
   local start=$SECONDS
-  run sample .venv/bin/python sample.py ${prompt:+"--prompt=$prompt"}
+  run sample .venv/bin/python sample.py "--checkpoint=$checkpoint" ${prompt:+"--prompt=$prompt"}
   say sample "that was the model's text ($(took "$start")); give it a beginning: ./run.sh --prompt='The old house'"
 }
 
 main() {
-  prompt="" device="" retrain=0 gpu=0 setup_only=0
+  prompt="" checkpoint="" device="" retrain=0 gpu=0 setup_only=0
   local option
   for option in "$@"; do
     case $option in

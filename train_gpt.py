@@ -304,15 +304,17 @@ def check_config(cfg: Hyperparameters):
         if not kept:
             raise UserError(f"the layer table breaks a rule: {rule}; change its rows or --layers")
 
-def print_help():
-    print(*__doc__.split("\n\n")[:2], sep="\n\n", end="\n\n")
-    print(f"Flags, --field=value, with the defaults of --preset=speedrun (all presets: {', '.join(PRESETS)}):\n")
+def help_text() -> str:
+    """What --help prints: how to start, and every flag with its default and the comment beside it."""
     lines = Path(__file__).read_text().split("class Hyperparameters:")[1].split("@property")[0].splitlines()
     comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if ":" in line}
+    text = ["\n\n".join(__doc__.split("\n\n")[:2]), "", "Flags, --field=value, with the defaults of --preset=speedrun "
+            f"(all presets: {', '.join(PRESETS)}):", ""]
     for field in fields(Hyperparameters):
         value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         value = "JSON rows, see the table in the script" if field.name in ("stages", "layers") else value
-        print(f"  --{field.name}={value}".ljust(66) + comments.get(field.name, ""))
+        text.append(f"  --{field.name}={value}".ljust(66) + comments.get(field.name, ""))
+    return "\n".join(text)
 
 # -----------------------------------------------------------------------------
 # Data
@@ -1379,7 +1381,7 @@ def main() -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
     argv, rank = sys.argv[1:], int(os.environ.get("RANK", 0))
     if "--help" in argv or "-h" in argv:
-        print_help()
+        print(help_text())
         return 0
     try:
         return train(parse_config(argv), argv)

@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BASH = shutil.which("bash")
 SYSTEM_COMMANDS = ("bash", "cat", "chmod", "cksum", "cp", "cut", "dirname", "env", "mkdir", "rm", "sleep", "tail")
+SAMPLE = "sample.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint"
 TRAIN_TINY = "train_gpt.py --preset=tiny --train_files=data/local/train_*.bin --val_files=data/local/val_*.bin"
 TRAIN_SPEEDRUN = "torchrun: --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun"
 DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=1024 --out=data/local"
@@ -135,7 +136,7 @@ def test_a_fresh_machine_without_a_gpu(machine):
     done = machine.start("--prompt=The old house")
     assert done.returncode == 0, done.stderr
     assert done.calls == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt",
-                          f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}", "python: sample.py --prompt=The old house"]
+                          f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}", f"python: {SAMPLE} --prompt=The old house"]
     assert phases(done) == ["setup", "data", "train", "sample"]
     assert "Once there was a model." in done.stdout
     assert "noise from pip" not in done.stdout + done.stderr
@@ -149,7 +150,7 @@ def test_a_second_run_does_nothing_again_but_the_sample(machine):
     machine.start()
     done = machine.start(cwd="/")
     assert done.returncode == 0, done.stderr
-    assert done.calls == [f"python: {DATA_LOCAL}", "python: sample.py"]
+    assert done.calls == [f"python: {DATA_LOCAL}", f"python: {SAMPLE}"]
     assert ".venv is up to date" in done.stdout
     assert "nothing to train" in done.stdout and "--retrain trains again" in done.stdout
 
@@ -187,7 +188,7 @@ def test_gpus_get_the_speedrun_when_pytorch_can_use_them(machine, cuda, calls):
     machine.answer(nvidia_smi=0, torch_cuda=cuda)
     done = machine.start()
     assert done.returncode == 0, done.stderr
-    assert [call for call in done.calls if "train_gpt" in call] == calls
+    assert [call for call in done.calls if "train_gpt.py" in call] == calls
     assert ("python: data/fineweb.py 9" in done.calls) == (cuda == 0)
     assert (f"python: {DATA_LOCAL}" in done.calls) == (cuda == 1)
     assert ("PyTorch cannot use it" in done.stdout) == (cuda == 1)
@@ -211,7 +212,7 @@ def test_without_the_hub_the_gpu_trains_the_tiny_model_and_says_so(machine):
     done = machine.start()
     assert done.returncode == 0, done.stderr
     assert done.calls[2:] == ["python: data/fineweb.py 9", f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}",
-                              "python: sample.py"]
+                              f"python: {SAMPLE}"]
     assert len([line for line in done.stdout.splitlines() if "no speedrun without FineWeb" in line]) == 1
 
 
