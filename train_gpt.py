@@ -1039,7 +1039,9 @@ class Run:
             self.folder = Path(cfg.out_dir) / name
             try:
                 self.folder.mkdir(parents=True)
-                shutil.copy(script, self.folder / script.name)
+                sources = [script] + ([Path(triton_kernels.__file__)] if cfg.kernels else [])
+                for source in sources:
+                    shutil.copy(source, self.folder / source.name)
                 self.log_file = open(self.folder / "log.txt", "w", buffering=1)
             except OSError as error:
                 errors = [f"--out_dir={cfg.out_dir} cannot be written ({error.strerror}); choose another"]
@@ -1049,10 +1051,10 @@ class Run:
             raise UserError(errors[0])
         if not self.master:
             return
-        source = script.read_text()
-        self.log_file.write(source + "\n" + "=" * 100 + "\n")
+        for source in sources:
+            self.log_file.write(source.read_text() + "\n" + "=" * 100 + "\n")
         self.save(format=1, status="running", script=script.name, argv=argv, config=asdict(cfg), seed=cfg.seed,
-                  source_sha256=hashlib.sha256(source.encode()).hexdigest(),
+                  source_sha256=hashlib.sha256(script.read_bytes()).hexdigest(),
                   git={"commit": command_output("git", "rev-parse", "HEAD"),
                        "dirty": bool(command_output("git", "status", "--porcelain"))},
                   versions={"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,

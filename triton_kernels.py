@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# float8 scales are fixed: rows of x are RMS-normalised, so no entry exceeds sqrt(C) < 28; head weights stay under 1.6
-# (checked by the reference run over whole trainings); logit gradients lie within (-1.4, 1.4) and e5m2 reaches 57344
+# float8 scales are fixed: rows of x are RMS-normalised, so no entry exceeds sqrt(C) < 28; head weights up to 1.75 fit
+# (the public record allows 1.6), larger ones saturate; with target weights up to 2 in sum a logit gradient is at most
+# 2 x 11.5/15 = 1.54 in size, and e5m2 reaches 57344
 X_SCALE, WEIGHT_SCALE, GRAD_SCALE = 16.0, 256.0, 16384.0
 HEAD_CHUNK = 32_768                      # tokens whose logits exist at one time
 
