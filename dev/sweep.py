@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 COLUMNS = "name step val_loss train_s tokens/s compile_s recompiles peak_GiB note"
@@ -50,7 +49,7 @@ def run_variant(args, name: str, script: Path, flags: list[str]) -> dict:
     if args.ranks == 1:
         command = [sys.executable, str(script), *args.common, *flags, f"--out_dir={folder}"]
     args.out.mkdir(parents=True, exist_ok=True)
-    note, started = "", time.time()
+    note = ""
     with open(args.out / f"{name}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -65,7 +64,7 @@ def run_variant(args, name: str, script: Path, flags: list[str]) -> dict:
             note = f"stopped after {args.limit} s"
     infos = sorted(folder.glob("*/run.json"))
     info = json.loads(infos[-1].read_text()) if infos else {}
-    return info | {"note": " ".join(note.split()), "wall": time.time() - started}
+    return info | {"note": " ".join(note.split())}
 
 
 def table_row(name: str, info: dict) -> list[str]:
