@@ -40,6 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint as recompute
 
 try:
     import triton_kernels
@@ -659,13 +660,8 @@ class GPT(nn.Module):
             y = y * gates[f"out.{i}"][:, :, None]
         return F.linear(y.reshape(T, -1), o * scales[1])
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, loss_weights: Tensor | None = None) -> Tensor:
-        """Logits (T, V) fp32 of one packed stream; with targets the sum of the cross-entropies in nats, a fp32 scalar.
-
-        tokens (T,) integers, documents beginning with bos_id; no token sees another document. targets (T,) int64, -1:
-        none. With loss_weights (4,) fp32 the sum is the training loss, whose weights are those of the next token, the
-        second, the third, and the next token's prefix.
-        """
+    def hidden(self, tokens: Tensor, float8: bool = False) -> tuple[Tensor, Tensor]:
+        """What the head reads, (T, C), for one packed stream of tokens (T,), and where each token's document starts."""
         cfg, H = self.cfg, self.cfg.num_heads
         # where each document starts, and so what each token may see
         index = torch.arange(tokens.numel(), device=tokens.device, dtype=torch.int32)
@@ -688,8 +684,6 @@ class GPT(nn.Module):
         bigram = F.embedding(pair, self.bigram_embed)
         bigram = bigram * F.embedding((tokens ^ before) % cfg.bigram_signs, self.bigram_signs)
 
-        kernels = cfg.kernels and tokens.is_cuda and triton_kernels is not None
-        float8 = cfg.float8 and kernels and loss_weights is not None            # validation is always in full precision
         gates = self.gate_net("gate", 0, x0)
         x = start = x0 + gates["bigram.0"] * bigram
         kept = {}                        # outputs of the layers that later ones read
@@ -725,21 +719,39 @@ class GPT(nn.Module):
         mix = self.gate_net("mix", 1, x)
         x = norm(x + mix["x0"] * start + mix["late"] * kept[self.late] + mix["last"] * kept["last"]
                  + mix["embed"] * values[0] + mix["skip"] * kept[self.skip])
+        return x, starts
 
+    def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each target (T,) in nats, fp32, 0 where it is -1; and the likeliest token (T,) int64."""
+        x, _ = self.hidden(tokens)
+        losses, likeliest = [], []
+        for x, targets in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):      # so much of the logits at one time
+            logits_TV = map_logits(F.linear(x, self.lm_head))
+            losses.append(F.cross_entropy(logits_TV, targets, ignore_index=-1, reduction="none"))
+            likeliest.append(logits_TV.argmax(1))
+        return torch.cat(losses), torch.cat(likeliest)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, loss_weights: Tensor | None = None) -> Tensor:
+        """Logits (T, V) fp32 of one packed stream; with targets the sum of the cross-entropies in nats, a fp32 scalar.
+
+        tokens (T,) integers, documents beginning with bos_id; no token sees another document. targets (T,) int64, -1:
+        none. With loss_weights (4,) fp32 the sum is the training loss, whose weights are those of the next token, the
+        second, the third, and the next token's prefix.
+        """
         if targets is None:
-            return map_logits(F.linear(x, self.lm_head))
+            return map_logits(F.linear(self.hidden(tokens)[0], self.lm_head))
         if loss_weights is None:
-            losses = [F.cross_entropy(map_logits(F.linear(x, self.lm_head)), targets, ignore_index=-1, reduction="sum")
-                      for x, targets in zip(x.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
-            return torch.stack(losses).sum()
+            return self.score(tokens, targets)[0].sum()
+        kernels = self.cfg.kernels and tokens.is_cuda and triton_kernels is not None
+        float8 = self.cfg.float8 and kernels                        # in training only
+        x, starts = self.hidden(tokens, float8)
         all_targets = [targets]
         for k in (1, 2):                 # the target k tokens further, within the same document
             same = torch.cat([starts[k:], starts[:k] - 1]) == starts
             all_targets.append(torch.where(same, targets.roll(-k), -1))
         all_targets.append(torch.where(targets >= 0, self.prefix_of[targets.clamp(min=0)], -1))
-        if kernels:
-            return triton_kernels.head_loss(x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights, float8)
-        return HeadLoss.apply(x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights)
+        args = x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights
+        return triton_kernels.head_loss(*args, float8) if kernels else head_loss(*args)
 
     @property
     def matmul_parameters(self) -> int:
@@ -1464,39 +1476,15 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
 LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
 HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time
 
-class HeadLoss(torch.autograd.Function):
-    """Sum over tokens of the weighted cross-entropies of several targets, without keeping any logits.
-
-    x (T, C), weight (V, C), targets (T, K) int64, -1: none, target_weights (K,) fp32. Returns the loss (fp32 scalar).
-    The gradients are computed in the forward, chunk by chunk, and scaled by the incoming one in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TC, weight_VC, targets_TK, target_weights_K):
-        loss, dx, dweight = torch.zeros((), device=x_TC.device), [], torch.zeros_like(weight_VC, dtype=torch.float32)
-        column = torch.arange(weight_VC.size(0), device=x_TC.device)
-        for x, targets in zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK)):
-            logits_TV = F.linear(x, weight_VC)
-            gate = torch.sigmoid((logits_TV.float() + LOGIT_SHIFT) / LOGIT_WIDTH)
-            exp = torch.exp(LOGIT_SCALE * gate)                     # at most e^23: the sum is safe without a maximum
-            total = exp.sum(dim=1)
-            weights = target_weights_K * (targets >= 0)
-            picked = logits_TV.gather(1, targets.clamp(min=0)).float()
-            picked = LOGIT_SCALE * torch.sigmoid((picked + LOGIT_SHIFT) / LOGIT_WIDTH)
-            loss = loss + (weights * (total.log()[:, None] - picked)).sum()
-            dlogits = weights.sum(dim=1, keepdim=True) / total[:, None] * exp
-            for k in range(targets.size(1)):
-                dlogits = dlogits - torch.where(column == targets[:, k:k + 1], weights[:, k:k + 1], 0.0)
-            dlogits = (dlogits * gate * (1 - gate) * (LOGIT_SCALE / LOGIT_WIDTH)).to(x.dtype)
-            dx.append(dlogits @ weight_VC)
-            dweight = dweight + (dlogits.T @ x).float()
-        ctx.save_for_backward(torch.cat(dx), dweight.to(weight_VC.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dweight * grad.to(dweight.dtype), None, None
+def head_loss(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Tensor) -> Tensor:
+    """Sum over tokens of the weighted cross-entropies of K targets (int64, -1: none), a fp32 scalar."""
+    def of_chunk(x, targets):
+        logits = map_logits(F.linear(x, weight_VC))
+        losses = logits.logsumexp(dim=1, keepdim=True) - logits.gather(1, targets.clamp(min=0))
+        return (losses * weights_K * (targets >= 0)).sum()
+    # each chunk's logits are computed again in the backward instead of kept
+    chunks = zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK))
+    return torch.stack([recompute(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 def map_logits(logits: Tensor) -> Tensor:
     """fp32 logits in 0..23 from the head's raw product."""

@@ -63,7 +63,7 @@ def head(table: Table, formats: list[bool], chunk: int = 32_768):
         ms = milliseconds(lambda: kernels.cross_entropy(z, targets[:chunk], weights, float8))
         table.row(f"cross_entropy {name_of(float8)}", f"{chunk} x {V}", ms, 6 * z.numel(), "GB/s")
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    forward = torch.compile(lambda x, weight: train_gpt.HeadLoss.apply(x, weight, targets, weights), dynamic=False)
+    forward = torch.compile(lambda x, weight: train_gpt.head_loss(x, weight, targets, weights), dynamic=False)
     plain = milliseconds(lambda: torch.autograd.grad(forward(*leaves), leaves))
     with torch.no_grad():
         for float8 in formats:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import GPT, PRESETS, HeadLoss, block_mask, flex, plain_attention
+from train_gpt import GPT, PRESETS, block_mask, flex, head_loss, plain_attention
 
 kernels = train_gpt.triton_kernels
 DEVICE, CUDA = "cuda", torch.cuda.is_available()
@@ -132,7 +132,7 @@ def test_bf16_cross_entropy_is_as_good_as_plain_pytorch(T, V, weights, poisoned)
     (_, grad, transposed), (_, exact_grad), (z, targets, weights) = cross_entropy_case(T, V, weights, float8=False)
     assert transposed is None
     plain, = as_leaves(z)
-    HeadLoss.apply(plain, torch.eye(V, device=DEVICE, dtype=torch.bfloat16), targets, weights).backward()
+    head_loss(plain, torch.eye(V, device=DEVICE, dtype=torch.bfloat16), targets, weights).backward()
     assert relative(grad, exact_grad) <= 1.1 * relative(plain.grad, exact_grad)
 
 
@@ -154,7 +154,7 @@ def test_head_loss_and_gradients(T, V, chunk, compiled, float8, monkeypatch, req
     weights = torch.tensor((1, .5, .25, .25), device=DEVICE)
     exact, plain, ours = as_leaves(x, weight, dtype=torch.float64), as_leaves(x, weight), as_leaves(x, weight)
     exact_value = exact_loss(exact[0] @ exact[1].T, targets, weights)
-    plain_value = HeadLoss.apply(*plain, targets, weights)
+    plain_value = head_loss(*plain, targets, weights)
     our_value = maybe_compiled(kernels.head_loss, compiled)(*ours, targets, weights, float8)
     for loss in (exact_value, plain_value, our_value):
         (3 * loss).backward()            # the factor must reach the gradients
