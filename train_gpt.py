@@ -95,6 +95,13 @@ LAYERS = (
     Layer(window="long", values=4, reads=7, gate=True, mix=True),           # 10
 )
 
+SINGLE_STAGES = (                # a quarter of the batch in four times as many steps: one GPU loses little speed
+    #     until    batch   docs short  long    lr  next_tokens                    prefix
+    Stage(1 / 3,  32_768,  896,  128,  384, 0.79, ((1, .5, .25), (1, .5, 0)), (.25, .25)),
+    Stage(2 / 3,  65_536, 2048,  384,  896, 1.20, ((1, .5, 0), (1, 0, 0)),    (.25, 0)),
+    Stage(1.000,  98_304, 2048,  640, 1408, 1.36, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
+    Stage(1.012,  98_304, 2048,  768, 1664, 1.36, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
+)
 TINY_STAGES = (
     Stage(1 / 3,   4_096,  512,   64,  128, 1.00, ((1, .5, .25), (1, .5, 0)), (0, 0)),
     Stage(1.000,   8_192, 1024,   64,  256, 1.40, ((1, .5, 0), (1, 0, 0)),    (0, 0)),
@@ -166,6 +173,7 @@ class Hyperparameters:
     gate_dim: int = 64                   # hidden width of the gate networks
     bigram_rows: int = 377_280           # rows of the hashed bigram table (#62)
     bigram_signs: int = 8192             # random sign patterns that tell colliding bigrams apart (#83)
+    candidates: int = 0                  # tokens that the training loss of a slot compares with; 0: all of them
     vocab_size: int = 0                  # 0: from the shards, rounded up to a multiple of vocab_multiple
     vocab_multiple: int = 128            # matrix units like multiples of 128
     bos_id: int = -1                     # begin-of-document id; -1: from the shards
@@ -196,7 +204,8 @@ class Hyperparameters:
         return round(self.stages[-1].until * self.num_iterations)
 
 PRESETS = {
-    "speedrun": Hyperparameters(),       # track 1
+    "speedrun": Hyperparameters(),       # track 1, on eight GPUs
+    "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5),     # on one
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=131_072,
         val_stream_tokens=8192, slot_tokens=1024, num_iterations=110, val_every=50, stages=TINY_STAGES,
@@ -265,8 +274,8 @@ def check_config(cfg: Hyperparameters):
                 raise UserError(f"--{name}={str(getattr(cfg, name)).strip('()')} {remedy}")
     need(lambda value: 1 <= value < 2**63, "num_iterations val_tokens val_stream_tokens slot_tokens model_dim head_dim "
          "mlp_dim gate_dim bigram_rows bigram_signs vocab_multiple", "must be at least 1")
-    need(lambda value: 0 <= value < 2**63, "stop_after val_every micro_batch_tokens vocab_size seed momentum_warmup",
-         "must not be negative or huge")
+    need(lambda value: 0 <= value < 2**63, "stop_after val_every micro_batch_tokens candidates vocab_size seed "
+         "momentum_warmup", "must not be negative or huge")
     need(lambda value: 0 <= value <= 1, "cooldown momentum_cooldown lr_floor untie", "must be in 0..1")
     need(lambda value: 0 < value < math.inf, "lr attn_scale rope_base", "must be positive")
     need(lambda pair: len(pair) == 2 and min(pair) >= 1, "final_windows", "must be two positive numbers")
@@ -750,8 +759,17 @@ class GPT(nn.Module):
             same = torch.cat([starts[k:], starts[:k] - 1]) == starts
             all_targets.append(torch.where(same, targets.roll(-k), -1))
         all_targets.append(torch.where(targets >= 0, self.prefix_of[targets.clamp(min=0)], -1))
-        args = x, self.lm_head, torch.stack(all_targets, dim=1), loss_weights
-        return triton_kernels.head_loss(*args, float8) if kernels else head_loss(*args)
+        def loss_of(x, head, targets, counts=None):
+            args = x, head, targets, loss_weights, counts
+            return triton_kernels.head_loss(*args, float8) if kernels else head_loss(*args)
+        targets_TK = torch.stack(all_targets, dim=1)
+        if not 0 < self.cfg.candidates < self.cfg.vocab_size:
+            return loss_of(x, self.lm_head, targets_TK)
+        losses = []                      # slot by slot, so that the sample depends on neither ranks nor micro-batches
+        for x, targets in zip(x.split(self.cfg.slot_tokens), targets_TK.split(self.cfg.slot_tokens)):
+            ids, counts, places = choose_candidates(targets, self.cfg.vocab_size, self.cfg.candidates)
+            losses.append(loss_of(x, F.embedding(ids, self.lm_head), places, counts))
+        return torch.stack(losses).sum()
 
     @property
     def matmul_parameters(self) -> int:
@@ -1029,7 +1047,9 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
     rows = (2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows
     matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim)
     static = 16 * (rows + matrices) * cfg.model_dim + 4 * width * HEAD_CHUNK * cfg.vocab_size
-    have, slot = 0.92 * torch.cuda.get_device_properties(machine.device).total_memory, per_token * cfg.slot_tokens
+    cap = torch.cuda.get_per_process_memory_fraction(machine.device)
+    have = 0.92 * cap * torch.cuda.get_device_properties(machine.device).total_memory
+    slot = per_token * cfg.slot_tokens
     fits = int((have - static) / slot)
     if fits < 1:
         raise UserError(f"the GPU has {have / 2**30:.0f} GiB to use, one slot of --slot_tokens={cfg.slot_tokens} needs "
@@ -1476,12 +1496,35 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
 LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
 HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time
 
-def head_loss(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Tensor) -> Tensor:
-    """Sum over tokens of the weighted cross-entropies of K targets (int64, -1: none), a fp32 scalar."""
+def choose_candidates(targets_TK: Tensor, vocab_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids (count,), how many tokens each stands for (count,) fp32, targets as places among the ids, -1: none).
+
+    Sampled softmax (Bengio and Senecal 2008; PR 360): all targets are candidates and stand for themselves; a sample of
+    the other tokens stands for all of those. The sample is a hash of the targets, so the same wherever it is computed.
+    """
+    device, index = targets_TK.device, torch.arange(vocab_size, device=targets_TK.device)
+    targets = torch.where(targets_TK < 0, vocab_size, targets_TK)
+    wanted = torch.zeros(vocab_size + 1, dtype=torch.int64, device=device).scatter(0, targets.flatten(), 1)[:vocab_size]
+    key = torch.zeros_like(index)
+    for salt in (index, targets_TK[:, 0].sum(), 1):                 # rounds of a multiplicative hash of 31 bits
+        key = (key + salt) * 0x2C1B3C6D & 0x7FFFFFFF
+        key = key ^ key >> 15
+    key, ids = torch.topk(key + (wanted << 31), count)
+    others = (vocab_size - wanted.sum()) / (count - wanted.sum()).clamp(min=1)
+    counts = torch.where(key >> 31 > 0, 1.0, others).float()
+    places = torch.full((vocab_size + 1,), -1, device=device).scatter(0, ids, torch.arange(count, device=device))
+    return ids, counts, places[targets]
+
+def head_loss(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Tensor,
+              counts_V: Tensor | None = None) -> Tensor:
+    """Sum over tokens of the weighted cross-entropies of K targets (int64, -1: none), a fp32 scalar.
+
+    counts (V,) fp32: for how many tokens each row of the weight stands in the sum of exponentials; None: for one.
+    """
     def of_chunk(x, targets):
         logits = map_logits(F.linear(x, weight_VC))
-        losses = logits.logsumexp(dim=1, keepdim=True) - logits.gather(1, targets.clamp(min=0))
-        return (losses * weights_K * (targets >= 0)).sum()
+        total = (logits if counts_V is None else logits + counts_V.log()).logsumexp(dim=1, keepdim=True)
+        return ((total - logits.gather(1, targets.clamp(min=0))) * weights_K * (targets >= 0)).sum()
     # each chunk's logits are computed again in the backward instead of kept
     chunks = zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK))
     return torch.stack([recompute(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()

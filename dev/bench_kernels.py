@@ -60,14 +60,14 @@ def head(table: Table, formats: list[bool], chunk: int = 32_768):
         # logits read twice at 2 bytes; gradient written once in bf16 (over the logits: later calls take the same time)
         # or twice in float8
         z = x[:chunk] @ weight.T
-        ms = milliseconds(lambda: kernels.cross_entropy(z, targets[:chunk], weights, float8))
+        ms = milliseconds(lambda: kernels.cross_entropy(z, targets[:chunk], weights, None, float8))
         table.row(f"cross_entropy {name_of(float8)}", f"{chunk} x {V}", ms, 6 * z.numel(), "GB/s")
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     forward = torch.compile(lambda x, weight: train_gpt.head_loss(x, weight, targets, weights), dynamic=False)
     plain = milliseconds(lambda: torch.autograd.grad(forward(*leaves), leaves))
     with torch.no_grad():
         for float8 in formats:
-            ms = milliseconds(lambda: kernels.head_loss_op(x, weight, targets, weights, float8))
+            ms = milliseconds(lambda: kernels.head_loss_op(x, weight, targets, weights, None, float8))
             name = f"head forward + backward {name_of(float8)}"
             table.row(name, f"{T} x {C} x {V}", ms, 6 * T * C * V, "TFLOP/s", plain)
 

@@ -83,10 +83,11 @@ def make_targets(T, V):
     return targets
 
 
-def exact_loss(logits, targets, weights):
-    """Sum of weighted cross-entropies in float64, by definition."""
+def exact_loss(logits, targets, weights, counts=None):
+    """Sum of weighted cross-entropies in float64, by definition; counts: how often each column is in the sum."""
     capped = 23 * torch.sigmoid((logits + 5) / 7.5)
-    losses = capped.logsumexp(dim=1, keepdim=True) - capped.gather(1, targets.clamp(min=0))
+    total = (capped if counts is None else capped + counts.double().log()).logsumexp(dim=1, keepdim=True)
+    losses = total - capped.gather(1, targets.clamp(min=0))
     return (losses * weights.double() * (targets >= 0)).sum()
 
 
@@ -102,7 +103,7 @@ def cross_entropy_case(T, V, weights, float8):
     exact, = as_leaves(z, dtype=torch.float64)
     loss = exact_loss(exact, targets, weights)
     loss.backward()
-    result = kernels.cross_entropy(z.clone(), targets, weights, float8)
+    result = kernels.cross_entropy(z.clone(), targets, weights, None, float8)
     return result, (loss.item(), exact.grad), (z, targets, weights)
 
 
@@ -138,7 +139,7 @@ def test_bf16_cross_entropy_is_as_good_as_plain_pytorch(T, V, weights, poisoned)
 
 def test_bf16_cross_entropy_overwrites_its_logits():
     z, targets = randn(48, 384), make_targets(48, 384)
-    _, grad, _ = kernels.cross_entropy(z, targets, torch.ones(4, device=DEVICE), False)
+    _, grad, _ = kernels.cross_entropy(z, targets, torch.ones(4, device=DEVICE), None, False)
     assert grad.data_ptr() == z.data_ptr()
 
 
@@ -155,7 +156,7 @@ def test_head_loss_and_gradients(T, V, chunk, compiled, float8, monkeypatch, req
     exact, plain, ours = as_leaves(x, weight, dtype=torch.float64), as_leaves(x, weight), as_leaves(x, weight)
     exact_value = exact_loss(exact[0] @ exact[1].T, targets, weights)
     plain_value = head_loss(*plain, targets, weights)
-    our_value = maybe_compiled(kernels.head_loss, compiled)(*ours, targets, weights, float8)
+    our_value = maybe_compiled(kernels.head_loss, compiled)(*ours, targets, weights, None, float8)
     for loss in (exact_value, plain_value, our_value):
         (3 * loss).backward()            # the factor must reach the gradients
     assert our_value.dtype == torch.float32
@@ -163,6 +164,24 @@ def test_head_loss_and_gradients(T, V, chunk, compiled, float8, monkeypatch, req
     for name, good, usual, tensor in zip(("x", "weight"), exact, plain, ours):
         bound = 0.08 if float8 else 1.1 * relative(usual.grad, good.grad) + 1e-4
         assert relative(tensor.grad, good.grad) <= bound, name
+
+
+@number_formats
+def test_head_loss_with_columns_that_stand_for_several(float8, poisoned):
+    """As in sampled softmax: targets stand for themselves, the others for 3.7 tokens."""
+    x, weight, targets = normalised(272, 768), randn(1008, 768, std=0.05), make_targets(272, 1008)
+    weights, counts = torch.tensor((1, .5, .25, .25), device=DEVICE), torch.full((1008,), 3.7, device=DEVICE)
+    counts[targets[targets >= 0]] = 1
+    exact, plain, ours = as_leaves(x, weight, dtype=torch.float64), as_leaves(x, weight), as_leaves(x, weight)
+    exact_value = exact_loss(exact[0] @ exact[1].T, targets, weights, counts)
+    plain_value = head_loss(*plain, targets, weights, counts)
+    our_value = kernels.head_loss(*ours, targets, weights, counts, float8)
+    for loss in (exact_value, plain_value, our_value):
+        loss.backward()
+    assert our_value.item() == pytest.approx(exact_value.item(), rel=3e-3 if float8 else 1e-3)
+    for good, usual, tensor in zip(exact, plain, ours):
+        bound = 0.08 if float8 else 1.1 * relative(usual.grad, good.grad) + 1e-4
+        assert relative(tensor.grad, good.grad) <= bound
 
 
 # -----------------------------------------------------------------------------

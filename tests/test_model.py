@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import BOS, VOCAB
 
 import train_gpt
-from train_gpt import BLOCK, GPT, PRESETS, block_mask, flex, head_loss, plain_attention
+from train_gpt import BLOCK, GPT, PRESETS, block_mask, choose_candidates, flex, head_loss, norm, plain_attention
 
 STATIC_GATES = {"x0": 0, "bigram": 0.05, "xsa": 0, "out": 0.25, "skip": 0.5}  # at initialisation, by the recipe
 STATIC_MIXES = {"value": 0, "stream": 0, "value_gate": 2, "attn_x": math.sqrt(1.1), "attn": 1, "attn_x0": 0,
@@ -310,6 +310,46 @@ def test_the_head_loss_and_its_gradients(monkeypatch, chunk, scale):
     for a, b in zip(mine, theirs):
         assert b.grad.norm() > 0.1
         torch.testing.assert_close(a.grad, b.grad, atol=2e-6, rtol=2e-5)
+
+
+def test_candidates_are_all_targets_and_a_sample_that_stands_for_the_rest():
+    vocab, targets = 5000, torch.randint(0, 300, (1000, 4), generator=torch.Generator().manual_seed(1))
+    targets[::7, 1] = -1
+    ids, counts, places = choose_candidates(targets, vocab, 1200)
+    wanted = targets[targets >= 0].unique()
+    assert len(ids) == len(ids.unique()) == 1200 and set(wanted.tolist()) <= set(ids.tolist())
+    assert torch.equal(ids[places[targets >= 0]], targets[targets >= 0]) and (places[targets < 0] == -1).all()
+    assert counts.sum().item() == pytest.approx(vocab, rel=1e-5)
+    is_target = torch.isin(ids, wanted)
+    assert (counts[is_target] == 1).all() and (counts[~is_target] > 4).all()
+    others, chosen = ids[~is_target], torch.zeros(vocab)
+    for _ in range(200):                 # over many slots each other token is chosen equally often
+        targets[:, 0] = torch.randint(0, 300, (1000,))
+        chosen[choose_candidates(targets, vocab, 1200)[0]] += 1
+    rate = chosen[300:] / 200
+    assert rate.mean().item() == pytest.approx(900 / 4700, rel=0.01) and rate.std() < 0.05 and len(others) == 900
+
+
+def test_the_sampled_loss_and_its_gradient_are_about_the_exact_ones():
+    """Mean over 60 samples, drawn by shuffling which ids the 4 targets have."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = norm(torch.randn(64, 32, generator=generator)), torch.randn(4000, 32, generator=generator)
+    weights, errors, losses, sums = torch.tensor([1.0]), [], [], torch.zeros(64, 32)
+    targets = torch.randint(0, 4000, (64, 1), generator=generator)
+    exact = x.clone().requires_grad_()
+    loss = head_loss(exact, weight, targets, weights)
+    loss.backward()
+    for shift in range(60):              # the same problem with other ids, so another sample
+        order = torch.roll(torch.arange(4000), shift * 61)
+        leaf = x.clone().requires_grad_()
+        ids, counts, places = choose_candidates(order.argsort()[targets], 4000, 1000)
+        sampled = head_loss(leaf, weight[order][ids], places, weights, counts)
+        sampled.backward()
+        losses.append(sampled.item() / loss.item())
+        sums += leaf.grad
+        errors.append(((leaf.grad - exact.grad).norm() / exact.grad.norm()).item())
+    assert sum(losses) / 60 == pytest.approx(1, abs=0.003)
+    assert (sums / 60 - exact.grad).norm() / exact.grad.norm() < 0.3 * sum(errors) / 60
 
 
 def test_the_training_loss_is_made_of_the_next_three_tokens_and_the_prefix(model):
