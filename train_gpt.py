@@ -191,6 +191,7 @@ class Hyperparameters:
     kernels: bool = True                 # the kernels of triton_kernels.py, on CUDA
     float8: bool = True                  # products in float8, if the GPU and the kernels can; never in validation
     compile: bool = True                 # torch.compile; off on the CPU
+    compile_cache: str = ""              # folder that keeps what was compiled; "": torch's own in the temporary files
     seed: int = 0
     out_dir: str = "logs"                # each run makes a folder in it
 
@@ -1011,6 +1012,9 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
         raise UserError(f"{world_size} ranks share {slots} slots, so one has no token; start at most {slots} or lower "
                         f"--slot_tokens={cfg.slot_tokens}")
     device, name = torch.device(kind), f"{kind}, {torch.get_num_threads()} threads"
+    if cfg.compile_cache:                # read by torch and Triton when they first compile
+        for variable, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+            env[variable] = str(Path(cfg.compile_cache, folder).absolute())
     if kind == "cuda":
         device, name = torch.device(kind, local_rank), torch.cuda.get_device_name(local_rank)
         torch.cuda.set_device(device)
@@ -1037,9 +1041,9 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
 
 def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
     """Slots per micro-batch on this rank, and the sentence that explains them."""
-    share = math.ceil(min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens / machine.world_size)
+    shares = [math.ceil(stage.batch_tokens // cfg.slot_tokens / machine.world_size) for stage in cfg.stages]
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
-        return min(cfg.micro_batch_tokens // cfg.slot_tokens or share, share), "memory plan: none"
+        return min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares)), "memory plan: none"
     # measured on an H200: activations take up to 11 numbers per token, layer and channel, and 3 per hidden unit (4
     # without kernels); weights, gradients and optimizer state 16 bytes a parameter on one rank
     width = 2 if cfg.precision == "bf16" else 4
@@ -1054,7 +1058,9 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
     if fits < 1:
         raise UserError(f"the GPU has {have / 2**30:.0f} GiB to use, one slot of --slot_tokens={cfg.slot_tokens} needs "
                         f"{(static + slot) / 2**30:.0f}; lower --slot_tokens")
-    slots = math.ceil(share / math.ceil(share / fits))              # equal micro-steps
+    def padding(slots):                  # empty slots that fill up the last micro-steps
+        return sum(-share % slots for share in shares)
+    slots = min(range(1, min(fits, min(shares)) + 1), key=lambda slots: (padding(slots), -slots))
     return slots, (f"memory plan: {static / 2**30:.1f} GiB for parameters, gradients, state and logits + {slots} x "
                    f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {(static + slots * slot) / 2**30:.1f} of "
                    f"{have / 2**30:.1f} GiB")
