@@ -1,9 +1,10 @@
 """The original GPT-2 weights as a model with this family's interface, to hold scores against published ones.
 
-    model, tokenizer_json, meta = gpt2.load("gpt2", "cuda", "bf16")       # gpt2-medium, gpt2-large, gpt2-xl, or a folder
+    model, tokenizer_json, meta = gpt2.load("gpt2", "cuda", "bf16")
 
-A folder is in the Hugging Face layout: config.json, model.safetensors and, if it has them, vocab.json and merges.txt.
-A name is fetched once from the hub that HF_ENDPOINT names, and kept where huggingface_hub keeps what it fetches.
+The name is gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder in the Hugging Face layout: config.json,
+model.safetensors and, if they are there, vocab.json and merges.txt. Published models are fetched once from the hub that
+HF_ENDPOINT names, and kept where huggingface_hub keeps what it fetches.
 
 Each document of a packed stream begins with bos_id at position 0 and sees only itself; nothing longer than the 1,024
 positions that GPT-2 has can be read. (In GPT-2's own training <|endoftext|> stood between documents and did not start a
@@ -35,7 +36,7 @@ class Config:
     num_heads: int
     model_dim: int
     norm_eps: float
-    bos_id: int = 50256
+    bos_id: int
 
 # -----------------------------------------------------------------------------
 # Model
@@ -56,12 +57,26 @@ class Block(nn.Module):
         return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
 
 class Cache:
-    """Keys and values (layers, 2, B, H, max_tokens, D) of the tokens so far; `length` of each row are filled."""
+    """Keys and values of each row's tokens so far; made by GPT2.new_cache, changed by GPT2.decode."""
 
     def __init__(self, cfg: Config, batch: int, max_tokens: int, like: Tensor):
-        head_dim = cfg.model_dim // cfg.num_heads
-        self.kv = like.new_zeros(cfg.num_layers, 2, batch, cfg.num_heads, max_tokens, head_dim)
-        self.length = 0
+        head_dim, self.max_tokens = cfg.model_dim // cfg.num_heads, max_tokens
+        # position p lies in slot p; what is not real goes to the last slot, which nobody sees
+        self.kv = like.new_zeros(cfg.num_layers, 2, batch, max_tokens + 1, cfg.num_heads, head_dim)
+        self.rows = torch.arange(batch, device=like.device)[:, None]
+        self.position = torch.zeros(batch, dtype=torch.int64, device=like.device)   # of each row's next token
+        self.start = torch.zeros_like(self.position)                                # of its document
+
+    def fill(self, other: "Cache", rows_B: Tensor):
+        """Makes row b what row rows_B[b] of another cache is; that one's tokens must fit this one."""
+        both = min(self.max_tokens, other.max_tokens)
+        self.kv[:, :, :, :both] = other.kv[:, :, rows_B, :both]
+        self.position.copy_(other.position[rows_B])
+        self.start.copy_(other.start[rows_B])
+
+    def bytes_read(self, tokens: int) -> int:
+        """Bytes of keys and values that the next token of every row reads: all slots, however many are filled."""
+        return self.kv.nbytes
 
 class GPT2(nn.Module):
     """GPT-2 with the family's forward, score, new_cache and decode."""
@@ -117,29 +132,42 @@ class GPT2(nn.Module):
             return F.linear(self.hidden(tokens), self.wte.weight).float()
         return self.score(tokens, targets)[0].sum()
 
-    def new_cache(self, batch: int, max_tokens: int) -> Cache:
-        """An empty cache for `batch` documents of up to max_tokens tokens; raises UserError beyond the context."""
-        if max_tokens > self.cfg.context_tokens:
-            raise UserError(f"{max_tokens} tokens do not fit GPT-2's {self.cfg.context_tokens}; ask for fewer")
+    def new_cache(self, batch: int, max_tokens: int, chunk: int = 0) -> Cache:
+        """An empty cache for `batch` rows of up to max_tokens tokens; `chunk` is there for the family's sake."""
         return Cache(self.cfg, batch, max_tokens, self.wte.weight)
 
-    def decode(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, T, V) fp32 of the next tokens of B documents, which are added to the cache."""
-        B, T = tokens_BT.shape
-        low, high, room = cache.length, cache.length + T, cache.kv.size(4)
-        if high > room:
-            raise UserError(f"{high} tokens do not fit a cache of {room}; make a larger one")
-        position = torch.arange(low, high, device=tokens_BT.device)
-        mask = torch.arange(high, device=tokens_BT.device) <= position[:, None]
-        x = self.wte(tokens_BT) + self.wpe(position)
-        for block, (keys, values) in zip(self.h, cache.kv):
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache, lengths: Tensor | None = None, last: bool = False) -> Tensor:
+        """Logits (B, T, V) fp32 of the next tokens (B, T) of each row; they enter the cache.
+
+        A row is a stream of its own. lengths (B,) int64: how many tokens of a row are real, the others change nothing
+        and their logits mean nothing. last: only the logits of each row's last token, (B, 1, V). Of more than one token
+        a row, those beyond the cache raise ValueError.
+        """
+        (B, T), heads = tokens.shape, self.cfg.num_heads
+        lengths = torch.full_like(cache.position, T) if lengths is None else lengths
+        if T > 1 and (most := int((cache.position + lengths).max())) > cache.max_tokens:
+            raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {cache.max_tokens}")
+        ahead = torch.arange(T, device=tokens.device)
+        position = cache.position[:, None] + ahead
+        start = torch.where(tokens == self.cfg.bos_id, position, 0).cummax(1).values
+        start = torch.maximum(start, cache.start[:, None])
+        slot = torch.where(ahead < lengths[:, None], position, cache.max_tokens).clamp(max=cache.max_tokens)
+        keys = torch.arange(cache.max_tokens + 1, device=tokens.device)
+        mask = ((keys <= position[:, :, None]) & (keys >= start[:, :, None]) & (keys < cache.max_tokens))[:, None]
+        mask = mask | ((keys == cache.max_tokens) & (ahead >= lengths[:, None])[:, None, :, None])      # see something
+        x = self.wte(tokens) + self.wpe((position - start).clamp(max=self.cfg.context_tokens - 1))
+        for block, layer in zip(self.h, cache.kv):
             def attend(q, k, v):
-                q, k, v = (part.view(B, T, self.cfg.num_heads, -1).transpose(1, 2) for part in (q, k, v))
-                keys[:, :, low:high], values[:, :, low:high] = k, v
-                y = F.scaled_dot_product_attention(q, keys[:, :, :high], values[:, :, :high], attn_mask=mask)
+                layer[0, cache.rows, slot], layer[1, cache.rows, slot] = (p.view(B, T, heads, -1) for p in (k, v))
+                y = F.scaled_dot_product_attention(q.view(B, T, heads, -1).transpose(1, 2), *layer.transpose(2, 3),
+                                                   attn_mask=mask)
                 return y.transpose(1, 2).reshape(B, T, -1)
             x = block(x, attend)
-        cache.length = high
+        newest = (lengths - 1).clamp(min=0)[:, None]
+        cache.start.copy_(torch.where(lengths > 0, start[cache.rows, newest][:, 0], cache.start))
+        cache.position += lengths
+        x = x[cache.rows, newest] if last else x
         return F.linear(self.ln_f(x), self.wte.weight).float()
 
 # -----------------------------------------------------------------------------
@@ -162,15 +190,15 @@ def read_config(folder: Path) -> Config:
     try:
         said = json.loads(path.read_bytes())
         cfg = Config(said["vocab_size"], said["n_positions"], said["n_layer"], said["n_head"], said["n_embd"],
-                     said["layer_norm_epsilon"])
+                     said["layer_norm_epsilon"], said["bos_token_id"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); --model= takes a folder with "
                         f"GPT-2's config.json and model.safetensors, or one of {', '.join(NAMES)}") from None
     expected = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False,
                 "n_inner": None, "scale_attn_weights": True, "tie_word_embeddings": True}
     odd = [f"{name}={said[name]}" for name, value in expected.items() if said.get(name, value) != value]
-    if odd or cfg.vocab_size <= cfg.bos_id:
-        raise UserError(f"{path} is not GPT-2's ({', '.join(odd) or f'vocab_size={cfg.vocab_size}'}); choose another")
+    if odd:
+        raise UserError(f"{path} is not GPT-2's ({', '.join(odd)}); choose another")
     return cfg
 
 def read_weights(path: Path, cfg: Config, dtype: torch.dtype) -> GPT2:
@@ -224,6 +252,9 @@ def load(name_or_folder: str | Path, device: str, precision: str) -> tuple[GPT2,
             raise UserError(f"--model={name_or_folder} is neither a folder nor one of {', '.join(NAMES)}")
         folder = fetch(str(name_or_folder))
     cfg, tokenizer = read_config(folder), read_tokenizer(folder)
+    if (bos_id := json.loads(tokenizer)["bos_id"]) != cfg.bos_id or cfg.vocab_size <= bos_id:
+        raise UserError(f"{folder / 'config.json'} has vocab_size={cfg.vocab_size} and bos_token_id={cfg.bos_id}, but "
+                        f"GPT-2 begins documents with {bos_id}; choose another")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     model = read_weights(folder / "model.safetensors", cfg, dtype)
     meta = {"script": "gpt2", "step": 0, "config": asdict(cfg)}
