@@ -122,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.checkpoint and args.model:
         raise UserError(f"--checkpoint={args.checkpoint} and --model={args.model} are two models; name one")
     if args.model and "val" in args.tasks:
-        raise UserError("--tasks=val is the loss of a training script, which --model has not; take bpb")
+        raise UserError("--tasks=val is the loss of a training script, and --model has none; take bpb")
     if args.model and "bpb" in args.tasks and not args.shards:
         raise UserError("--tasks=bpb with --model needs --shards=GLOB, token shards of the gpt2 tokenizer")
     if args.stream_tokens < 0 or args.stream_tokens % 128:
@@ -204,10 +204,10 @@ def join(texts: list[str], cuts: bool) -> tuple[str, ...]:
     """
     pieces = []
     for text in texts:
-        if pieces and not (cuts and text[:1] in (" ", "\n") and text and not pieces[-1][-1:].isspace()):
-            pieces[-1] += text
-        else:
+        if not pieces or cuts and text[:1] in (" ", "\n") and not pieces[-1][-1:].isspace():
             pieces.append(text)
+        else:
+            pieces[-1] += text
     return tuple(pieces)
 
 def core_items(task: Task, rows: list, cuts: bool) -> list[Item]:
@@ -225,14 +225,13 @@ def core_items(task: Task, rows: list, cuts: bool) -> list[Item]:
     first = [question(row, gold) for row, gold in zip(rows, golds)]
     later = ["\n\n" + text for text in first]
     answers = [answer(row, gold) for row, gold in zip(rows, golds)]
-    counts = {"lm": lambda row: 1, "choice": lambda row: len(row["choices"]), "schema": lambda row: 2}
-    items = []
+    options, items = {"choice": "choices", "schema": "context_options"}.get(task.kind), []
     for i, row in enumerate(rows):
         examples = []
         for j in few_shot(i, len(rows), task.shots):
             examples += [later[j] if examples else first[j], answers[j]]
         gap, prompts = "\n\n" if examples else "", []
-        for option in range(counts[task.kind](row)):
+        for option in range(len(row[options]) if options else 1):
             prompts.append(join([*examples, gap + question(row, option), answer(row, option)], cuts))
         before = join([*examples, (gap + question(row, 0) + task.delimiter).rstrip()], cuts)
         items.append(Item(task.label, task.kind, lines[i], golds[i], prompts, before if task.kind == "lm" else ()))
@@ -240,11 +239,11 @@ def core_items(task: Task, rows: list, cuts: bool) -> list[Item]:
 
 def hellaswag_items(rows: list) -> list[Item]:
     """The items of HellaSwag; context and ending are encoded apart."""
-    return [Item("hellaswag", "ending", line, row["label"], [(row["ctx"], " " + end) for end in row["endings"]],
+    return [Item("hellaswag", "ending", line, int(row["label"]), [(row["ctx"], " " + end) for end in row["endings"]],
                  (row["ctx"],)) for line, row in rows]
 
 def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool) -> list[Item]:
-    """All items of the tasks in the order of their scoring; raises UserError."""
+    """The items of all tasks, one task after the other; raises UserError."""
     items = []
     for task in tasks:
         rows = read_rows(path := task_file(args.evals, task), args.max_items)
@@ -365,7 +364,7 @@ class Subject:                   # what is evaluated, and where
             return function
         start, function = time.perf_counter(), torch.compile(function, dynamic=False, fullgraph=True)
         with torch.no_grad():
-            function(*(argument.to(self.machine.device) for argument in arguments))
+            function(*self.module.to_device(arguments, self.machine.device))
         torch.cuda.synchronize()
         self.compile_seconds += time.perf_counter() - start
         return function
@@ -378,7 +377,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     path = None if args.model else find_checkpoint(args)
     device, precision = sample.choose_device(args.device, args.precision)
     if device == "cuda":
-        if local >= torch.cuda.device_count():
+        if int(env.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
             raise UserError(f"torchrun starts more ranks than the {torch.cuda.device_count()} GPUs here; lower "
                             "--nproc_per_node")
         torch.cuda.set_device(local)
@@ -398,10 +397,11 @@ def load_subject(args: argparse.Namespace) -> Subject:
     name = torch.cuda.get_device_name() if device == "cuda" else device
     place = torch.device(device, local) if device == "cuda" else torch.device(device)
     machine = module.Machine(place, rank, world_size, name)
-    fits = (1 << 28) // model.cfg.vocab_size // 128 * 128
-    stream_tokens = args.stream_tokens or (131_072 if device == "cuda" else min(32_768, fits))
+    fits = min(1 << 15, (1 << 28) // model.cfg.vocab_size // 128 * 128)
+    if device == "cuda":
+        fits = 1 << 17 if path else 1 << 15     # the attention of --model is plain
     cuts = json.loads(content)["pattern"] in ("", GPT2_PATTERN)
-    return Subject(args.model or str(path), model, tokenizer, meta, cuts, module, machine, stream_tokens)
+    return Subject(args.model or str(path), model, tokenizer, meta, cuts, module, machine, args.stream_tokens or fits)
 
 def gather(machine, value) -> list:
     """The values of all ranks, in their order."""
@@ -412,21 +412,21 @@ def gather(machine, value) -> list:
     dist.all_gather_object(values, value)
     return values
 
-def score_documents(subject: Subject, documents, total_tokens: int) -> np.ndarray:
-    """(documents, 3): summed loss in nats over the scored tokens, their count, and how many were not the likeliest."""
+def score_documents(subject: Subject, score, documents, total_tokens: int) -> np.ndarray:
+    """(documents, 3): summed loss in nats over the scored tokens, their count, and how many were not the likeliest.
+
+    score is the model's function of that name; documents are (tokens, start, end) of together total_tokens.
+    """
     import torch
     from tqdm import tqdm
-    model, machine, length = subject.model, subject.machine, subject.stream_tokens
-    device, bos = machine.device, model.cfg.bos_id
+    machine, device, length = subject.machine, subject.machine.device, subject.stream_tokens
     sums_on = torch.device("cpu") if device.type == "mps" else device           # which has no float64
-    fixed = device.type == "cuda"                                               # one graph for all streams
-    empty = [torch.from_numpy(part) for part in fill([], length, bos)[:2]]
-    score = subject.compiled(model.score, *empty)
 
     def streams():
         for stream in itertools.islice(pack(documents, length), machine.rank, None, machine.world_size):
-            filled = sum(len(document[0]) for _, document in stream)
-            yield fill(stream, length if fixed else -(-filled // 128) * 128, bos)
+            filled = -(-sum(len(document[0]) for _, document in stream) // 128) * 128
+            # a compiled graph is of one length
+            yield fill(stream, length if device.type == "cuda" else filled, subject.model.cfg.bos_id)
     bar = tqdm(total=total_tokens, unit=" tokens", unit_scale=True, disable=None if machine.rank == 0 else True)
     waiting, results = deque(), []
 
@@ -439,10 +439,9 @@ def score_documents(subject: Subject, documents, total_tokens: int) -> np.ndarra
             losses, likeliest = score(tokens, targets)
             counted = targets >= 0
             wrong = counted & (likeliest != targets)
-            table = torch.stack([part.to(sums_on, torch.float64) for part in (losses, counted, wrong)])
-            table = torch.nn.functional.pad(table.cumsum(1), (1, 0))
-            ends = ends.to(sums_on)
-            waiting.append((spans[:, 0], table[:, ends[:, 1]] - table[:, ends[:, 0]]))
+            sums = torch.stack([part.to(sums_on, torch.float64) for part in (losses, counted, wrong)]).cumsum(1)
+            sums, ends = torch.nn.functional.pad(sums, (1, 0)), ends.to(sums_on)
+            waiting.append((spans[:, 0], sums[:, ends[:, 1]] - sums[:, ends[:, 0]]))
             if len(waiting) > 2:         # reading results late keeps the GPU busy
                 collect()
             bar.update(min(tokens.numel() * machine.world_size, total_tokens - bar.n))
@@ -462,11 +461,6 @@ def ratio(sums: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     spread = ((sums - mean * weights) ** 2).sum()
     return float(mean), float(math.sqrt(n / max(n - 1, 1) * spread) / weights.sum())
 
-def accuracy(correct: list[bool]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    mean = sum(correct) / len(correct)
-    return mean, math.sqrt(mean * (1 - mean) / max(len(correct) - 1, 1))
-
 def open_shards(subject: Subject, pattern: str) -> list:
     """The shards of a glob; raises UserError if there are none or the model has another tokenizer."""
     try:
@@ -479,10 +473,9 @@ def open_shards(subject: Subject, pattern: str) -> list:
     return shards
 
 def validation_loss(subject: Subject, cfg, streams: list) -> dict:
-    """The loss that the training script reports, by its own function."""
-    import torch
+    """The loss that the training script reports, by its own function; its error is over streams."""
     totals, machine = [], subject.machine
-    forward = subject.compiled(subject.model, *(torch.from_numpy(part) for part in streams[0]))
+    forward = subject.compiled(subject.model, *streams[0])
 
     def noted(tokens, targets):
         totals.append(forward(tokens, targets))
@@ -490,10 +483,10 @@ def validation_loss(subject: Subject, cfg, streams: list) -> dict:
     loss = subject.module.validate(noted, cfg, streams, machine)
     mine = [(float(total), int((targets >= 0).sum()))
             for total, (_, targets) in zip(totals, streams[machine.rank::machine.world_size])]
-    table = np.array([row for rows in gather(machine, mine) for row in rows])
+    sums, counts = np.array([row for rows in gather(machine, mine) for row in rows]).T
     if not math.isfinite(loss):
         raise UserError(f"the validation loss of {subject.name} is {loss}; choose another with --checkpoint=")
-    return {"loss": round(loss, 6), "se": round(ratio(*table.T)[1], 6), "tokens": cfg.val_tokens, "n": len(streams)}
+    return {"loss": round(loss, 6), "se": round(ratio(sums, counts)[1], 6), "tokens": cfg.val_tokens, "n": len(sums)}
 
 def bits_per_byte(documents, results: np.ndarray, tokenizer) -> dict:
     """Bits per byte of documents as text_documents yields them."""
@@ -525,88 +518,100 @@ def judge(items: list[Item], results: np.ndarray) -> list[dict]:
 
 def task_score(task: Task, records: list[dict], key: str = "correct") -> dict:
     """Accuracy with everything one needs to judge it."""
-    mean, se = accuracy([record[key] for record in records])
-    score = {"accuracy": round(mean, 6), "se": round(se, 6), "n": len(records), "chance": task.baseline}
+    mean, n = sum(record[key] for record in records) / len(records), len(records)
+    score = {"accuracy": round(mean, 6), "se": round(math.sqrt(mean * (1 - mean) / max(n - 1, 1)), 6), "n": n,
+             "chance": task.baseline}
     return score | {"gpt2": task.gpt2} if key == "correct" else score
 
 def core_score(scores: dict[str, dict]) -> dict:
-    """CORE over the tasks that were scored, and what is missing."""
+    """CORE over the tasks that were scored, what is missing, and CORE of the published models over the same tasks."""
     here = [task for task in TASKS if task.label in scores]
-
-    def core(accuracies):
-        return sum((value - task.baseline) / (1 - task.baseline) for task, value in zip(here, accuracies)) / len(here)
     for task in here:
-        scores[task.label]["centered"] = round((scores[task.label]["accuracy"] - task.baseline) / (1 - task.baseline), 6)
-    errors = [scores[task.label]["se"] / (1 - task.baseline) for task in here]
-    return {"core": round(core([scores[task.label]["accuracy"] for task in here]), 6),
-            "se": round(math.sqrt(sum(error ** 2 for error in errors)) / len(here), 6), "n": len(here), "chance": 0,
-            "gpt2": [round(core(column), 6) for column in zip(*(task.gpt2 for task in here))],
+        score = scores[task.label]
+        score["centered"] = round((score["accuracy"] - task.baseline) / (1 - task.baseline), 6)
+    spread = sum((scores[task.label]["se"] / (1 - task.baseline)) ** 2 for task in here)
+    published = [sum((task.gpt2[size] - task.baseline) / (1 - task.baseline) for task in here) for size in range(4)]
+    return {"core": round(sum(score["centered"] for score in scores.values()) / len(here), 6),
+            "se": round(math.sqrt(spread) / len(here), 6), "n": len(here), "chance": 0,
+            "gpt2": [round(total / len(here), 6) for total in published],
             "missing": [task.label for task in TASKS if task.label not in scores], "tasks": scores}
 
 # -----------------------------------------------------------------------------
 # Evaluation
 
-def evaluate(args: argparse.Namespace) -> dict:
-    """All scores, the same on every rank; rank 0 also writes --items_out. Raises UserError."""
-    start, tasks = time.perf_counter(), find_tasks(args)
-    subject = load_subject(args)
-    cfg, module, machine = subject.model.cfg, subject.module, subject.machine
-    scores, texts, streams = {}, [], None
+def read_streams(args: argparse.Namespace, subject: Subject):
+    """(config, its validation streams or [], documents of bpb or []), as far as asked for; raises UserError."""
+    cfg, streams, texts = subject.model.cfg, [], []
     if "val" in args.tasks:
         cfg = replace(cfg, val_files=args.shards or cfg.val_files)
         try:
-            streams = module.validation_streams(cfg, open_shards(subject, cfg.val_files))
-        except module.UserError as error:
+            streams = subject.module.validation_streams(cfg, open_shards(subject, cfg.val_files))
+        except subject.module.UserError as error:
             raise UserError(str(error)) from None
     if "bpb" in args.tasks:
-        shards = open_shards(subject, args.shards or cfg.val_files)
-        texts = list(text_documents(subject, shards, args.bpb_tokens))
-    if machine.world_size > 1:
-        import torch.distributed as dist
-        dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
-    with ThreadPoolExecutor(1) as thread:                           # reads and encodes while the model is compiled
-        prepared = thread.submit(prepare_items, args, tasks, subject)
-        if streams:
-            scores["val"] = validation_loss(subject, cfg, streams)
-        items, encoded = prepared.result()
-    bos, longest, too_long = np.array([cfg.bos_id], np.int32), subject.longest, 0
+        texts = list(text_documents(subject, open_shards(subject, args.shards or cfg.val_files), args.bpb_tokens))
+        if not texts:
+            raise UserError(f"--shards={args.shards or cfg.val_files} holds no text; choose others")
+    return cfg, streams, texts
 
-    def documents():
-        nonlocal too_long
-        yield from texts
-        for item in items:
-            for document in item_documents(item, encoded, bos):
-                too_long += len(document[0]) > longest
-                yield cut(document, longest)
-    total = sum(len(tokens) for tokens, _, _ in texts) + sum(
-        min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
-    scoring = time.perf_counter()
-    before = subject.compile_seconds
-    results = score_documents(subject, documents(), total)
-    seconds = time.perf_counter() - scoring - (subject.compile_seconds - before)
-    if texts:
-        scores["bpb"] = bits_per_byte(texts, results[:len(texts)], subject.tokenizer)
-    records = judge(items, results[len(texts):])
-    scores |= summarize(tasks, records)
-    about = {"model": subject.name, "script": subject.meta["script"], "step": subject.meta["step"],
-             "device": machine.name, "world_size": machine.world_size, "max_items": args.max_items,
-             "cut_documents": too_long, "tokens": total, "compile_seconds": round(subject.compile_seconds, 1),
-             "score_seconds": round(seconds, 1),
-             "seconds": round(time.perf_counter() - start - subject.compile_seconds, 1)}
-    if args.items_out and machine.rank == 0:
-        content = "".join(json.dumps(record) + "\n" for record in records)
-        try:
-            module.write_atomically(args.items_out, content.encode())
-        except OSError as error:
-            raise UserError(f"--items_out={args.items_out} cannot be written ({error.strerror}); choose another") from None
-    return about | {"scores": scores}
-
-def prepare_items(args, tasks: list[Task], subject: Subject) -> tuple[list[Item], dict]:
+def prepare_items(args: argparse.Namespace, tasks: list[Task], subject: Subject) -> tuple[list[Item], dict]:
     """The items of all tasks and the tokens of all their texts."""
     items = read_items(args, tasks, subject.cuts)
     texts = {text for item in items for prompt in [*item.prompts, item.before] for text in prompt}
     threads = max(1, (os.cpu_count() or 1) // subject.machine.world_size)
     return items, encode_all(subject.tokenizer, sorted(texts), threads)
+
+def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """All scores, and the records of all items; the same on every rank. Raises UserError."""
+    import torch
+    start, tasks = time.perf_counter(), find_tasks(args)
+    subject = load_subject(args)
+    machine, longest, bos_id = subject.machine, subject.longest, subject.model.cfg.bos_id
+    cfg, streams, texts = read_streams(args, subject)
+    if machine.world_size > 1:
+        cuda = machine.device.type == "cuda"
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=machine.device if cuda else None)
+    scores, score, too_long = {}, None, 0
+    with ThreadPoolExecutor(1) as thread:
+        prepared = thread.submit(prepare_items, args, tasks, subject)           # while the model is compiled
+        if streams:
+            scores["val"] = validation_loss(subject, cfg, streams)
+        if texts or tasks:
+            score = subject.compiled(subject.model.score, *fill([], subject.stream_tokens, bos_id)[:2])
+        items, encoded = prepared.result()
+
+    def documents():
+        nonlocal too_long
+        yield from texts
+        for item in items:
+            for document in item_documents(item, encoded, np.array([bos_id], np.int32)):
+                too_long += len(document[0]) > longest
+                yield cut(document, longest)
+    total = sum(len(tokens) for tokens, _, _ in texts) + sum(
+        min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
+    scoring = time.perf_counter()
+    results = score_documents(subject, score, documents(), total)
+    end = time.perf_counter()
+    if texts:
+        scores["bpb"] = bits_per_byte(texts, results[:len(texts)], subject.tokenizer)
+    records = judge(items, results[len(texts):])
+    return {"model": subject.name, "script": subject.meta["script"], "step": subject.meta["step"],
+            "device": machine.name, "world_size": machine.world_size, "max_items": args.max_items,
+            "cut_documents": too_long, "tokens": total, "compile_seconds": round(subject.compile_seconds, 1),
+            "score_seconds": round(end - scoring, 1), "seconds": round(end - start - subject.compile_seconds, 1),
+            "scores": scores | summarize(tasks, records)}, records
+
+def write_items(path: Path, records: list[dict]):
+    """Writes the records as JSONL, under a temporary name first; raises UserError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--items_out={path} cannot be written ({error.strerror}); choose another") from None
 
 def summarize(tasks: list[Task], records: list[dict]) -> dict:
     """The scores of HellaSwag and CORE from the records of their items."""
@@ -641,14 +646,13 @@ def table(result: dict) -> str:
             row(f"  {label}", score["accuracy"], score)
         row("CORE", core["core"], core)
         if core["missing"]:
-            lines.append(f"CORE is of {core['n']} of {len(TASKS)} tasks: {', '.join(core['missing'])} missing; gpt2's, "
-                         "too")
+            lines.append(f"CORE, GPT-2's too: {core['n']} of {len(TASKS)} tasks: {', '.join(core['missing'])} missing")
     if result["max_items"]:
         lines.append(f"only {result['max_items']} items of each task: not comparable with the published scores")
     if result["cut_documents"]:
         lines.append(f"{result['cut_documents']:,} prompts were too long and lost their first tokens")
-    lines.append(f"{result['tokens']:,} tokens in {result['score_seconds']} s, {result['seconds']} s in all, compilation "
-                 f"apart: {result['compile_seconds']} s")
+    lines.append(f"{result['tokens']:,} tokens in {result['score_seconds']} s, with loading {result['seconds']} s; "
+                 f"compilation, not counted: {result['compile_seconds']} s")
     return "\n".join(lines)
 
 def main(argv: list[str] | None = None) -> int:
@@ -656,8 +660,10 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         args = parse_args(argv)
-        result = evaluate(args)
+        result, records = evaluate(args)
         if rank == 0:
+            if args.items_out:
+                write_items(args.items_out, records)
             print(table(result))
             print(json.dumps(result), flush=True)
         return 0
