@@ -119,21 +119,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.tasks:
         if name not in SCORES:
             raise UserError(f"--tasks={name} does not exist; choose from {','.join(SCORES)}")
-    if args.checkpoint and args.model:
-        raise UserError(f"--checkpoint={args.checkpoint} and --model={args.model} are two models; name one")
-    if args.model and "val" in args.tasks:
-        raise UserError("--tasks=val is the loss of a training script, and --model has none; take bpb")
-    if args.model and "bpb" in args.tasks and not args.shards:
-        raise UserError("--tasks=bpb with --model needs --shards=GLOB, token shards of the gpt2 tokenizer")
-    if args.stream_tokens < 0 or args.stream_tokens % 128:
-        raise UserError(f"--stream_tokens={args.stream_tokens} must be a multiple of 128")
-    if args.bpb_tokens < 0:
-        raise UserError(f"--bpb_tokens={args.bpb_tokens} must be 0 (all) or a positive number")
-    if args.max_items < 0 or 0 < args.max_items <= max(task.shots for task in TASKS):
-        raise UserError(f"--max_items={args.max_items} must be 0 (all) or above {max(task.shots for task in TASKS)}, "
-                        "the examples before a question")
-    if args.items_out and not args.items_out.absolute().parent.is_dir():
-        raise UserError(f"--items_out={args.items_out} is in a folder that does not exist; make it first")
+
+    def need(good, name, remedy):
+        if not good:
+            raise UserError(f"--{name}={getattr(args, name)} {remedy}")
+    most = max(task.shots for task in TASKS)
+    need(not (args.checkpoint and args.model), "model", f"and --checkpoint={args.checkpoint} are two models; name one")
+    need(not (args.model and "val" in args.tasks), "model", "has no training script, whose loss val is; take bpb")
+    need(not (args.model and "bpb" in args.tasks) or args.shards, "model", "needs --shards=GLOB for bpb")
+    need(args.stream_tokens >= 0 and args.stream_tokens % 128 == 0, "stream_tokens", "must be a multiple of 128")
+    need(args.bpb_tokens >= 0, "bpb_tokens", "must be 0 (all) or a positive number")
+    need(args.max_items == 0 or args.max_items > most, "max_items",
+         f"must be 0 (all) or above {most}, the examples before a question")
+    need(not args.items_out or args.items_out.absolute().parent.is_dir(), "items_out",
+         "is in a folder that does not exist; make it first")
     return args
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
@@ -163,7 +162,11 @@ class Item:
     line: int                    # of the data file, from 0
     gold: int                    # the right option; 0 where there is only one
     prompts: list                # of each option: the texts that the prompt is made of
-    before: tuple = ()           # what comes before the answer, if that does not depend on the option
+    before: tuple = ()           # what comes before the answer, where all of that is scored
+
+FIELDS = {                       # of an item, by kind: question, answer, right option; a list has one text an option
+    "choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
+    "lm": ("context", "continuation", None), "ending": ("ctx", "endings", "label")}
 
 def task_file(evals: Path, task: Task) -> Path | None:
     """The file with a task's items, or None if it is not there."""
@@ -210,37 +213,42 @@ def join(texts: list[str], cuts: bool) -> tuple[str, ...]:
             pieces[-1] += text
     return tuple(pieces)
 
-def core_items(task: Task, rows: list, cuts: bool) -> list[Item]:
-    """The items of a CORE task, rendered: examples, each followed by a blank line, then the question and an answer."""
-    rows, lines = [row for _, row in rows], [line for line, _ in rows]
+def render(task: Task, rows: list, cuts: bool) -> list[Item]:
+    """The items of a task: examples, each followed by a blank line, then the question and, for each option, the answer.
+
+    rows: (line, item) of all items of the task, from which the examples come. Raises an error of Python's for an item
+    that is none.
+    """
+    asked, answered, gold = FIELDS[task.kind]
+
+    def pick(texts, option):
+        return texts[option] if isinstance(texts, list) else texts
 
     def question(row, option):
-        if task.kind == "lm":
-            return row["context"].strip()
-        return row["query"] if task.kind == "choice" else row["context_options"][option]
+        return row[asked].strip() if task.kind == "lm" else pick(row[asked], option)
 
     def answer(row, option):
-        return task.delimiter + (row["choices"][option] if task.kind == "choice" else row["continuation"])
-    golds = [0 if task.kind == "lm" else row["gold"] for row in rows]
-    first = [question(row, gold) for row, gold in zip(rows, golds)]
-    later = ["\n\n" + text for text in first]
-    answers = [answer(row, gold) for row, gold in zip(rows, golds)]
-    options, items = {"choice": "choices", "schema": "context_options"}.get(task.kind), []
+        return task.delimiter + pick(row[answered], option)
+    lines, rows = zip(*rows)
+    golds = [int(row[gold]) if gold else 0 for row in rows]
+    first = [question(*pair) for pair in zip(rows, golds)]          # of the examples, and after an example
+    later, answers = ["\n\n" + text for text in first], [answer(*pair) for pair in zip(rows, golds)]
+    items = []
     for i, row in enumerate(rows):
-        examples = []
-        for j in few_shot(i, len(rows), task.shots):
-            examples += [later[j] if examples else first[j], answers[j]]
-        gap, prompts = "\n\n" if examples else "", []
-        for option in range(len(row[options]) if options else 1):
-            prompts.append(join([*examples, gap + question(row, option), answer(row, option)], cuts))
-        before = join([*examples, (gap + question(row, 0) + task.delimiter).rstrip()], cuts)
-        items.append(Item(task.label, task.kind, lines[i], golds[i], prompts, before if task.kind == "lm" else ()))
+        shots = few_shot(i, len(rows), task.shots)
+        examples = [text for n, j in enumerate(shots) for text in (later[j] if n else first[j], answers[j])]
+        gap = "\n\n" if shots else ""
+        options = max(len(row[name]) if isinstance(row[name], list) else 1 for name in (asked, answered))
+        prompts = [(*examples, gap + question(row, option), answer(row, option)) for option in range(options)]
+        before = ()
+        if task.kind == "ending":        # context and ending are encoded apart
+            before = prompts[0][:1]
+        else:
+            prompts = [join(prompt, cuts) for prompt in prompts]
+        if task.kind == "lm":
+            before = join([*examples, (gap + question(row, 0) + task.delimiter).rstrip()], cuts)
+        items.append(Item(task.label, task.kind, lines[i], golds[i], prompts, before))
     return items
-
-def hellaswag_items(rows: list) -> list[Item]:
-    """The items of HellaSwag; context and ending are encoded apart."""
-    return [Item("hellaswag", "ending", line, int(row["label"]), [(row["ctx"], " " + end) for end in row["endings"]],
-                 (row["ctx"],)) for line, row in rows]
 
 def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool) -> list[Item]:
     """The items of all tasks, one task after the other; raises UserError."""
@@ -248,7 +256,7 @@ def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool) -> list[
     for task in tasks:
         rows = read_rows(path := task_file(args.evals, task), args.max_items)
         try:
-            items += hellaswag_items(rows) if task.kind == "ending" else core_items(task, rows, cuts)
+            items += render(task, rows, cuts)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); fetch it "
                             "again with python data/evals.py --force") from None

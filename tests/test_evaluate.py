@@ -170,7 +170,7 @@ def test_the_examples_of_whole_tasks_are_those_of_the_definition():
     for label, kind in (("hellaswag", "choice"), ("piqa", "choice"), ("jeopardy", "lm"), ("winograd", "schema")):
         task = next(task for task in evaluate.TASKS if task.label == label)
         rows = reference_data(task)
-        items = evaluate.core_items(task, rows, True)
+        items = evaluate.render(task, rows, True)
         assert len(items) == len(rows)
         for i in (0, 1, 17, len(rows) - 1):
             texts, without = reference_prompts(task, [row for _, row in rows], i)
@@ -541,7 +541,7 @@ def refused(run, evals, capsys, tmp_path):
     (["--stream_tokens=1000"], ["--stream_tokens=1000 must be a multiple of 128"]),
     (["--max_items=10"], ["--max_items=10 must be 0 (all) or above 10"]),
     (["--bpb_tokens=-1"], ["--bpb_tokens=-1 must be"]),
-    (["--model=gpt2"], ["are two models; name one"]),
+    (["--model=gpt2"], ["--model=gpt2 and --checkpoint=", "are two models; name one"]),
     (["--items_out=nowhere/x.jsonl"], ["--items_out=nowhere/x.jsonl is in a folder that does not exist"]),
     (["--tasks=val", "--shards=nowhere/*.bin"], ["--shards=nowhere/*.bin matches no file"]),
     (["--checkpoint=nowhere"], ["--checkpoint=nowhere is not a folder"]),
@@ -552,8 +552,8 @@ def test_a_bad_flag_is_refused(refused, flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--model=gpt2", "--tasks=val"], ["--tasks=val is the loss of a training script"]),
-    (["--model=gpt2", "--tasks=bpb"], ["--model needs --shards=GLOB"]),
+    (["--model=gpt2", "--tasks=val"], ["--model=gpt2 has no training script"]),
+    (["--model=gpt2", "--tasks=bpb"], ["--model=gpt2 needs --shards=GLOB"]),
     (["--model=gpt3", "--tasks=hellaswag"], ["--model=gpt3 is neither a folder nor one of gpt2, "]),
 ], ids=str)
 def test_a_bad_model_is_refused(refused, flags, words):
