@@ -1,0 +1,262 @@
+"""The original GPT-2 weights as a model with this family's interface, to hold scores against published ones.
+
+    model, tokenizer_json, meta = gpt2.load("gpt2", "cuda", "bf16")
+
+The name is gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder in the Hugging Face layout: config.json,
+model.safetensors and, if they are there, vocab.json and merges.txt. Published models are fetched once from the hub that
+HF_ENDPOINT names, and kept where huggingface_hub keeps what it fetches.
+
+Each document of a packed stream begins with bos_id at position 0 and sees only itself; nothing longer than the 1,024
+positions that GPT-2 has can be read. (In GPT-2's own training <|endoftext|> stood between documents and did not start a
+new position.) Shape suffixes: B sequences, T tokens, H heads, D channels per head, C residual channels, V vocabulary.
+"""
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HEAD_CHUNK = 8192                        # tokens whose logits exist at one time in `score`
+
+class UserError(Exception):
+    """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int
+    context_tokens: int                  # positions that were trained; longer documents cannot be read
+    num_layers: int
+    num_heads: int
+    model_dim: int
+    norm_eps: float
+    bos_id: int
+
+# -----------------------------------------------------------------------------
+# Model
+
+class Block(nn.Module):
+    """One layer; its parts are named as in the published weights."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        C = cfg.model_dim
+        self.ln_1, self.ln_2 = nn.LayerNorm(C, cfg.norm_eps), nn.LayerNorm(C, cfg.norm_eps)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
+
+    def forward(self, x: Tensor, attend) -> Tensor:
+        """x (..., C) after this layer; attend(q, k, v), each (..., C), mixes the tokens."""
+        x = x + self.attn["c_proj"](attend(*self.attn["c_attn"](self.ln_1(x)).chunk(3, -1)))
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
+
+class Cache:
+    """Keys and values of each row's tokens so far; made by GPT2.new_cache, changed by GPT2.decode."""
+
+    def __init__(self, cfg: Config, batch: int, max_tokens: int, like: Tensor):
+        head_dim, self.max_tokens = cfg.model_dim // cfg.num_heads, max_tokens
+        # position p lies in slot p; what is not real goes to the last slot, which nobody sees
+        self.kv = like.new_zeros(cfg.num_layers, 2, batch, max_tokens + 1, cfg.num_heads, head_dim)
+        self.rows = torch.arange(batch, device=like.device)[:, None]
+        self.position = torch.zeros(batch, dtype=torch.int64, device=like.device)   # of each row's next token
+        self.start = torch.zeros_like(self.position)                                # of its document
+
+    def fill(self, other: "Cache", rows_B: Tensor):
+        """Makes row b what row rows_B[b] of another cache is; that one's tokens must fit this one."""
+        both = min(self.max_tokens, other.max_tokens)
+        self.kv[:, :, :, :both] = other.kv[:, :, rows_B, :both]
+        self.position.copy_(other.position[rows_B])
+        self.start.copy_(other.start[rows_B])
+
+    def bytes_read(self, tokens: int) -> int:
+        """Bytes of keys and values that the next token of every row reads: all slots, however many are filled."""
+        return self.kv.nbytes
+
+class GPT2(nn.Module):
+    """GPT-2 with the family's forward, score, new_cache and decode."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.wpe = nn.Embedding(cfg.context_tokens, cfg.model_dim)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.ln_f = nn.LayerNorm(cfg.model_dim, cfg.norm_eps)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads, (T, C), for one packed stream of tokens (T,)."""
+        T, H, size = tokens.numel(), self.cfg.num_heads, min(self.cfg.context_tokens, tokens.numel())
+        index = torch.arange(T, device=tokens.device)
+        start = torch.where(tokens == self.cfg.bos_id, index, 0).cummax(0).values
+        position = index - start
+        if not torch.compiler.is_compiling() and (longest := int(position.max()) + 1) > self.cfg.context_tokens:
+            raise UserError(f"a document has {longest} tokens, GPT-2 reads {self.cfg.context_tokens}; cut it")
+        # chunks as long as the longest document, each of which sees itself and the one before
+        n = -(-T // size)
+        rows = torch.arange(n * size, device=tokens.device)
+        first = torch.cat([start, rows[T:]]).view(n, size, 1)       # padding sees itself
+        rows = rows.view(n, size)
+        keys = torch.cat([rows - size, rows], 1)[:, None]
+        mask = ((keys <= rows[:, :, None]) & (keys >= first))[:, None]
+
+        def chunks(x_TC):
+            return F.pad(x_TC, (0, 0, 0, n * size - T)).view(n, size, H, -1).transpose(1, 2)
+
+        def attend(q, k, v):
+            k, v = (torch.cat([x.roll(1, 0), x], 2) for x in (chunks(k), chunks(v)))
+            y = F.scaled_dot_product_attention(chunks(q), k, v, attn_mask=mask)
+            return y.transpose(1, 2).reshape(n * size, -1)[:T]
+        x = self.wte(tokens) + self.wpe(position.clamp(max=self.cfg.context_tokens - 1))
+        for block in self.h:
+            x = block(x, attend)
+        return self.ln_f(x)
+
+    def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each target (T,) in nats, fp32, 0 where it is -1; and the likeliest token (T,) int64."""
+        losses, likeliest = [], []
+        for x, part in zip(self.hidden(tokens).split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+            logits_TV = F.linear(x, self.wte.weight).float()
+            losses.append(F.cross_entropy(logits_TV, part, ignore_index=-1, reduction="none"))
+            likeliest.append(logits_TV.argmax(1))
+        return torch.cat(losses), torch.cat(likeliest)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (T, V) fp32 of one packed stream; with targets (-1: none) the sum of the cross-entropies in nats."""
+        if targets is None:
+            return F.linear(self.hidden(tokens), self.wte.weight).float()
+        return self.score(tokens, targets)[0].sum()
+
+    def new_cache(self, batch: int, max_tokens: int, chunk: int = 0) -> Cache:
+        """An empty cache for `batch` rows of up to max_tokens tokens; `chunk` is there for the family's sake."""
+        return Cache(self.cfg, batch, max_tokens, self.wte.weight)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: Cache, lengths: Tensor | None = None, last: bool = False) -> Tensor:
+        """Logits (B, T, V) fp32 of the next tokens (B, T) of each row; they enter the cache.
+
+        A row is a stream of its own. lengths (B,) int64: how many tokens of a row are real, the others change nothing
+        and their logits mean nothing. last: only the logits of each row's last token, (B, 1, V). Of more than one token
+        a row, those beyond the cache raise ValueError.
+        """
+        (B, T), heads = tokens.shape, self.cfg.num_heads
+        lengths = torch.full_like(cache.position, T) if lengths is None else lengths
+        if T > 1 and (most := int((cache.position + lengths).max())) > cache.max_tokens:
+            raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {cache.max_tokens}")
+        ahead = torch.arange(T, device=tokens.device)
+        position = cache.position[:, None] + ahead
+        start = torch.where(tokens == self.cfg.bos_id, position, 0).cummax(1).values
+        start = torch.maximum(start, cache.start[:, None])
+        slot = torch.where(ahead < lengths[:, None], position, cache.max_tokens).clamp(max=cache.max_tokens)
+        keys = torch.arange(cache.max_tokens + 1, device=tokens.device)
+        mask = ((keys <= position[:, :, None]) & (keys >= start[:, :, None]) & (keys < cache.max_tokens))[:, None]
+        mask = mask | ((keys == cache.max_tokens) & (ahead >= lengths[:, None])[:, None, :, None])      # see something
+        x = self.wte(tokens) + self.wpe((position - start).clamp(max=self.cfg.context_tokens - 1))
+        for block, layer in zip(self.h, cache.kv):
+            def attend(q, k, v):
+                layer[0, cache.rows, slot], layer[1, cache.rows, slot] = (p.view(B, T, heads, -1) for p in (k, v))
+                y = F.scaled_dot_product_attention(q.view(B, T, heads, -1).transpose(1, 2), *layer.transpose(2, 3),
+                                                   attn_mask=mask)
+                return y.transpose(1, 2).reshape(B, T, -1)
+            x = block(x, attend)
+        newest = (lengths - 1).clamp(min=0)[:, None]
+        cache.start.copy_(torch.where(lengths > 0, start[cache.rows, newest][:, 0], cache.start))
+        cache.position += lengths
+        x = x[cache.rows, newest] if last else x
+        return F.linear(self.ln_f(x), self.wte.weight).float()
+
+# -----------------------------------------------------------------------------
+# Loading
+
+def fetch(name: str) -> Path:
+    """The folder with the files of a published model, from the hub or its local cache; raises UserError."""
+    from huggingface_hub import snapshot_download
+    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
+    except Exception as error:           # no network, no such hub, no space: the library has no common ground for them
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"--model={name} cannot be fetched ({reason}); name a folder with its config.json and "
+                        "model.safetensors instead") from None
+
+def read_config(folder: Path) -> Config:
+    """What config.json says; raises UserError if it is missing or describes another kind of model."""
+    path = folder / "config.json"
+    try:
+        said = json.loads(path.read_bytes())
+        cfg = Config(said["vocab_size"], said["n_positions"], said["n_layer"], said["n_head"], said["n_embd"],
+                     said["layer_norm_epsilon"], said["bos_token_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); --model= takes a folder with "
+                        f"GPT-2's config.json and model.safetensors, or one of {', '.join(NAMES)}") from None
+    expected = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False,
+                "n_inner": None, "scale_attn_weights": True, "tie_word_embeddings": True}
+    odd = [f"{name}={said[name]}" for name, value in expected.items() if said.get(name, value) != value]
+    if odd:
+        raise UserError(f"{path} is not GPT-2's ({', '.join(odd)}); choose another")
+    return cfg
+
+def read_weights(path: Path, cfg: Config, dtype: torch.dtype) -> GPT2:
+    """The model with the weights of a safetensors file, on the CPU; raises UserError if they do not fit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    with torch.device("meta"):           # no storage and no random numbers for what is replaced at once
+        model = GPT2(cfg)
+    wanted = model.state_dict()
+    try:
+        found = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    for name in list(found):
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            del found[name]              # the causal mask, and the embedding again
+        elif name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            found[name] = found[name].T  # published as (in, out)
+    odd = [name for name in wanted.keys() | found.keys()
+           if name not in wanted or name not in found or wanted[name].shape != found[name].shape]
+    if odd:
+        raise UserError(f"{path} does not fit its config.json: {', '.join(sorted(odd)[:8])}; fetch both again")
+    model.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in found.items()}, assign=True)
+    return model.requires_grad_(False)
+
+def read_tokenizer(folder: Path) -> bytes:
+    """GPT-2's tokenizer.json from the folder's vocab.json and merges.txt, else from tiktoken's cache; UserError."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
+    try:
+        from text import gpt2_tokenizer_json
+    finally:
+        del sys.path[0]
+    try:
+        if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+            return gpt2_tokenizer_json()
+        with tempfile.TemporaryDirectory() as copies:               # the same files under the names they had at first
+            shutil.copy(folder / "vocab.json", Path(copies, "encoder.json"))
+            shutil.copy(folder / "merges.txt", Path(copies, "vocab.bpe"))
+            return gpt2_tokenizer_json(Path(copies))
+    except LookupError as error:
+        raise UserError(f"{folder} has no vocabulary of GPT-2 ({error}); put vocab.json and merges.txt there") from None
+
+def load(name_or_folder: str | Path, device: str, precision: str) -> tuple[GPT2, bytes, dict]:
+    """(model on `device`, its tokenizer.json, meta) of a published name or a folder; raises UserError.
+
+    precision: bf16 or fp32. meta has script, step, config and tokenizer_sha256, as that of a checkpoint.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        if str(name_or_folder) not in NAMES:
+            raise UserError(f"--model={name_or_folder} is neither a folder nor one of {', '.join(NAMES)}")
+        folder = fetch(str(name_or_folder))
+    cfg, tokenizer = read_config(folder), read_tokenizer(folder)
+    if (bos_id := json.loads(tokenizer)["bos_id"]) != cfg.bos_id or cfg.vocab_size <= bos_id:
+        raise UserError(f"{folder / 'config.json'} has vocab_size={cfg.vocab_size} and bos_token_id={cfg.bos_id}, but "
+                        f"GPT-2 begins documents with {bos_id}; choose another")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    model = read_weights(folder / "model.safetensors", cfg, dtype)
+    meta = {"script": "gpt2", "step": 0, "config": asdict(cfg)}
+    meta["tokenizer_sha256"] = hashlib.sha256(tokenizer).hexdigest()
+    return model.to(device).eval(), tokenizer, meta
