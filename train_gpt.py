@@ -1198,6 +1198,11 @@ def command_output(*words: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
 
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 def write_atomically(path: Path, content: bytes):
     """Writes under a temporary name, then renames, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -1356,6 +1361,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     micro_slots, plan = memory_plan(cfg, machine)
 
     run = Run(cfg, machine, argv)
+    if run.master:                       # so that a record can be held to its track's validation data
+        run.save(data_sha256={shard.path: file_sha256(shard.path) for shard in val_shards})
     stopping = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopping.set())
