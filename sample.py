@@ -3,11 +3,13 @@
     python sample.py                                            # the newest checkpoint under logs/
     python sample.py --prompt="The old house" --num_samples=3
     python sample.py --checkpoint=logs/<run>/checkpoint/step_000900 --temperature=0
+    python sample.py --prompts_file=prompts.txt --json --logprobs
+    python sample.py --benchmark --compile                      # how fast, and how fast it could be
 
 A checkpoint is numbers and plain JSON. Its meta.json names the training script that made it, which must be one of the
-train_*.py beside this file; other code runs only if you name it with --script=PATH. The same seed gives the same text
-on the same kind of machine. Every new token looks at the whole text so far, up to the longest document that the model
-was trained on; from there on at the last that many tokens.
+train_*.py beside this file; other code runs only if you name it with --script=PATH. A prompt is read once; then each
+new token costs one step, which looks back as far as the model's windows reach. Texts are made together in batches; the
+same seed gives the same text whatever else is in the batch (on the same kind of machine, up to rounding in bf16).
 """
 import argparse
 import base64
@@ -17,9 +19,12 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import sys
-from dataclasses import replace
+import time
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # PyTorch takes seconds to import, so the functions that need it do it: --help and mistakes are answered at once
@@ -52,7 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "default: the newest under --out_dir")
     add("--prompt", metavar="TEXT", help=f"text to go on from; default: {BYTES_PROMPT!r} for a model that reads bytes, "
         f"as the tiny preset, {WORDS_PROMPT!r} for others")
-    add("--num_samples", type=int, default=1, metavar="N", help="number of texts (default: %(default)s)")
+    add("--prompts_file", type=Path, metavar="FILE", help="prompts to go on from, one a line; default: --prompt alone")
+    add("--num_samples", type=int, default=1, metavar="N", help="number of texts a prompt (default: %(default)s)")
     add("--max_tokens", type=int, default=400, metavar="N", help="longest text, in tokens after the prompt; it ends "
         "sooner where the model ends the document (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="below 1: more likely tokens, above 1: more surprising ones, "
@@ -61,7 +67,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)")
     add("--top_p", type=float, default=0.95, metavar="P", help="choose among the likeliest tokens that together have "
         "probability P, 1: all (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the first text; the second has the next one (default: %(default)s)")
+    add("--min_p", type=float, default=0.0, metavar="P", help="choose among tokens at least P times as likely as the "
+        "likeliest, 0: all (default: %(default)s)")
+    add("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: tokens that the prompt or the text "
+        "has become less likely, their logits are divided by R (default: %(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times "
+        "(default: none)")
+    add("--seed", type=int, default=0, help="of a prompt's first text; the second has the next one (default: "
+        "%(default)s)")
+    add("--logprobs", action="store_true", help="also the log-probability of each token, before temperature and "
+        "choice (default: off)")
+    add("--json", action="store_true", help="a JSON object a line for each text, nothing else (default: off)")
+    add("--batch", type=int, default=64, metavar="N", help="texts made at the same time (default: %(default)s)")
+    add("--benchmark", action="store_true", help="no text: speed and memory for 1, 8 and 64 texts at a time, the last "
+        "line as JSON (default: off)")
+    add("--compile", action="store_true", help="fuse a step's operations with torch.compile, which takes a minute at "
+        "the start (default: off)")
+    add("--model", metavar="NAME", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder with such a model, instead "
+        "of a checkpoint (default: none)")
     add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="(default: cuda where there is one)")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="(default: bf16 on cuda, fp32 elsewhere)")
     add("--script", type=Path, metavar="PATH", help="training script with the model, run as it is; default: the one of "
@@ -83,8 +106,15 @@ def check_args(args: argparse.Namespace):
     need(0 <= args.temperature < math.inf, "temperature", "must be 0 or a positive number")
     need(args.top_k >= 0, "top_k", "must be 0 (all tokens) or a positive number")
     need(0 < args.top_p <= 1, "top_p", "must be above 0 and at most 1")
+    need(0 <= args.min_p <= 1, "min_p", "must be between 0 and 1")
+    need(0 < args.repetition_penalty < math.inf, "repetition_penalty", "must be a positive number")
+    need("" not in args.stop, "stop", "has an empty string, which stands everywhere; give it some text")
     need(0 <= args.seed < 1 << 63, "seed", "must lie between 0 and 2^63 - 1")
+    need(args.batch >= 1, "batch", "must be at least 1")
     need(args.prompt != "", "prompt", "is empty; give it some text, or leave the flag away")
+    need(args.prompt is None or not args.prompts_file, "prompts_file", "comes with --prompt; give one of the two")
+    need(not args.model or not (args.checkpoint or args.script), "model", "comes with --checkpoint or --script, which "
+         "name another one; leave one away")
     if args.prompt is not None and "\\udc" in ascii(args.prompt):   # how Python holds bytes that are no text
         raise UserError(f"--prompt={ascii(args.prompt)} is not UTF-8; give it as UTF-8 text")
 
@@ -139,7 +169,15 @@ def resolve_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"--checkpoint={path} is not a folder; leave it away for the newest one, or {TRAIN_FIRST}")
     folder = next((folder for folder in (path, path / "checkpoint") if (folder / "latest").is_file()), None)
-    return follow_latest(folder) if folder else path
+    if folder:
+        return follow_latest(folder)
+    if not (path / "meta.json").exists():
+        inside = sorted({found.parent for pattern in ("*/meta.json", "*/checkpoint/latest", "checkpoint/*/meta.json")
+                         for found in path.glob(pattern)})
+        if inside:
+            more = f" and {len(inside) - 4} more" * (len(inside) > 4)
+            raise UserError(f"--checkpoint={path} is none, but holds {', '.join(map(str, inside[:4]))}{more}; name one")
+    return path
 
 
 def read_meta(path: Path) -> dict:
@@ -217,8 +255,9 @@ def find_script(name: str, script: Path | None) -> Path:
     return beside[name]
 
 
-def import_script(path: Path):
-    """The module of a training script, imported once; raises UserError if it cannot be or is not a training script."""
+def import_script(path: Path, needs=("GPT", "config_from_dict", "UserError"), remedy="name another source with "
+                  "--script=PATH"):
+    """The module of a training script, imported once; raises UserError if it cannot be or lacks what it `needs`."""
     name = path.stem if path.parent == HERE else f"script {path}"   # an old source is never taken for the one beside us
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -227,11 +266,10 @@ def import_script(path: Path):
             spec.loader.exec_module(sys.modules[name])
         except (Exception, SystemExit) as error:
             del sys.modules[name]
-            raise UserError(f"{path} cannot be imported ({type(error).__name__}: {error}); name another source with "
-                            "--script=PATH") from None
-    missing = [part for part in ("GPT", "config_from_dict", "UserError") if not hasattr(sys.modules[name], part)]
+            raise UserError(f"{path} cannot be imported ({type(error).__name__}: {error}); {remedy}") from None
+    missing = [part for part in needs if not hasattr(sys.modules[name], part)]
     if missing:
-        raise UserError(f"{path} has no {', '.join(missing)}; name a training script with --script=PATH")
+        raise UserError(f"{path} has no {', '.join(missing)}; {remedy}")
     return sys.modules[name]
 
 
@@ -304,78 +342,421 @@ def load_checkpoint(path: Path | str, device: str = "auto", script: Path | None 
     return model.to(device).eval(), tokenizer, meta
 
 
+def load_model(name: str, device: str = "auto", precision: str = "auto"):
+    """(model, tokenizer, meta) of a published GPT-2 or a folder of its layout, as of load_checkpoint; raises UserError.
+    """
+    module = import_script(HERE / "gpt2.py", ("load", "UserError"), "--model needs it as it comes with sample.py")
+    try:
+        model, content, meta = module.load(name, *choose_device(device, precision))
+    except module.UserError as error:
+        raise UserError(str(error)) from None
+    return model, Tokenizer(json.loads(content)), meta
+
+
 # -----------------------------------------------------------------------------
-# Sampling
+# Drawing tokens (shapes: B rows, V tokens of the vocabulary)
 
-def context_tokens(model) -> int:
-    """The longest document the model was trained on, in tokens with its begin-of-document id."""
-    return max(stage.max_doc_tokens for stage in model.cfg.stages)
-
-
-def next_token(logits_V, temperature: float, top_k: int, top_p: float, generator) -> int:
-    """One token drawn from logits (V,) on the CPU; top_p is of the probability that the top_k tokens share."""
-    if temperature == 0:
-        temperature, top_k = 1.0, 1
-    scores, tokens = logits_V.double().sort(descending=True, stable=True)
-    scores = scores[:top_k or None]
-    probs = ((scores - scores[0]) / temperature).softmax(0)
-    before = probs.cumsum(0) - probs                                # the first token is always kept
-    return int(tokens[probs.where(before < top_p, 0).multinomial(1, generator=generator)])
+@dataclass(frozen=True)
+class Draw:
+    """How the next token is drawn; the flags of the same names say what each does."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
-def generate(model, ids: list[int], vocab_size: int, max_tokens: int, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0):
-    """Yields up to max_tokens ids below vocab_size that follow `ids`, ending before a begin-of-document id.
+def nucleus(scores_BV, p: float):
+    """(B, 1) the lowest score among the likeliest tokens that together have probability p, to 2e-6 below it.
 
-    top_k=0, top_p=1: all tokens; temperature=0: always the likeliest. Raises UserError if the model is broken.
+    Found by search, since sorting 64 rows of 50,000 takes a GPU longer than the model does; scores are at most 0.
     """
     import torch
-    ids, context, device = list(ids), context_tokens(model), next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)                 # on the CPU, so that devices draw the same numbers
-    for _ in range(max_tokens):
-        tokens = torch.tensor(ids[-context:], dtype=torch.int32, device=device)     # as in training: pairs are hashed
-        with torch.inference_mode():
-            logits = model(tokens)[-1, :vocab_size].float().cpu()
-        if not logits.isfinite().all():
-            raise UserError("the model's logits are not finite; choose an earlier checkpoint with --checkpoint=")
-        ids.append(next_token(logits, temperature, top_k, top_p, generator))
-        if ids[-1] == model.cfg.bos_id:
-            return
-        yield ids[-1]
+    probs, low, step = scores_BV.softmax(1), torch.full_like(scores_BV[:, :1], -32.0), 32.0
+    for _ in range(12):                  # three marks a pass leave a quarter of the range
+        step /= 4
+        enough = [torch.where(scores_BV >= low + n * step, probs, 0).sum(1, keepdim=True) >= p for n in (1, 2, 3)]
+        low = low + step * sum(enough)
+    return low
+
+
+def filter_logits(logits_BV, draw: Draw, seen_BV=None):
+    """(B, V) what softmax turns into the probabilities to draw with, -inf for what is left out.
+
+    In this order: repetition_penalty on tokens in seen_BV (bool), temperature, top_k, top_p of what top_k leaves,
+    min_p. Tokens exactly as likely as the last one kept are kept.
+    """
+    if draw.repetition_penalty != 1:
+        logits = logits_BV * draw.repetition_penalty
+        logits_BV = logits_BV.where(~seen_BV, logits.where(logits_BV < 0, logits_BV / draw.repetition_penalty))
+    scores = logits_BV - logits_BV.amax(1, keepdim=True)
+    if draw.temperature == 0:
+        return scores
+    scores = scores / max(draw.temperature, 1e-6)                   # below that fp32 divides by zero
+    if draw.top_k:
+        scores = scores.masked_fill(scores < scores.topk(draw.top_k).values[:, -1:], -math.inf)
+    if draw.top_p < 1:
+        scores = scores.masked_fill(scores < nucleus(scores, draw.top_p), -math.inf)
+    if draw.min_p:
+        scores = scores.masked_fill(scores < math.log(draw.min_p), -math.inf)
+    return scores
+
+
+def mix(x):
+    """Integers below 2^32, scattered over that range; neighbours have nothing in common, devices agree."""
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45d9f3b) & 0xffffffff
+    return x ^ (x >> 16)
+
+
+def gumbel_noise(seed_B, step, ids_V):
+    """(B, V) Gumbel noise, a function of the row's seed, the step and the token: adding it to scores and taking the
+    largest draws a token with its probability, whatever the other rows are."""
+    key = mix((seed_B + step * 0x9e3779b9) & 0xffffffff)
+    bits = mix((key[:, None] + ids_V * 0x9e3779b1) & 0xffffffff)
+    uniform = ((bits >> 9).float() + 0.5) * 2.0 ** -23              # exact in fp32, never 0 or 1
+    return -(-uniform.log()).log()
+
+
+# -----------------------------------------------------------------------------
+# Engine
+
+class Engine:
+    """Continues prompts: `batch` rows at a time, each of up to max_tokens tokens with its prompt.
+
+    The model has cfg.bos_id, new_cache, decode and a cache with fill and bytes_read, as train_gpt.GPT. On CUDA a step,
+    from one token to the next, is captured once as a graph: the tensors it works on stay where they are. compile: fuse
+    its operations first. Raises ValueError if the model cannot go as far as max_tokens.
+    """
+
+    def __init__(self, model, vocab_size: int, draw: Draw = Draw(), batch: int = 1, max_tokens: int = 1024,
+                 compile: bool = False):
+        import torch
+        self.model, self.vocab_size, self.draw, self.batch = model, vocab_size, draw, batch
+        self.device = next(model.parameters()).device
+        self.cache = model.new_cache(batch, max_tokens, chunk=1)
+        with torch.device(self.device):
+            self.token, self.logprob = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch)
+            self.seed, self.count = torch.zeros(batch, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            self.ids = torch.arange(vocab_size)
+            self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool) if draw.repetition_penalty != 1 else None
+        # the second option turns products with one row into fused sums, which come closer to the memory's speed
+        self.step = torch.compile(self.advance, dynamic=False, fullgraph=True, options={
+            "coordinate_descent_tuning": True} if self.device.type == "cuda" else None) if compile else self.advance
+        if self.device.type == "cuda":
+            self.capture()
+
+    def choose(self, logits_BV):
+        """Draws each row's next token from the model's logits, and notes its log-probability."""
+        logits = logits_BV[:, :self.vocab_size].float()
+        scores = filter_logits(logits, self.draw, self.seen)
+        if self.draw.temperature:
+            scores = scores + gumbel_noise(self.seed, self.count, self.ids)
+        token = scores.argmax(1, keepdim=True)
+        if self.seen is not None:
+            self.seen.scatter_(1, token, True)
+        self.logprob.copy_((logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0])
+        self.token.copy_(token[:, 0])
+        self.count.add_(1)
+
+    def advance(self):
+        """One step: from the tokens drawn last to the next."""
+        self.choose(self.model.decode(self.token[:, None], self.cache)[:, 0])
+
+    def capture(self):
+        """Replaces the step by a CUDA graph of it; what it did to the cache on the way is overwritten by `start`."""
+        import torch
+        side, step = torch.cuda.Stream(), self.step
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        self.step = graph.replay
+
+    def start(self, prompts: list[list[int]], rows: list[tuple[int, int]]):
+        """Reads the prompts that `rows` name, each once, and draws the first token of each row."""
+        import torch
+        used = sorted({prompt for prompt, _ in rows})
+        rows = rows + rows[-1:] * (self.batch - len(rows))          # rows that nobody looks at
+        lengths = torch.tensor([len(prompts[prompt]) for prompt in used])
+        tokens = torch.zeros(len(used), int(lengths.max()), dtype=torch.int32)
+        for line, prompt in zip(tokens, used):
+            line[:len(prompts[prompt])] = torch.tensor(prompts[prompt])
+        cache = self.model.new_cache(*tokens.shape)
+        logits = self.model.decode(tokens.to(self.device), cache, lengths.to(self.device), last=True)[:, 0]
+        index = torch.tensor([used.index(prompt) for prompt, _ in rows], device=self.device)
+        self.cache.fill(cache, index)
+        self.seed.copy_(torch.tensor([random.Random(f"{seed} {prompts[prompt]}").getrandbits(32)
+                                     for prompt, seed in rows]))
+        self.count.zero_()
+        if self.seen is not None:
+            self.seen.zero_()
+            for line, (prompt, _) in zip(self.seen, rows):          # not the id that begins, and ends, a document
+                line[[token for token in prompts[prompt] if token != self.model.cfg.bos_id]] = True
+        self.choose(logits[index])
+
+    def read(self):
+        """Begins to copy the last tokens to the host; a function that waits for (tokens, log-probabilities)."""
+        import torch
+        if self.device.type != "cuda":
+            tokens, logprobs = self.token.tolist(), self.logprob.tolist()
+            return lambda: (tokens, logprobs)
+        host = [torch.empty_like(x, device="cpu", pin_memory=True) for x in (self.token, self.logprob)]
+        host[0].copy_(self.token, non_blocking=True)
+        host[1].copy_(self.logprob, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait():
+            copied.synchronize()
+            return tuple(x.tolist() for x in host)
+        return wait
+
+    def steps(self, prompts: list[list[int]], rows: list[tuple[int, int]], count: int):
+        """Yields (tokens, log-probabilities), lists with one of each row, `count` times.
+
+        rows: (index of the prompt, seed), at most `batch`; a prompt and `count` tokens have to fit into max_tokens. On
+        CUDA the next step is on its way before a token is handed out. Raises UserError if the model is broken.
+        """
+        assert len(rows) <= self.batch, "more rows than the engine was made for"
+        self.start(prompts, rows)
+        waiting, behind = deque(), self.device.type == "cuda"
+        for n in range(count + behind):
+            if n < count:
+                if n:
+                    self.step()
+                waiting.append(self.read())
+            if len(waiting) > behind or n >= count:
+                tokens, logprobs = waiting.popleft()()
+                if any(map(math.isnan, logprobs)):
+                    raise UserError(f"the model's logits are not finite; {OTHER}")
+                yield tokens[:len(rows)], logprobs[:len(rows)]
+
+
+# -----------------------------------------------------------------------------
+# Text
+
+class Text:
+    """One text as its tokens come, in whole characters (bad bytes are U+FFFD) and up to a stop string.
+
+    finish: "end" where the model ends the document, "stop" before a stop string, "length" at the most tokens asked for;
+    None until then. tokens and logprobs are those of the text, and of the stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop=(), prompt: int = 0, seed: int = 0):
+        self.tokenizer, self.stop, self.prompt, self.seed = tokenizer, stop, prompt, seed
+        self.tokens, self.logprobs, self.text, self.held, self.finish = [], [], "", "", None
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int, logprob: float = 0.0) -> str:
+        """Takes in the next token; returns what is certain of the text that was not before."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        return self.take(self.decoder.decode(self.tokenizer.token_bytes(token)))
+
+    def close(self, finish: str) -> str:
+        """No token follows; returns the rest of the text."""
+        rest = self.take(self.decoder.decode(b"", final=True))
+        if not self.finish:
+            self.finish, rest = finish, rest + self.held
+            self.text += self.held
+        return rest
+
+    def take(self, new: str) -> str:
+        """Appends to the text what cannot be the beginning of a stop string."""
+        self.held += new
+        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        begun = [n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
+        certain = min(found) if found else len(self.held) - max(begun, default=0)
+        piece, self.held = self.held[:certain], self.held[certain:]
+        self.text += piece
+        if found:
+            self.finish = "stop"
+        return piece
 
 
 def decode(tokenizer: Tokenizer, tokens):
     """Yields the text of an iterable of ids as it becomes certain: no broken characters, bad bytes are U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = Text(tokenizer)
     for token in tokens:
-        if text := decoder.decode(tokenizer.token_bytes(token)):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
+        if piece := text.add(token):
+            yield piece
+    if piece := text.close("length"):
+        yield piece
+
+
+def generate(engine: Engine, prompts: list[list[int]], texts: list[Text], count: int):
+    """Writes the texts, of up to `count` tokens; yields one whenever it has grown or is finished."""
+    for low in range(0, len(texts), engine.batch):
+        group = texts[low:low + engine.batch]
+        for tokens, logprobs in engine.steps(prompts, [(text.prompt, text.seed) for text in group], count):
+            for text, token, logprob in zip(group, tokens, logprobs):
+                if text.finish:
+                    continue
+                ends = token == engine.model.cfg.bos_id
+                if (text.close("end") if ends else text.add(token, logprob)) or text.finish:
+                    yield text
+            if all(text.finish for text in group):
+                break
+        for text in group:
+            if not text.finish:
+                text.close("length")
+                yield text
+
+
+# -----------------------------------------------------------------------------
+# The command
+
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[str]:
+    """The prompts of the flags; raises UserError."""
+    if not args.prompts_file:
+        return [args.prompt or (WORDS_PROMPT if tokenizer.encoding else BYTES_PROMPT)]
+    try:
+        lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file={args.prompts_file} cannot be read ({error}); give a file of UTF-8 text, one "
+                        "prompt a line") from None
+    if "" in lines or not lines:
+        raise UserError(f"--prompts_file={args.prompts_file} has no prompt in line {[*lines, ''].index('') + 1}; take "
+                        "the empty line out")
+    return lines
+
+
+def make_engine(args: argparse.Namespace, model, vocab_size: int, batch: int, longest: int) -> Engine:
+    """The engine for prompts of up to `longest` tokens; raises UserError if the model cannot go as far."""
+    draw = Draw(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    try:
+        return Engine(model, vocab_size, draw, batch, longest + args.max_tokens, args.compile)
+    except ValueError as error:
+        raise UserError(f"a prompt of {longest - 1} tokens and --max_tokens={args.max_tokens} are too much for the "
+                        f"model ({error}); shorten it or lower --max_tokens") from None
+
+
+def show(args: argparse.Namespace, prompt: str, text: Text, title: str, shown: int) -> int:
+    """Prints what is new in a text, all of it but the first `shown` characters; returns how many are shown now."""
+    if args.json:
+        if text.finish:
+            values = {"prompt": prompt, "seed": text.seed, "text": text.text, "finish": text.finish,
+                      "tokens": text.tokens} | ({"logprobs": text.logprobs} if args.logprobs else {})
+            print(json.dumps(values), flush=True)
+        return 0
+    if shown < 0:
+        print(title + prompt, end="", flush=True)
+    new = text.text[max(shown, 0):]
+    if new:
+        print(new, end="", flush=True)
+    if text.finish:
+        print(flush=True)
+        if args.logprobs:
+            for token, logprob in zip(text.tokens, text.logprobs):
+                print(f"{logprob:10.4f}  {text.tokenizer.token_bytes(token).decode(errors='replace')!r}")
+    return len(text.text)
 
 
 def sample(args: argparse.Namespace):
-    """Loads the checkpoint and prints the texts as they come; raises UserError."""
-    path = resolve_checkpoint(args.checkpoint) if args.checkpoint else find_checkpoint(args.out_dir)
-    model, tokenizer, meta = load_checkpoint(path, args.device, args.script, args.precision)
-    prompt = args.prompt or (WORDS_PROMPT if tokenizer.encoding else BYTES_PROMPT)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    if len(ids) > context_tokens(model):
-        raise UserError(f"--prompt has {len(ids) - 1} tokens, the model was trained on documents of up to "
-                        f"{context_tokens(model) - 1}; shorten it")
+    """Loads the model and prints the texts as they come, or the benchmark; raises UserError."""
+    if args.model:
+        model, tokenizer, meta = load_model(args.model, args.device, args.precision)
+        name = args.model
+    else:
+        path = resolve_checkpoint(args.checkpoint) if args.checkpoint else find_checkpoint(args.out_dir)
+        model, tokenizer, meta = load_checkpoint(path, args.device, args.script, args.precision)
+        val_loss = f", validation loss {meta['val_loss']:.4f}" if isinstance(meta.get("val_loss"), float) else ""
+        name = f"{path}, {meta['script']} after {meta['step']} steps{val_loss}"
     if args.top_k > tokenizer.vocab_size:
         raise UserError(f"--top_k={args.top_k} is more than the {tokenizer.vocab_size} tokens there are; lower it")
-    val_loss = f", validation loss {meta['val_loss']:.4f}" if isinstance(meta.get("val_loss"), float) else ""
-    print(f"sample.py: {path}, {meta['script']} after {meta['step']} steps{val_loss}", file=sys.stderr)
-    for i in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- sample {i + 1} of {args.num_samples}, --seed={args.seed + i}")
-        print(prompt, end="", flush=True)
-        tokens = generate(model, ids, tokenizer.vocab_size, args.max_tokens, args.temperature, args.top_k, args.top_p,
-                          args.seed + i)
-        for text in decode(tokenizer, tokens):
-            print(text, end="", flush=True)
-        print(flush=True)
+    prompts = read_prompts(args, tokenizer)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    print(f"sample.py: {name}", file=sys.stderr)
+    if args.benchmark:
+        return benchmark(args, model, tokenizer.vocab_size, ids[0], name)
+
+    texts = [Text(tokenizer, args.stop, prompt, args.seed + i)
+             for prompt in range(len(prompts)) for i in range(args.num_samples)]
+    engine = make_engine(args, model, tokenizer.vocab_size, min(args.batch, len(texts)), max(map(len, ids)))
+    titles = [f"--- sample {n + 1} of {len(texts)}, --seed={text.seed}\n" if len(texts) > 1 else ""
+              for n, text in enumerate(texts)]
+    now = 0                                                         # texts are shown in order, this one as it grows
+    shown = show(args, prompts[0], texts[0], titles[0], -1)
+    for _ in generate(engine, ids, texts, args.max_tokens):
+        while now < len(texts):
+            shown = show(args, prompts[texts[now].prompt], texts[now], titles[now], shown)
+            if not texts[now].finish:
+                break
+            now, shown = now + 1, -1
+
+
+def copy_speed(device) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    import torch
+    source = torch.ones(1 << (30 if device.type == "cuda" else 26), dtype=torch.int32, device=device)
+    target, wait = source.clone(), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(10):
+        wait()
+        begin = time.perf_counter()
+        target.copy_(source)
+        wait()
+        times.append(time.perf_counter() - begin)
+    return 2 * source.nbytes / min(times)
+
+
+def time_steps(engine: Engine, ids: list[int], count: int) -> tuple[float, float]:
+    """Seconds to the first token of every row, and seconds per step after it."""
+    begin = time.perf_counter()
+    for n, _ in enumerate(engine.steps([ids], [(0, seed) for seed in range(engine.batch)], count)):
+        if n == 0:
+            first = time.perf_counter()
+    return first - begin, (time.perf_counter() - first) / max(count - 1, 1)
+
+
+def peak_memory(device) -> int:
+    """Bytes: the most that tensors took on a GPU so far; elsewhere the most that the process took."""
+    import resource
+
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def benchmark(args: argparse.Namespace, model, vocab_size: int, ids: list[int], name: str):
+    """Prints speed, memory and share of the memory's speed for three batches; the last line is JSON.
+
+    The limit: a step has to read all weights of the products once and each row's visible keys and values, so it takes
+    at least bytes / speed of memory, for which a large copy stands.
+    """
+    import torch
+    device, weight = next(model.parameters()).device, next(model.parameters())
+    if not args.prompt:
+        ids = ids[:1] + random.Random(0).choices(range(vocab_size - 1), k=127)
+    weights, speed, results = model.matmul_parameters * weight.element_size(), copy_speed(device), []
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{machine}, torch {torch.__version__}, {str(weight.dtype)[6:]}; prompt of {len(ids)} tokens, {args.max_tokens} "
+          f"new ones; a large copy: {speed / 1e9:.1f} GB/s\nlimit of a step = ({weights / 1e6:.1f} MB of weights + keys "
+          "and values at half the text) / speed of the copy; share = limit / time of a step\n")
+    print("batch  first token  a step     tokens/s  memory    read a step  limit      share")
+    for batch in (1, 8, 64):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        engine = make_engine(args, model, vocab_size, batch, len(ids))
+        time_steps(engine, ids, 4)                                  # warm
+        first, step = time_steps(engine, ids, args.max_tokens)
+        read = weights + engine.cache.bytes_read(len(ids) + args.max_tokens // 2)
+        memory, limit = peak_memory(device), read / speed
+        print(f"{batch:5d}  {1e3 * first:8.2f} ms  {1e3 * step:6.3f} ms  {batch / step:8.0f}  {memory / 1e6:5.0f} MB  "
+              f"{read / 1e6:8.1f} MB  {1e3 * limit:6.3f} ms  {100 * limit / step:4.0f} %", flush=True)
+        results.append({"batch": batch, "first_token_ms": 1e3 * first, "step_ms": 1e3 * step,
+                        "tokens_per_s": batch / step, "memory_mb": memory / 1e6, "read_mb": read / 1e6,
+                        "limit_ms": 1e3 * limit, "share": limit / step})
+        del engine
+    print(json.dumps({"model": name, "device": machine, "torch": torch.__version__, "precision": str(weight.dtype)[6:],
+                      "compile": args.compile, "prompt_tokens": len(ids), "new_tokens": args.max_tokens,
+                      "copy_gb_per_s": speed / 1e9, "batches": results}))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -843,7 +843,7 @@ class Cache:
         self.keys, self.values, self.projections = {}, {}, {}
         for i, matrices in model.matrices().items():
             window = cfg.layers[i].window
-            self.keys[i], self.values[i] = like.new_zeros(2, batch, self.rings[window], *head)
+            self.keys[i], self.values[i] = (like.new_zeros(batch, self.rings[window], *head) for _ in range(2))
             self.projections[i] = model.projections(i, *matrices)
             if window == "long":
                 self.carried[f"key.{i}"] = like.new_zeros(batch, *head)
@@ -889,7 +889,7 @@ class Rows:
             self.slots[name] = position % cache.rings[name]
             self.visible[name] = (held[:, None] <= position[:, :, None]) & (held[:, None] >= first[:, :, None])
         self.carry(cache.start, starts)
-        cache.position += T if lengths_B is None else lengths_B
+        cache.position.add_(T if lengths_B is None else lengths_B)
 
     def carry(self, kept_B: Tensor, x_BT: Tensor) -> Tensor:
         """x of the token before, (B, T, ...); kept_B (B, ...) holds that of the first one and then of the next call."""
