@@ -36,10 +36,8 @@ TRAIN_FIRST = "train one with ./run.sh or python train_gpt.py --preset=tiny"
 OTHER = "choose another checkpoint with --checkpoint="
 BYTES_PROMPT, WORDS_PROMPT = "def ", "The"                          # the tiny preset learns Python, byte by byte
 
-
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
-
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -69,8 +67,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "probability P, 1: all (default: %(default)s)")
     add("--min_p", type=float, default=0.0, metavar="P", help="choose among tokens at least P times as likely as the "
         "likeliest, 0: all (default: %(default)s)")
-    add("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: tokens that the prompt or the text "
-        "has become less likely, their logits are divided by R (default: %(default)s)")
+    add("--repetition_penalty", type=float, default=1.0, metavar="R", help="divides the logits of tokens that prompt "
+        "and text have, 1: off (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times "
         "(default: none)")
     add("--seed", type=int, default=0, help="of a prompt's first text; the second has the next one (default: "
@@ -95,7 +93,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_args(args)
     return args
 
-
 def check_args(args: argparse.Namespace):
     """Raises UserError for a value out of range."""
     def need(good, name, remedy):
@@ -118,7 +115,6 @@ def check_args(args: argparse.Namespace):
     if args.prompt is not None and "\\udc" in ascii(args.prompt):   # how Python holds bytes that are no text
         raise UserError(f"--prompt={ascii(args.prompt)} is not UTF-8; give it as UTF-8 text")
 
-
 # -----------------------------------------------------------------------------
 # Files of a checkpoint
 
@@ -135,7 +131,6 @@ def read_file(path: Path, limit: int) -> bytes:
         raise UserError(f"{path} is not what it should be, it has more than {limit} bytes; {OTHER}")
     return content
 
-
 def read_json(path: Path, content: bytes) -> dict:
     """The JSON object in `content`, read from `path`; raises UserError."""
     try:
@@ -146,7 +141,6 @@ def read_json(path: Path, content: bytes) -> dict:
         raise UserError(f"{path} is not a JSON object; {OTHER}")
     return value
 
-
 def follow_latest(folder: Path) -> Path:
     """The checkpoint that the file `latest` in `folder` names; raises UserError unless it names a folder beside it."""
     content = read_file(folder / "latest", LATEST_BYTES).decode(errors="replace").strip()
@@ -155,14 +149,12 @@ def follow_latest(folder: Path) -> Path:
                         "--checkpoint=")
     return folder / content
 
-
 def find_checkpoint(out_dir: Path | str) -> Path:
     """The newest checkpoint folder among the runs in `out_dir`, by the time of their `latest`; raises UserError."""
     latest = sorted(Path(out_dir).glob("*/checkpoint/latest"), key=lambda path: (path.stat().st_mtime_ns, path))
     if not latest:
         raise UserError(f"--out_dir={out_dir} has no run with a checkpoint; {TRAIN_FIRST}")
     return follow_latest(latest[-1].parent)
-
 
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint folder meant by `path`: itself, or the latest of the run; raises UserError."""
@@ -179,7 +171,6 @@ def resolve_checkpoint(path: Path) -> Path:
             raise UserError(f"--checkpoint={path} is none, but holds {', '.join(map(str, inside[:4]))}{more}; name one")
     return path
 
-
 def read_meta(path: Path) -> dict:
     """The meta.json of the checkpoint folder `path` with fields of the right types; raises UserError."""
     meta = read_json(path / "meta.json", read_file(path / "meta.json", META_BYTES))
@@ -192,7 +183,6 @@ def read_meta(path: Path) -> dict:
             raise UserError(f"{path / 'meta.json'} has {name} {str(meta.get(name))[:80]!r}, which should be of type "
                             f"{kind.__name__}; {OTHER}")
     return meta
-
 
 class Tokenizer:
     """Text to token ids and back, from the plain data of a tokenizer.json.
@@ -226,7 +216,6 @@ class Tokenizer:
         """The bytes that a token stands for; none for a special one."""
         return self.ranks[token] if token < len(self.ranks) else b""
 
-
 def read_tokenizer(path: Path, meta: dict) -> Tokenizer:
     """The tokenizer in the checkpoint folder `path`; raises UserError unless it is the one of its meta.json."""
     content = read_file(file := path / "tokenizer.json", TOKENIZER_BYTES)
@@ -237,7 +226,6 @@ def read_tokenizer(path: Path, meta: dict) -> Tokenizer:
         return Tokenizer(read_json(file, content))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is not a tokenizer ({error}); {OTHER}") from None
-
 
 # -----------------------------------------------------------------------------
 # Model
@@ -253,7 +241,6 @@ def find_script(name: str, script: Path | None) -> Path:
         raise UserError(f"the checkpoint was made by the script {ascii(name)[:80]}, beside sample.py are "
                         f"{', '.join(beside) or 'none'}; name its source with --script=PATH")
     return beside[name]
-
 
 def import_script(path: Path, needs=("GPT", "config_from_dict", "UserError"), remedy="name another source with "
                   "--script=PATH"):
@@ -272,7 +259,6 @@ def import_script(path: Path, needs=("GPT", "config_from_dict", "UserError"), re
         raise UserError(f"{path} has no {', '.join(missing)}; {remedy}")
     return sys.modules[name]
 
-
 def choose_device(device: str, precision: str) -> tuple[str, str]:
     """Device and precision with "auto" filled in; raises UserError for a device that is not there."""
     import torch
@@ -281,7 +267,6 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
     if not there[device]:
         raise UserError(f"--device={device}, but PyTorch sees no such device here; leave the flag away")
     return device, ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
-
 
 def build_model(module, meta: dict, precision: str):
     """The untrained model of a checkpoint's config on the CPU, to run as it is, uncompiled; raises UserError."""
@@ -294,7 +279,6 @@ def build_model(module, meta: dict, precision: str):
         raise UserError(str(error)) from None
     except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint's config makes no model ({error}); {OTHER}") from None
-
 
 def load_weights(model, file: Path, remedy: str):
     """Fills the model from a safetensors file; raises UserError that lists what is missing, extra or misshapen."""
@@ -315,7 +299,6 @@ def load_weights(model, file: Path, remedy: str):
         more = f" and {len(faults) - 8} more" * (len(faults) > 8)
         raise UserError(f"{file} does not fit the model: {', '.join(faults[:8])}{more}; {remedy}")
     model.load_state_dict(found, strict=True)
-
 
 def load_checkpoint(path: Path | str, device: str = "auto", script: Path | None = None, precision: str = "auto"):
     """(model, tokenizer, meta) of a checkpoint folder, the model ready for model(tokens) -> logits on its device.
@@ -341,7 +324,6 @@ def load_checkpoint(path: Path | str, device: str = "auto", script: Path | None 
               file=sys.stderr)
     return model.to(device).eval(), tokenizer, meta
 
-
 def load_model(name: str, device: str = "auto", precision: str = "auto"):
     """(model, tokenizer, meta) of a published GPT-2 or a folder of its layout, as of load_checkpoint; raises UserError.
     """
@@ -351,7 +333,6 @@ def load_model(name: str, device: str = "auto", precision: str = "auto"):
     except module.UserError as error:
         raise UserError(str(error)) from None
     return model, Tokenizer(json.loads(content)), meta
-
 
 # -----------------------------------------------------------------------------
 # Drawing tokens (shapes: B rows, V tokens of the vocabulary)
@@ -365,20 +346,18 @@ class Draw:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
-
 def nucleus(scores_BV, p: float):
     """(B, 1) the lowest score among the likeliest tokens that together have probability p, to 2e-6 below it.
 
-    Found by search, since sorting 64 rows of 50,000 takes a GPU longer than the model does; scores are at most 0.
+    The highest score of a row is 0. Found by search: sorting rows of 50,000 takes a GPU longer than a small model does.
     """
-    import torch
-    probs, low, step = scores_BV.softmax(1), torch.full_like(scores_BV[:, :1], -32.0), 32.0
+    weights, low, step = scores_BV.exp(), scores_BV.new_full((len(scores_BV), 1), -32.0), 32.0
+    wanted = p * weights.sum(1, keepdim=True)
     for _ in range(12):                  # three marks a pass leave a quarter of the range
         step /= 4
-        enough = [torch.where(scores_BV >= low + n * step, probs, 0).sum(1, keepdim=True) >= p for n in (1, 2, 3)]
-        low = low + step * sum(enough)
+        marks = [low + n * step for n in (1, 2, 3)]
+        low = low + step * sum(weights.where(scores_BV >= mark, 0).sum(1, keepdim=True) >= wanted for mark in marks)
     return low
-
 
 def filter_logits(logits_BV, draw: Draw, seen_BV=None):
     """(B, V) what softmax turns into the probabilities to draw with, -inf for what is left out.
@@ -401,13 +380,11 @@ def filter_logits(logits_BV, draw: Draw, seen_BV=None):
         scores = scores.masked_fill(scores < math.log(draw.min_p), -math.inf)
     return scores
 
-
 def mix(x):
     """Integers below 2^32, scattered over that range; neighbours have nothing in common, devices agree."""
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45d9f3b) & 0xffffffff
     return x ^ (x >> 16)
-
 
 def gumbel_noise(seed_B, step, ids_V):
     """(B, V) Gumbel noise, a function of the row's seed, the step and the token: adding it to scores and taking the
@@ -416,7 +393,6 @@ def gumbel_noise(seed_B, step, ids_V):
     bits = mix((key[:, None] + ids_V * 0x9e3779b1) & 0xffffffff)
     uniform = ((bits >> 9).float() + 0.5) * 2.0 ** -23              # exact in fp32, never 0 or 1
     return -(-uniform.log()).log()
-
 
 # -----------------------------------------------------------------------------
 # Engine
@@ -536,77 +512,74 @@ class Engine:
                     raise UserError(f"the model's logits are not finite; {OTHER}")
                 yield tokens[:len(rows)], logprobs[:len(rows)]
 
-
 # -----------------------------------------------------------------------------
 # Text
 
 class Text:
     """One text as its tokens come, in whole characters (bad bytes are U+FFFD) and up to a stop string.
 
-    finish: "end" where the model ends the document, "stop" before a stop string, "length" at the most tokens asked for;
-    None until then. tokens and logprobs are those of the text, and of the stop string.
+    text: what is certain so far; unseen: what of it, after `lead`, is still to be printed. finish: "end" where the
+    model ends the document, "stop" before a stop string, "length" at the most tokens asked for; None until then.
+    tokens and logprobs are those of the text, and of the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop=(), prompt: int = 0, seed: int = 0):
+    def __init__(self, tokenizer: Tokenizer, stop=(), prompt: int = 0, seed: int = 0, lead: str = ""):
         self.tokenizer, self.stop, self.prompt, self.seed = tokenizer, stop, prompt, seed
-        self.tokens, self.logprobs, self.text, self.held, self.finish = [], [], "", "", None
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text, self.unseen, self.held, self.finish = "", lead, "", None
+        self.tokens, self.logprobs, self.decoder = [], [], codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token: int, logprob: float = 0.0) -> str:
-        """Takes in the next token; returns what is certain of the text that was not before."""
+    def add(self, token: int, logprob: float = 0.0):
+        """Takes in the next token."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        return self.take(self.decoder.decode(self.tokenizer.token_bytes(token)))
+        self.take(self.decoder.decode(self.tokenizer.token_bytes(token)))
 
-    def close(self, finish: str) -> str:
-        """No token follows; returns the rest of the text."""
-        rest = self.take(self.decoder.decode(b"", final=True))
+    def close(self, finish: str):
+        """No token follows."""
+        self.take(self.decoder.decode(b"", final=True))
         if not self.finish:
-            self.finish, rest = finish, rest + self.held
-            self.text += self.held
-        return rest
+            self.finish, self.text, self.unseen = finish, self.text + self.held, self.unseen + self.held
 
-    def take(self, new: str) -> str:
+    def take(self, new: str):
         """Appends to the text what cannot be the beginning of a stop string."""
         self.held += new
         found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
         begun = [n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
         certain = min(found) if found else len(self.held) - max(begun, default=0)
-        piece, self.held = self.held[:certain], self.held[certain:]
-        self.text += piece
+        self.text, self.unseen = self.text + self.held[:certain], self.unseen + self.held[:certain]
+        self.held = self.held[certain:]
         if found:
             self.finish = "stop"
-        return piece
-
 
 def decode(tokenizer: Tokenizer, tokens):
     """Yields the text of an iterable of ids as it becomes certain: no broken characters, bad bytes are U+FFFD."""
     text = Text(tokenizer)
     for token in tokens:
-        if piece := text.add(token):
-            yield piece
-    if piece := text.close("length"):
-        yield piece
-
+        text.add(token)
+        if text.unseen:
+            yield text.unseen
+            text.unseen = ""
+    text.close("end")
+    if text.unseen:
+        yield text.unseen
 
 def generate(engine: Engine, prompts: list[list[int]], texts: list[Text], count: int):
-    """Writes the texts, of up to `count` tokens; yields one whenever it has grown or is finished."""
+    """Writes the texts, of up to `count` tokens each, `engine.batch` at a time; yields after every step."""
     for low in range(0, len(texts), engine.batch):
         group = texts[low:low + engine.batch]
         for tokens, logprobs in engine.steps(prompts, [(text.prompt, text.seed) for text in group], count):
             for text, token, logprob in zip(group, tokens, logprobs):
-                if text.finish:
-                    continue
-                ends = token == engine.model.cfg.bos_id
-                if (text.close("end") if ends else text.add(token, logprob)) or text.finish:
-                    yield text
+                if not text.finish and token == engine.model.cfg.bos_id:
+                    text.close("end")
+                elif not text.finish:
+                    text.add(token, logprob)
+            yield
             if all(text.finish for text in group):
                 break
         for text in group:
             if not text.finish:
                 text.close("length")
-                yield text
-
+        yield
 
 # -----------------------------------------------------------------------------
 # The command
@@ -625,7 +598,6 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[str]:
                         "the empty line out")
     return lines
 
-
 def make_engine(args: argparse.Namespace, model, vocab_size: int, batch: int, longest: int) -> Engine:
     """The engine for prompts of up to `longest` tokens; raises UserError if the model cannot go as far."""
     draw = Draw(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
@@ -635,27 +607,21 @@ def make_engine(args: argparse.Namespace, model, vocab_size: int, batch: int, lo
         raise UserError(f"a prompt of {longest - 1} tokens and --max_tokens={args.max_tokens} are too much for the "
                         f"model ({error}); shorten it or lower --max_tokens") from None
 
-
-def show(args: argparse.Namespace, prompt: str, text: Text, title: str, shown: int) -> int:
-    """Prints what is new in a text, all of it but the first `shown` characters; returns how many are shown now."""
-    if args.json:
-        if text.finish:
-            values = {"prompt": prompt, "seed": text.seed, "text": text.text, "finish": text.finish,
-                      "tokens": text.tokens} | ({"logprobs": text.logprobs} if args.logprobs else {})
-            print(json.dumps(values), flush=True)
-        return 0
-    if shown < 0:
-        print(title + prompt, end="", flush=True)
-    new = text.text[max(shown, 0):]
-    if new:
-        print(new, end="", flush=True)
-    if text.finish:
-        print(flush=True)
-        if args.logprobs:
-            for token, logprob in zip(text.tokens, text.logprobs):
-                print(f"{logprob:10.4f}  {text.tokenizer.token_bytes(token).decode(errors='replace')!r}")
-    return len(text.text)
-
+def show(args: argparse.Namespace, prompts: list[str], texts: deque):
+    """Prints what is new of the texts, in their order: the first one as it grows; takes out those that are finished."""
+    while texts:
+        text = texts[0]
+        if text.unseen and not args.json:
+            print(text.unseen, end="", flush=True)
+            text.unseen = ""
+        if not text.finish:
+            return
+        texts.popleft()
+        values = {"prompt": prompts[text.prompt], "seed": text.seed, "text": text.text, "finish": text.finish,
+                  "tokens": text.tokens} | ({"logprobs": text.logprobs} if args.logprobs else {})
+        print(json.dumps(values) if args.json else "", flush=True)
+        for token, logprob in zip(text.tokens, text.logprobs if args.logprobs and not args.json else ()):
+            print(f"{logprob:10.4f}  {text.tokenizer.token_bytes(token).decode(errors='replace')!r}")
 
 def sample(args: argparse.Namespace):
     """Loads the model and prints the texts as they come, or the benchmark; raises UserError."""
@@ -675,20 +641,14 @@ def sample(args: argparse.Namespace):
     if args.benchmark:
         return benchmark(args, model, tokenizer.vocab_size, ids[0], name)
 
-    texts = [Text(tokenizer, args.stop, prompt, args.seed + i)
-             for prompt in range(len(prompts)) for i in range(args.num_samples)]
+    rows = [(prompt, args.seed + i) for prompt in range(len(prompts)) for i in range(args.num_samples)]
+    texts = [Text(tokenizer, args.stop, prompt, seed, f"--- sample {n} of {len(rows)}, --seed={seed}\n"
+                  * (len(rows) > 1) + prompts[prompt]) for n, (prompt, seed) in enumerate(rows, 1)]
     engine = make_engine(args, model, tokenizer.vocab_size, min(args.batch, len(texts)), max(map(len, ids)))
-    titles = [f"--- sample {n + 1} of {len(texts)}, --seed={text.seed}\n" if len(texts) > 1 else ""
-              for n, text in enumerate(texts)]
-    now = 0                                                         # texts are shown in order, this one as it grows
-    shown = show(args, prompts[0], texts[0], titles[0], -1)
+    unfinished = deque(texts)
+    show(args, prompts, unfinished)
     for _ in generate(engine, ids, texts, args.max_tokens):
-        while now < len(texts):
-            shown = show(args, prompts[texts[now].prompt], texts[now], titles[now], shown)
-            if not texts[now].finish:
-                break
-            now, shown = now + 1, -1
-
+        show(args, prompts, unfinished)
 
 def copy_speed(device) -> float:
     """Bytes per second that a large copy reads and writes."""
@@ -704,60 +664,48 @@ def copy_speed(device) -> float:
         times.append(time.perf_counter() - begin)
     return 2 * source.nbytes / min(times)
 
-
 def time_steps(engine: Engine, ids: list[int], count: int) -> tuple[float, float]:
     """Seconds to the first token of every row, and seconds per step after it."""
-    begin = time.perf_counter()
-    for n, _ in enumerate(engine.steps([ids], [(0, seed) for seed in range(engine.batch)], count)):
-        if n == 0:
-            first = time.perf_counter()
-    return first - begin, (time.perf_counter() - first) / max(count - 1, 1)
+    times = [time.perf_counter()]
+    for _ in engine.steps([ids], [(0, seed) for seed in range(engine.batch)], count):
+        times.append(time.perf_counter())
+    return times[1] - times[0], (times[-1] - times[1]) / max(count - 1, 1)
 
-
-def peak_memory(device) -> int:
-    """Bytes: the most that tensors took on a GPU so far; elsewhere the most that the process took."""
+def benchmark(args: argparse.Namespace, model, vocab_size: int, ids: list[int], name: str):
+    """Prints speed, memory and share of the memory's speed for three batches; the last line is JSON."""
     import resource
 
     import torch
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def benchmark(args: argparse.Namespace, model, vocab_size: int, ids: list[int], name: str):
-    """Prints speed, memory and share of the memory's speed for three batches; the last line is JSON.
-
-    The limit: a step has to read all weights of the products once and each row's visible keys and values, so it takes
-    at least bytes / speed of memory, for which a large copy stands.
-    """
-    import torch
-    device, weight = next(model.parameters()).device, next(model.parameters())
+    weight = next(model.parameters())
+    cuda, precision = weight.is_cuda, str(weight.dtype)[6:]
     if not args.prompt:
         ids = ids[:1] + random.Random(0).choices(range(vocab_size - 1), k=127)
-    weights, speed, results = model.matmul_parameters * weight.element_size(), copy_speed(device), []
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{machine}, torch {torch.__version__}, {str(weight.dtype)[6:]}; prompt of {len(ids)} tokens, {args.max_tokens} "
-          f"new ones; a large copy: {speed / 1e9:.1f} GB/s\nlimit of a step = ({weights / 1e6:.1f} MB of weights + keys "
-          "and values at half the text) / speed of the copy; share = limit / time of a step\n")
-    print("batch  first token  a step     tokens/s  memory    read a step  limit      share")
+    weights, speed, results = model.matmul_parameters * weight.element_size(), copy_speed(weight.device), []
+    machine = torch.cuda.get_device_name(weight.device) if cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{machine}, torch {torch.__version__}, {precision}, a prompt of {len(ids)} tokens and {args.max_tokens} new "
+          f"ones\nlimit of a step = ({weights / 1e6:.1f} MB of weights + keys and values that are visible after half "
+          f"of the text) / {speed / 1e9:.1f} GB/s, which a large copy reads and writes\n\n"
+          "batch    first token         step  tokens/s     memory  read a step      limit  limit / step")
     for batch in (1, 8, 64):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         engine = make_engine(args, model, vocab_size, batch, len(ids))
         time_steps(engine, ids, 4)                                  # warm
         first, step = time_steps(engine, ids, args.max_tokens)
         read = weights + engine.cache.bytes_read(len(ids) + args.max_tokens // 2)
-        memory, limit = peak_memory(device), read / speed
-        print(f"{batch:5d}  {1e3 * first:8.2f} ms  {1e3 * step:6.3f} ms  {batch / step:8.0f}  {memory / 1e6:5.0f} MB  "
-              f"{read / 1e6:8.1f} MB  {1e3 * limit:6.3f} ms  {100 * limit / step:4.0f} %", flush=True)
-        results.append({"batch": batch, "first_token_ms": 1e3 * first, "step_ms": 1e3 * step,
-                        "tokens_per_s": batch / step, "memory_mb": memory / 1e6, "read_mb": read / 1e6,
-                        "limit_ms": 1e3 * limit, "share": limit / step})
+        # the tensors on a GPU, elsewhere the process so far, in bytes on macOS and else in KiB
+        memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        result = {"batch": batch, "first_token_ms": 1e3 * first, "step_ms": 1e3 * step, "tokens_per_s": batch / step,
+                  "memory_mb": memory / 1e6, "read_mb": read / 1e6, "limit_ms": 1e3 * read / speed,
+                  "limit_share": read / speed / step}
+        print("{:5d}  {:10.2f} ms  {:8.3f} ms  {:8.0f}  {:6.0f} MB  {:8.1f} MB  {:6.3f} ms  {:12.3f}".format(
+            *result.values()), flush=True)
+        results.append(result)
         del engine
-    print(json.dumps({"model": name, "device": machine, "torch": torch.__version__, "precision": str(weight.dtype)[6:],
+    print(json.dumps({"model": name, "device": machine, "torch": torch.__version__, "precision": precision,
                       "compile": args.compile, "prompt_tokens": len(ids), "new_tokens": args.max_tokens,
                       "copy_gb_per_s": speed / 1e9, "batches": results}))
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 2 the user can put it right, 130 interrupted."""
@@ -774,7 +722,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                                         # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

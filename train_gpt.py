@@ -840,9 +840,9 @@ class Cache:
         self.start = torch.zeros_like(self.position)                                # of its document
         head = cfg.num_heads, cfg.head_dim
         self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
-        self.keys, self.values, self.projections = {}, {}, {}
+        self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
         for i, matrices in model.matrices().items():
-            window = cfg.layers[i].window
+            self.window[i] = window = cfg.layers[i].window
             self.keys[i], self.values[i] = (like.new_zeros(batch, self.rings[window], *head) for _ in range(2))
             self.projections[i] = model.projections(i, *matrices)
             if window == "long":
@@ -869,8 +869,8 @@ class Cache:
                 mine[i].copy_(theirs[i][rows_B[:, None], slots])
 
     def bytes_read(self, tokens: int) -> int:
-        """Bytes of keys and values that the next token of every row has to read after `tokens` tokens."""
-        return sum(2 * min(tokens, key.size(1)) * key[:, 0].nbytes for key in self.keys.values())
+        """Bytes of keys and values that the last of `tokens` tokens sees, over all rows."""
+        return sum(2 * min(tokens, self.windows[self.window[i]] + 1) * key[:, 0].nbytes for i, key in self.keys.items())
 
 class Rows:
     """The next tokens (B, T) of each row of a cache, of which lengths_B are real, in the place of a Stream."""
