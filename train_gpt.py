@@ -520,6 +520,31 @@ def rotary_tables(position_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> t
     cos, sin, still = angle.cos(), angle.sin(), torch.zeros_like(angle)
     return torch.cat([cos, cos, still + 1, still + 1], 1).to(dtype), torch.cat([sin, -sin, still, still], 1).to(dtype)
 
+class Stream:
+    """Where each token of one packed stream (T,) stands: its place in its document, and its way to other tokens.
+
+    The layers treat tokens as rows of one axis. All that reaches from one to another goes through before and attend of
+    a Stream, or of the Rows that take its place in decoding.
+    """
+    projections = {}                     # nothing is prepared, see GPT.projections
+
+    def __init__(self, model: "GPT", tokens: Tensor):
+        index = torch.arange(tokens.numel(), device=tokens.device, dtype=torch.int32)
+        self.starts = torch.where(tokens == model.cfg.bos_id, index, 0).cummax(0).values.to(torch.int32)
+        self.fresh, self.masks = self.starts == index, model.masks(self.starts)     # fresh: first of its document
+        self.position, self.window_lengths = index - self.starts, model.window_lengths
+
+    def before(self, name: str, x: Tensor) -> Tensor:
+        """x (T, ...) of the token before; that of a fresh token means nothing. `name` tells quantities apart."""
+        return x.roll(1, 0)
+
+    def attend(self, i: int, window: str, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+        """Attention output (T, H, D) of layer i, for its window."""
+        first, blocks = self.masks[window]
+        if blocks is None:
+            return plain_attention(q_THD, k_THD, v_THD, first, self.window_lengths[window])
+        return flex(q_THD, k_THD, v_THD, blocks)
+
 class GPT(nn.Module):
     """The model, built from the layer table of `cfg`, which must name vocab_size and bos_id.
 
@@ -647,49 +672,55 @@ class GPT(nn.Module):
         out = F.linear(F.gelu(F.linear(x_TC, fc[net])), proj[part], bias[part]) * scale
         return {name: value for (name, _, _), value in zip(names[net], out.split(sizes, dim=1))}
 
-    def attention(self, i: int, u_TC: Tensor, weights: tuple, rope: tuple, masks: dict, fresh_T: Tensor, gates: dict,
-                  value_TC: Tensor | None, float8: bool) -> Tensor:
+    def matrices(self) -> dict[int, tuple[Tensor, ...]]:
+        """Layer -> matrices of its attention: of queries and keys (2C, C), of values, and of the output."""
+        # unbinding a bank once gives one stacked gradient; indexing it layer by layer would give one a layer
+        qk, vo = self.attn_qk.view(-1, 2 * self.cfg.model_dim, self.cfg.model_dim).unbind(), self.attn_vo.unbind()
+        return dict(zip(self.attn_layers, zip(qk, vo[0::2], vo[1::2])))
+
+    def projections(self, i: int, qk: Tensor, v: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices of layer i as its attention uses them: one (3C, C), and that of the output, scales applied."""
+        scales = self.attn_scales[i].to(qk.dtype)
+        return torch.cat([qk, v]) * scales[0], o * scales[1]
+
+    def attention(self, i: int, u_TC: Tensor, weights: tuple, place, rope: tuple, gates: dict, value_TC: Tensor | None,
+                  float8: bool) -> Tensor:
         """What the attention of layer i adds to the stream, (T, C), from its normalised input u."""
         layer, T, H, D = self.cfg.layers[i], u_TC.size(0), self.cfg.num_heads, self.cfg.head_dim
-        (qk, v, o), scales = weights, self.attn_scales[i].to(u_TC.dtype)
+        qkv, o = place.projections.get(i) or self.projections(i, *weights)
         linear = triton_kernels.float8_linear if float8 else F.linear
-        q, k, v = linear(u_TC, torch.cat([qk, v]) * scales[0]).view(T, 3, H, D).unbind(1)
+        q, k, v = linear(u_TC, qkv).view(T, 3, H, D).unbind(1)
         if value_TC is not None:
             v = v + value_TC.view(T, H, D)
         q, k = rotary(norm(q) * self.attn_scale.to(q.dtype), *rope), rotary(norm(k), *rope)
         if layer.window == "long":       # the half of the key without position is the previous token's (#49)
             moving = torch.arange(D, device=k.device) < D // 2
-            k = torch.where(fresh_T[:, None, None] | moving, k, k.roll(1, 0))
-        first, blocks = masks[layer.window]
-        window = self.window_lengths[layer.window]
-        y = plain_attention(q, k, v, first, window) if blocks is None else flex(q, k, v, blocks)
+            k = torch.where(place.fresh[:, None, None] | moving, k, place.before(f"key.{i}", k))
+        y = place.attend(i, layer.window, q, k, v)
         if layer.xsa:
             along = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-8)
             y = y - torch.tanh(gates[f"xsa.{i}"])[:, :, None] * along * v
         if layer.gate:
             y = y * gates[f"out.{i}"][:, :, None]
-        return F.linear(y.reshape(T, -1), o * scales[1])
+        return F.linear(y.reshape(T, -1), o)
 
-    def hidden(self, tokens: Tensor, float8: bool = False) -> tuple[Tensor, Tensor]:
-        """What the head reads, (T, C), for one packed stream of tokens (T,), and where each token's document starts."""
+    def hidden(self, tokens: Tensor, float8: bool = False, place=None) -> tuple[Tensor, Tensor]:
+        """What the head reads, (T, C), for tokens (T,), and where the document of each starts.
+
+        The tokens are one packed stream, or those that `place` (Rows) says.
+        """
         cfg, H = self.cfg, self.cfg.num_heads
-        # where each document starts, and so what each token may see
-        index = torch.arange(tokens.numel(), device=tokens.device, dtype=torch.int32)
-        starts = torch.where(tokens == cfg.bos_id, index, 0).cummax(0).values.to(torch.int32)
-        fresh, masks = starts == index, self.masks(starts)
-        rope = rotary_tables(index - starts, self.inv_freq, self.embed.dtype)
-        # unbinding a bank once gives one stacked gradient; indexing it layer by layer would give one a layer
-        qk, vo = self.attn_qk.view(-1, 2 * cfg.model_dim, cfg.model_dim).unbind(), self.attn_vo.unbind()
-        up, down = self.mlp.unbind()[0::2], self.mlp.unbind()[1::2]
-        weights = dict(zip(self.attn_layers, zip(qk, vo[0::2], vo[1::2])))
+        place = place or Stream(self, tokens)
+        rope = rotary_tables(place.position, self.inv_freq, self.embed.dtype)
+        weights, up, down = self.matrices(), self.mlp.unbind()[0::2], self.mlp.unbind()[1::2]
         resid, post = (lambdas.to(self.embed.dtype) for lambdas in (self.resid_lambdas, self.post_lambdas))
         values = [F.embedding(tokens, table) for table in self.value_embeds.unbind()]
         # token, with a little of the token before (#34)
         embed = F.embedding(tokens, self.embed)
         smear = self.smear_lambda.to(embed.dtype) * torch.sigmoid(embed[:, :12] @ self.smear_gate)
-        x0 = norm(embed + torch.where(fresh, 0, smear)[:, None] * embed.roll(1, 0))
+        x0 = norm(embed + torch.where(place.fresh, 0, smear)[:, None] * place.before("embed", embed))
         # pair of tokens, hashed (#62)
-        before = torch.where(fresh, tokens, tokens.roll(1, 0))
+        before = torch.where(place.fresh, tokens, place.before("token", tokens))
         pair = ((36313 * tokens) ^ (27191 * before)) % cfg.bigram_rows
         bigram = F.embedding(pair, self.bigram_embed)
         bigram = bigram * F.embedding((tokens ^ before) % cfg.bigram_signs, self.bigram_signs)
@@ -714,10 +745,10 @@ class GPT(nn.Module):
                 value = (table.view(-1, H, cfg.head_dim) * (2 * torch.sigmoid(gate))[:, :, None]).flatten(1)
             if layer.mix:
                 x = x + sum(c * s for c, s in zip(mix["stream"].split(1, dim=1), sources))
-                attn = self.attention(i, u, weights[i], rope, masks, fresh, gates, value, float8)
+                attn = self.attention(i, u, weights[i], place, rope, gates, value, float8)
                 x = mix["attn_x"] * x + mix["attn"] * attn + mix["attn_x0"] * start + mix["attn_bigram"] * bigram
             elif layer.attention:
-                attn = self.attention(i, u, weights[i], rope, masks, fresh, gates, value, float8)
+                attn = self.attention(i, u, weights[i], place, rope, gates, value, float8)
                 x = resid[i, 0] * x + post[i, 0] * attn + gates[f"x0.{i}"] * x0
                 x = x + gates[f"bigram.{i}"] * bigram if i else x           # layer 0 starts with it
             else:
@@ -729,7 +760,7 @@ class GPT(nn.Module):
         mix = self.gate_net("mix", 1, x)
         x = norm(x + mix["x0"] * start + mix["late"] * kept[self.late] + mix["last"] * kept["last"]
                  + mix["embed"] * values[0] + mix["skip"] * kept[self.skip])
-        return x, starts
+        return x, place.starts
 
     def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each target (T,) in nats, fp32, 0 where it is -1; and the likeliest token (T,) int64."""
@@ -772,11 +803,141 @@ class GPT(nn.Module):
             losses.append(loss_of(x, F.embedding(ids, self.lm_head), places, counts))
         return torch.stack(losses).sum()
 
+    @torch.no_grad()
+    def new_cache(self, batch: int, max_tokens: int, chunk: int = 256) -> "Cache":
+        """An empty cache for `batch` rows of up to max_tokens tokens, which enter it up to `chunk` at a time.
+
+        It holds to the weights and windows (set_stage) of this moment.
+        """
+        return Cache(self, batch, max_tokens, min(chunk, max_tokens))
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, cache: "Cache", lengths: Tensor | None = None, last: bool = False) -> Tensor:
+        """Logits (B, T, V) fp32 of the next tokens (B, T) of each row; they enter the cache.
+
+        A row is a stream of its own, as for `forward`: its first token and every bos_id begin a document. lengths (B,)
+        int64: how many tokens of a row are real, 0 to T; the others, at its end, change nothing and their logits mean
+        nothing. last: only the logits of each row's last token, (B, 1, V). One token a row can be captured in a CUDA
+        graph; more raise ValueError when a row would exceed the cache.
+        """
+        B, T = tokens.shape
+        if T > 1:                        # of single steps the caller keeps count, for looking would wait for the device
+            cache.check_room(T if lengths is None else lengths)
+        parts = []
+        for low, part in zip(range(0, T, cache.chunk), tokens.to(torch.int32).split(cache.chunk, 1)):
+            rows = Rows(cache, part, None if lengths is None else (lengths - low).clamp(0, part.size(1)))
+            parts.append(self.hidden(part.flatten(), place=rows)[0].view(B, part.size(1), -1))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if last:
+            x = x[:, -1:] if lengths is None else x[cache.rows, lengths[:, None] - 1]
+        return map_logits(F.linear(x, self.lm_head))
+
     @property
     def matmul_parameters(self) -> int:
         """Weights that take part in a dense product for every token; tables are looked up instead."""
         banks = self.attn_qk, self.attn_vo, self.mlp, self.lm_head, self.gate_fc, self.mix_fc
         return sum(bank.numel() for bank in banks)
+
+# -----------------------------------------------------------------------------
+# Decoding
+
+class Cache:
+    """What the next token of each row needs of those before it; made by GPT.new_cache, changed by GPT.decode.
+
+    Keys and values (B, R, H, D) of each layer are rings: position p lies in slot p % R. R is the window and what one
+    call brings, so no token that comes, real or padding, takes the slot of one that is still seen. Every tensor stays
+    where it is, so that a CUDA graph can hold a step.
+    """
+
+    def __init__(self, model: GPT, batch: int, max_tokens: int, chunk: int):
+        cfg, like = model.cfg, model.embed
+        self.max_tokens, self.chunk, self.bos_id, self.windows = max_tokens, chunk, cfg.bos_id, model.window_lengths
+        # kernels like lengths that are multiples of 16
+        self.rings = {name: -(-(min(window, max_tokens) + chunk) // 16) * 16 for name, window in self.windows.items()}
+        self.rows = torch.arange(batch, device=like.device)[:, None]
+        self.position = torch.zeros(batch, dtype=torch.int64, device=like.device)   # of each row's next token
+        self.start = torch.zeros_like(self.position)                                # of its document
+        head = cfg.num_heads, cfg.head_dim
+        self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
+        self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
+        for i, matrices in model.matrices().items():
+            self.window[i] = window = cfg.layers[i].window
+            self.keys[i], self.values[i] = (like.new_zeros(batch, self.rings[window], *head) for _ in range(2))
+            self.projections[i] = model.projections(i, *matrices)
+            if window == "long":
+                self.carried[f"key.{i}"] = like.new_zeros(batch, *head)
+
+    def check_room(self, more: int | Tensor):
+        """Raises ValueError unless every row has room for `more` tokens."""
+        if (most := int((self.position + more).max())) > self.max_tokens:
+            raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {self.max_tokens}")
+
+    def held(self, ring: int, last_B: Tensor) -> Tensor:
+        """(B, R) the position that each slot of a ring holds when last_B is the newest; negative: none yet."""
+        return last_B[:, None] - (last_B[:, None] - torch.arange(ring, device=last_B.device)) % ring
+
+    @torch.no_grad()
+    def fill(self, other: "Cache", rows_B: Tensor):
+        """Makes row b what row rows_B[b] of another cache of the model is, whatever the batch and chunk of that."""
+        for mine, theirs in ((self.position, other.position), (self.start, other.start),
+                             *((self.carried[name], other.carried[name]) for name in self.carried)):
+            mine.copy_(theirs[rows_B])
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for i in mine:
+                slots = self.held(mine[i].size(1), self.position - 1) % theirs[i].size(1)
+                mine[i].copy_(theirs[i][rows_B[:, None], slots])
+
+    def bytes_read(self, tokens: int) -> int:
+        """Bytes of keys and values that the last of `tokens` tokens sees, over all rows."""
+        return sum(2 * min(tokens, self.windows[self.window[i]] + 1) * key[:, 0].nbytes for i, key in self.keys.items())
+
+class Rows:
+    """The next tokens (B, T) of each row of a cache, of which lengths_B are real, in the place of a Stream."""
+
+    def __init__(self, cache: Cache, tokens_BT: Tensor, lengths_B: Tensor | None = None):
+        self.cache, self.lengths, self.projections = cache, lengths_B, cache.projections
+        self.shape = B, T = tokens_BT.shape
+        position = cache.position[:, None] + torch.arange(T, device=tokens_BT.device)
+        starts = torch.where(tokens_BT == cache.bos_id, position, 0).cummax(1).values
+        starts = torch.maximum(starts, cache.start[:, None])
+        self.starts, self.position = starts.flatten(), (position - starts).flatten()
+        self.fresh = self.position == 0
+        self.slots, self.visible = {}, {}
+        for name, window in cache.windows.items():
+            held, first = cache.held(cache.rings[name], position[:, -1]), torch.maximum(starts, position - window)
+            self.slots[name] = position % cache.rings[name]
+            self.visible[name] = (held[:, None] <= position[:, :, None]) & (held[:, None] >= first[:, :, None])
+        self.carry(cache.start, starts)
+        cache.position.add_(T if lengths_B is None else lengths_B)
+
+    def carry(self, kept_B: Tensor, x_BT: Tensor) -> Tensor:
+        """x of the token before, (B, T, ...); kept_B (B, ...) holds that of the first one and then of the next call."""
+        seen = torch.cat([kept_B[:, None], x_BT], 1)
+        kept_B.copy_(seen[:, -1] if self.lengths is None else seen[self.cache.rows[:, 0], self.lengths])
+        return seen[:, :-1]
+
+    def before(self, name: str, x: Tensor) -> Tensor:
+        """x (B * T, ...) of the token before."""
+        return self.carry(self.cache.carried[name], x.unflatten(0, self.shape)).flatten(0, 1)
+
+    def attend(self, i: int, window: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output (B * T, H, D) of layer i, whose ring takes in the new keys and values."""
+        keys, values, visible = self.cache.keys[i], self.cache.values[i], self.visible[window]
+        q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))
+        keys[self.cache.rows, self.slots[window]] = k
+        values[self.cache.rows, self.slots[window]] = v
+        if self.shape[1] == 1 and torch.compiler.is_compiling():
+            return attend_one(q[:, 0], keys, values, visible[:, 0])
+        q, k, v = (x.transpose(1, 2) for x in (q, keys, values))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=1.0)
+        return y.transpose(1, 2).flatten(0, 1)
+
+def attend_one(q_BHD: Tensor, k_BRHD: Tensor, v_BRHD: Tensor, visible_BR: Tensor) -> Tensor:
+    """Attention output (B, H, D) of one query a row: sums that torch.compile turns into one pass over keys and one over
+    values, spread over the whole GPU. A fused kernel gives each head of a row one multiprocessor."""
+    scores = (q_BHD.float()[:, :, None] * k_BRHD.float().transpose(1, 2)).sum(-1)
+    weights = scores.masked_fill(~visible_BR[:, None], -math.inf).softmax(-1)
+    return (weights[..., None] * v_BRHD.float().transpose(1, 2)).sum(2).to(q_BHD.dtype)
 
 # -----------------------------------------------------------------------------
 # Optimizer

@@ -2,7 +2,8 @@
 
 The model is train_gpt.py's tiny preset made smaller, with random weights, in checkpoint folders written by hand and by
 save_checkpoint; where a test needs to know the next token, a scripted model stands in. Greedy text is compared with the
-argmax of the training script's own forward, drawn tokens with their probabilities, streamed text with Python's decoder.
+argmax of the training script's own forward, filters with sorted lists, drawn tokens with their probabilities, streamed
+text with Python's decoder. What decoding itself gives is the matter of test_decode.py.
 
 Run: python -m pytest tests/test_sample.py
 """
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -35,7 +37,6 @@ import train_gpt  # noqa: E402
 
 CFG = replace(train_gpt.PRESETS["tiny"], vocab_size=257, bos_id=256, attention="plain", compile=False, model_dim=96,
               mlp_dim=96, gate_dim=8, bigram_rows=64, bigram_signs=16, final_windows=(96, 512))
-CONTEXT = 1024                           # longest max_doc_tokens of the tiny preset's stages
 EMOJI = "é漢😀"                           # two, three and four bytes
 
 
@@ -111,20 +112,32 @@ def assert_refused(outcome, *parts):
 
 
 class Scripted(torch.nn.Module):
-    """Stands in for a model: at each call the next id of `script` is by far the likeliest. Notes what it was shown."""
+    """Stands in for a model: at each call the next id of `script` is by far the likeliest in every row."""
 
-    def __init__(self, script, vocab_size=257, context=CONTEXT):
+    def __init__(self, script, vocab_size=257, longest=10_000):
         super().__init__()
-        self.cfg = SimpleNamespace(bos_id=256, stages=[SimpleNamespace(max_doc_tokens=context)])
-        self.place, self.script, self.seen = torch.nn.Parameter(torch.zeros(1)), list(script), []
-        self.vocab_size = vocab_size
+        self.cfg, self.vocab_size, self.longest = SimpleNamespace(bos_id=256), vocab_size, longest
+        self.place, self.script, self.calls = torch.nn.Parameter(torch.zeros(1)), list(script), 0
 
-    def forward(self, tokens):
-        assert tokens.dtype == torch.int32                          # as in training
-        logits = torch.zeros(tokens.numel(), self.vocab_size)
-        logits[-1, self.script[len(self.seen)]] = 99.0
-        self.seen.append(tokens.tolist())
+    def new_cache(self, batch, max_tokens, chunk=256):
+        if max_tokens > self.longest:
+            raise ValueError(f"it has {self.longest} positions")
+        return SimpleNamespace(fill=lambda other, rows: None)
+
+    def decode(self, tokens, cache, lengths=None, last=False):
+        logits = torch.zeros(len(tokens), 1, self.vocab_size)
+        logits[:, :, self.script[self.calls]] = 99.0
+        self.calls += 1
         return logits
+
+
+def scripted_texts(script, count=100, stop=(), num_texts=1, batch=1, **options):
+    """The Texts that a scripted model writes."""
+    tokenizer = sample.Tokenizer(json.loads(tokenizer_file()))
+    engine = sample.Engine(Scripted(script, **options), 257, sample.Draw(temperature=0), batch)
+    texts = [sample.Text(tokenizer, stop) for _ in range(num_texts)]
+    list(sample.generate(engine, [[256]], texts, count))
+    return texts
 
 
 # -----------------------------------------------------------------------------
@@ -191,70 +204,192 @@ def test_decode_replaces_only_what_cannot_become_valid():
 # -----------------------------------------------------------------------------
 # Drawing tokens
 
-def draws(probs, count=3000, temperature=1.0, top_k=0, top_p=1.0):
-    """How often each token comes out, as fractions, when the probabilities are `probs`."""
-    generator, counts = torch.Generator().manual_seed(0), [0] * len(probs)
-    logits = torch.tensor(probs).log()
-    for _ in range(count):
-        counts[sample.next_token(logits, temperature, top_k, top_p, generator)] += 1
-    return [n / count for n in counts]
+FILTERS = [{}, {"temperature": 0.5}, {"top_k": 1}, {"top_k": 3}, {"top_k": 50}, {"top_p": 0.01}, {"top_p": 0.7},
+           {"top_p": 0.999}, {"min_p": 0.2}, {"min_p": 1.0}, {"repetition_penalty": 1.3}, {"repetition_penalty": 0.5},
+           {"top_k": 5, "top_p": 0.8}, {"temperature": 2.0, "top_p": 0.5, "min_p": 0.05},
+           {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 2.0}]
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({}, (0.15, 0.5, 0.05, 0.3)),
-    ({"temperature": 0.5}, (0.0616, 0.6849, 0.0068, 0.2466)),       # squares, made to sum to 1
-    ({"top_k": 2}, (0, 0.625, 0, 0.375)),
-    ({"top_k": 4}, (0.15, 0.5, 0.05, 0.3)),
-    ({"top_p": 0.7}, (0, 0.625, 0, 0.375)),
-    ({"top_p": 0.9}, (0.1579, 0.5263, 0, 0.3158)),
-    ({"top_p": 0.01}, (0, 1, 0, 0)),
-    ({"top_k": 2, "top_p": 0.6}, (0, 1, 0, 0)),                     # 0.625 of what the two share is enough
-])
-def test_tokens_come_with_their_probabilities(options, expected):
-    found = draws((0.15, 0.5, 0.05, 0.3), **options)
-    assert [value == 0 for value in found] == [value == 0 for value in expected]
-    assert found == pytest.approx(expected, abs=0.04)               # four standard errors of a fraction of 3000
+def reference_probs(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """The distribution of the next token from a list of logits: lists, sorting and float64."""
+    logits = [z if not s else z / repetition_penalty if z > 0 else z * repetition_penalty for z, s in zip(logits, seen)]
+    weights = [math.exp((z - max(logits)) / temperature) for z in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[:top_k or None]
+    total, kept, mass = sum(weights[i] for i in order), [], 0.0
+    for i in order:
+        if mass / total < top_p and weights[i] >= min_p:
+            kept.append(i)
+        mass += weights[i]
+    return [weights[i] / sum(weights[j] for j in kept) if i in kept else 0.0 for i in range(len(weights))]
 
 
-def test_greedy_takes_the_first_of_the_likeliest():
-    for options in ({"temperature": 0.0}, {"top_k": 1}):
-        assert draws((0.1, 0.4, 0.4, 0.1), count=20, **options) == [0, 1, 0, 0]
-    assert draws((0.1, 0.5, 0.3, 0.1), count=20, temperature=1e-320) == [0, 1, 0, 0]
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_filters_against_sorted_lists(options):
+    generator = torch.Generator().manual_seed(0)
+    logits, seen = 3 * torch.randn(6, 50, generator=generator), torch.rand(6, 50, generator=generator) < 0.3
+    found = sample.filter_logits(logits, sample.Draw(**options), seen).softmax(1)
+    for row in range(6):
+        expected = reference_probs(logits[row].tolist(), seen[row].tolist(), **options)
+        assert found[row].tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_greedy_is_the_argmax_of_forward_and_top_k_1(trained):
-    model, tokenizer, _ = sample.load_checkpoint(trained, "cpu")
-    ids = [256, *b"def "]
-    for _ in range(20):
-        ids.append(model(torch.tensor(ids))[-1].argmax().item())
-    greedy = list(sample.generate(model, [256, *b"def "], 257, 20, temperature=0))
-    assert len(set(greedy)) > 3 and greedy == ids[5:]               # more than one token over and over
-    assert list(sample.generate(model, [256, *b"def "], 257, 20, top_k=1, seed=5)) == greedy
+def test_the_nucleus_of_a_large_vocabulary():
+    logits = 4 * torch.randn(3, 50_257, generator=torch.Generator().manual_seed(0))
+    for p in (0.5, 0.95, 0.999):
+        kept = sample.filter_logits(logits, sample.Draw(top_p=p)).isfinite()
+        probs = logits.double().softmax(1)
+        ranked, order = probs.sort(descending=True)
+        expected = torch.zeros_like(kept).scatter(1, order, ranked.cumsum(1) - ranked < p)
+        assert expected.sum() > 3 and probs.where(kept != expected, 0).sum() < 3e-6     # what rounding decides
 
 
-def test_generation_stops_before_a_new_document_and_at_max_tokens():
-    assert list(sample.generate(Scripted(b"abc" + b"d"), [256], 257, 3, 0)) == list(b"abc")
-    assert list(sample.generate(Scripted([97, 98, 256, 99]), [256], 257, 10, 0)) == [97, 98]
+def test_equal_tokens_stay_together():
+    logits = torch.tensor([[1.0, 5.0, 5.0, 2.0]])
+    for options in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 1.0}):
+        assert sample.filter_logits(logits, sample.Draw(**options)).isfinite().tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-7])
+def test_a_tiny_temperature_is_greedy(temperature):
+    scores = sample.filter_logits(torch.tensor([[1.0, 5.0, 4.999, 2.0]]), sample.Draw(temperature))
+    assert scores.softmax(1).tolist() == [[0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("vary", ["seed", "step"])
+def test_tokens_come_with_their_probabilities(vary):
+    probs, count, ids = torch.tensor((0.15, 0.5, 0.05, 0.3)), 20_000, torch.arange(4)
+    seed, step = (torch.arange(count) if vary == name else torch.tensor([7]) for name in ("seed", "step"))
+    noise = sample.gumbel_noise(seed, step, ids)
+    found = (probs.log() + noise).argmax(1).bincount(minlength=4) / count
+    assert found.tolist() == pytest.approx(probs.tolist(), abs=0.014)   # four standard errors
+
+
+def test_noise_is_gumbels_and_depends_on_seed_step_and_token_alone():
+    seeds, ids = torch.tensor([0, 1, 2 ** 32 - 1]), torch.arange(50_257)
+    noise = sample.gumbel_noise(seeds, torch.tensor([5]), ids)
+    assert torch.equal(noise[1:2], sample.gumbel_noise(seeds[1:2], torch.tensor([5]), ids))
+    assert torch.equal(noise[:, 7:9], sample.gumbel_noise(seeds, torch.tensor([5]), ids[7:9]))
+    for other in (noise[1], sample.gumbel_noise(seeds[:1], torch.tensor([6]), ids)[0], noise[0].roll(1)):
+        assert abs(torch.corrcoef(torch.stack([noise[0], other]))[0, 1]) < 0.02
+    assert noise.isfinite().all()
+    assert float(noise.mean()) == pytest.approx(0.57722, abs=0.015)
+    assert float(noise.var()) == pytest.approx(math.pi ** 2 / 6, abs=0.04)
+
+
+# -----------------------------------------------------------------------------
+# Engine
+
+PROMPTS = [[256, *b"def "], [256], [256, *bytes(range(97, 122)) * 12], [256, *b"for x in range(10):"]]
+
+
+def write(model, rows, count=16, batch=None, **options):
+    """[(prompt, seed) -> its tokens and log-probabilities] of an engine with so many rows."""
+    engine = sample.Engine(model, 257, sample.Draw(**options), batch or len(rows), 400)
+    steps = list(engine.steps(PROMPTS, rows, count))
+    return [([tokens[b] for tokens, _ in steps], [logprobs[b] for _, logprobs in steps]) for b in range(len(rows))]
+
+
+def test_greedy_is_the_argmax_of_forward_with_its_log_probability():
+    model = random_model()
+    model.set_stage(1, final=True)                                  # windows of 96 and 512: the long prompt passes one
+    for prompt, (tokens, logprobs) in zip(PROMPTS, write(model, [(n, 0) for n in range(4)], temperature=0)):
+        logits = model(torch.tensor(prompt + tokens))[len(prompt) - 1:-1]
+        assert tokens == logits.argmax(1).tolist()
+        expected = logits.log_softmax(1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+    assert len(set(tokens)) > 3                                     # more than one token over and over
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.5}, {"top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
+def test_a_seed_gives_the_same_text_whatever_the_batch(options):
+    model, rows = random_model(), [(0, 1), (2, 1), (0, 2), (1, 5), (3, 1), (0, 1)]
+    together = write(model, rows, **options)
+    for row, (tokens, logprobs) in zip(rows, together):
+        alone_tokens, alone_logprobs = write(model, [row], batch=2, **options)[0]
+        assert tokens == alone_tokens
+        assert logprobs == pytest.approx(alone_logprobs, abs=1e-4)
+    assert together[0] == together[5]
+    assert len({tuple(tokens) for tokens, _ in together}) == 5      # another seed or prompt, another text
+
+
+def test_texts_beyond_the_batch_follow_and_fewer_tokens_are_the_first_ones():
+    model, tokenizer = random_model(), sample.Tokenizer(json.loads(tokenizer_file()))
+    written = []
+    for batch, count in ((5, 12), (2, 12), (3, 8)):
+        engine = sample.Engine(model, 257, sample.Draw(), batch, 400)
+        texts = [sample.Text(tokenizer, prompt=n % 4, seed=n) for n in range(5)]
+        list(sample.generate(engine, PROMPTS, texts, count))
+        written.append([text.tokens[:8] for text in texts])
+    assert written[0] == written[1] == written[2]
+
+
+def test_a_compiled_step_gives_the_same_text_from_one_graph(monkeypatch):
+    """By torch.compile's front end alone, with every filter; test_decode.py has the model's part."""
+    graphs, real = [], torch.compile
+
+    def compile(function, options, **how):
+        return real(function, backend=lambda graph, _: graphs.append(graph) or graph, **how)
+    monkeypatch.setattr(torch, "compile", compile)
+    model, written = Scripted(()), []
+    table = torch.randn(257, 257, generator=torch.Generator().manual_seed(0))
+    model.decode = lambda tokens, *_, **__: table[tokens[:, -1:]]
+    for compiled in (False, True):
+        engine = sample.Engine(model, 257, sample.Draw(1.2, 50, 0.9, 0.01, 1.1), 2, 400, compiled)
+        written.append([tokens for tokens, _ in engine.steps([[256]], [(0, 1), (0, 2)], 30)])
+    assert written[0] == written[1] and len(graphs) == 1
+    assert len({token for tokens in written[0] for token in tokens}) > 20
+
+
+def test_repeated_tokens_are_penalised_in_prompt_and_text():
+    model = Scripted([97] * 8)
+    model.decode = lambda tokens, *_, **__: torch.linspace(1, 2, 257).repeat(len(tokens), 1, 1)
+    engine = sample.Engine(model, 257, sample.Draw(0, repetition_penalty=3), 2)
+    steps = [tokens for tokens, _ in engine.steps([[256, 255, 253], [256]], [(0, 0), (1, 0)], 4)]
+    assert steps == [[256, 256], [254, 255], [252, 254], [251, 253]]
+
+
+def test_a_text_ends_with_its_document_and_at_the_most_tokens():
+    assert [(text.text, text.finish) for text in scripted_texts(b"abcd", 3)] == [("abc", "length")]
+    text, = scripted_texts([97, 98, 256, 99])
+    assert (text.text, text.finish, text.tokens) == ("ab", "end", [97, 98])
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn():
     model = Scripted([300] * 40, vocab_size=384)                    # all mass on an id that only pads the vocabulary
-    assert max(sample.generate(model, [256], 256, 40, seed=1)) < 256
-
-
-def test_the_model_sees_the_last_tokens_of_a_long_text():
-    model, prompt = Scripted(b"abcdef", context=4), [256, 1]
-    tokens = list(sample.generate(model, prompt, 257, 6, temperature=0))
-    whole = prompt + tokens
-    assert model.seen == [whole[max(0, n - 4):n] for n in range(2, 8)]
-    assert prompt == [256, 1]                                       # the caller's list stays as it was
+    engine = sample.Engine(model, 256, batch=2)
+    assert max(max(tokens) for tokens, _ in engine.steps([[256]], [(0, 1), (0, 2)], 40)) < 256
 
 
 def test_logits_that_are_not_finite_are_reported():
     model = Scripted([97])
-    model.forward = lambda tokens: torch.full((tokens.numel(), 257), float("nan"))
+    model.decode = lambda tokens, *_, **__: torch.full((len(tokens), 1, 257), float("nan"))
     with pytest.raises(sample.UserError, match="not finite"):
-        next(sample.generate(model, [256], 257, 1))
+        next(sample.Engine(model, 257).steps([[256]], [(0, 0)], 1))
+
+
+@pytest.mark.parametrize("script, stop, expected", [
+    (b"one, two", [", "], "one"), (b"one, two", ["w", "e, t"], "on"), (b"a\n\nb", ["\n\n"], "a"),
+    (b"aab", ["ab"], "a"), (b"abcabd", ["abd"], "abc"), ("x漢y".encode(), ["漢"], "x"), (b"stop", ["stop"], ""),
+])
+def test_stop_strings_end_the_text_before_them(script, stop, expected):
+    text, = scripted_texts(script, stop=stop)
+    assert (text.text, text.finish) == (expected, "stop")
+    assert bytes(text.tokens) == script[:len(text.tokens)] and len(text.tokens) < len(script) + 1
+
+
+@pytest.mark.parametrize("script, stop", [(b"one,", [", "]), (b"ababab", ["abc", "babx"]), (b"st", ["stop"])])
+def test_what_only_begins_like_a_stop_string_is_text(script, stop):
+    text, = scripted_texts([*script, 256], stop=stop)
+    assert (text.text, text.finish) == (script.decode(), "end")
+
+
+def test_nothing_of_a_stop_string_is_ever_shown():
+    tokenizer = sample.Tokenizer(json.loads(tokenizer_file()))
+    text, shown = sample.Text(tokenizer, ["cde"]), []
+    for token in b"abccdcd":
+        text.add(token)
+        shown.append(text.text)
+    assert shown == ["a", "ab", "ab", "abc", "abc", "abccd", "abccd"]
 
 
 # -----------------------------------------------------------------------------
@@ -443,6 +578,11 @@ def test_text_streams_in_whole_characters(capsys, monkeypatch):
     (["--temperature", "-1"], ["--temperature=-1"]), (["--temperature=nan"], ["--temperature=nan"]),
     (["--temperature=inf"], ["--temperature=inf"]), (["--top_k=-1"], ["--top_k=-1"]), (["--top_p=0"], ["--top_p=0"]),
     (["--top_p=1.01"], ["--top_p=1.01"]), (["--top_p=nan"], ["--top_p=nan"]), (["--seed=-1"], ["--seed=-1"]),
+    (["--min_p=1.5"], ["--min_p=1.5"]), (["--min_p=-0.1"], ["--min_p=-0.1"]),
+    (["--repetition_penalty=0"], ["--repetition_penalty=0"]), (["--batch=0"], ["--batch=0"]),
+    (["--stop="], ["--stop=", "empty"]), (["--stop=a", "--stop", ""], ["--stop=", "empty"]),
+    (["--prompt=a", "--prompts_file=b"], ["--prompts_file=b", "--prompt"]),
+    (["--model=gpt2", "--checkpoint=a"], ["--model=gpt2", "--checkpoint"]),
     (["--prompt="], ["--prompt=", "empty"]), (["--prompt", b"\xff\xfe"], ["--prompt=", "UTF-8"]),
     (["--temprature=1"], ["--temprature=1", "--help"]), (["--temp=1"], ["--temp=1"]), (["hello"], ["hello"]),
     (["--device=tpu"], ["--device", "tpu"]), (["--precision=fp8"], ["--precision", "fp8"]),
@@ -456,7 +596,7 @@ def test_bad_flags_get_one_line_and_exit_code_2(tmp_path, flags, parts):
 
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--top_k=258"], ["--top_k=258", "257"]), ([f"--prompt={'a' * CONTEXT}"], ["--prompt", "1024", "1023"]),
+    (["--top_k=258"], ["--top_k=258", "257"]), (["--prompts_file=no/such"], ["--prompts_file=no/such", "No such file"]),
     (["--script=no/such.py"], ["--script=no/such.py"]), (["--device=cuda"], ["--device=cuda"]),
 ])
 def test_flags_that_do_not_fit_the_model_get_one_line_and_exit_code_2(capsys, trained, flags, parts):
@@ -466,15 +606,100 @@ def test_flags_that_do_not_fit_the_model_get_one_line_and_exit_code_2(capsys, tr
 
 
 def test_limits_themselves_are_accepted(capsys, trained):
-    flags = f"--prompt={'a' * (CONTEXT - 1)}", "--top_k=257", "--top_p=1", "--max_tokens=2"
+    flags = f"--prompt={'a' * 1500}", "--top_k=257", "--top_p=1", "--min_p=1", "--max_tokens=2", "--batch=1"
     assert run_main(capsys, f"--checkpoint={trained}", *flags)[0] == 0
+
+
+def test_a_prompt_longer_than_the_models_cache_is_refused(capsys, monkeypatch):
+    tokenizer = sample.Tokenizer(json.loads(tokenizer_file()))
+    loaded = Scripted(b"abc", longest=20), tokenizer, {"script": "s", "step": 1}
+    monkeypatch.setattr(sample, "load_checkpoint", lambda *_: loaded)
+    monkeypatch.setattr(sample, "find_checkpoint", lambda *_: Path("c"))
+    code, out, err = run_main(capsys, "--prompt=" + "a" * 18, "--max_tokens=2")
+    assert (code, out, err.splitlines()[1:]) == (2, "", [
+        "sample.py: a prompt of 18 tokens and --max_tokens=2 are too much for the model (it has 20 positions); shorten "
+        "it or lower --max_tokens"])
+    assert run_main(capsys, "--prompt=" + "a" * 17, "--max_tokens=2")[0] == 0
+
+
+@pytest.mark.parametrize("content, parts", [(b"one\n\ntwo\n", ["line 2"]), (b"", ["line 1"]), (b"\xff\n", ["UTF-8"])])
+def test_prompts_files_that_are_none_are_refused(capsys, trained, tmp_path, content, parts):
+    (tmp_path / "prompts").write_bytes(content)
+    assert_refused(run_main(capsys, f"--checkpoint={trained}", f"--prompts_file={tmp_path / 'prompts'}"),
+                   tmp_path / "prompts", *parts)
+
+
+@pytest.mark.parametrize("place", [".", "run/checkpoint"])
+def test_several_candidates_are_named(capsys, broken, place):
+    shutil.copytree(broken.parents[1], broken.parents[2] / "other")
+    shutil.copytree(broken, broken.parent / "step_000009")
+    (broken.parent / "latest").unlink()
+    folder = broken.parents[2] / place
+    second = "other/checkpoint" if place == "." else "step_000009"
+    assert_refused(run_main(capsys, f"--checkpoint={folder}"), f"--checkpoint={folder}", folder / second, "name one")
+
+
+def test_prompts_of_a_file_are_continued_as_each_alone_in_order(capsys, trained, tmp_path):
+    prompts = ["def f(", "é", "class Long(" + "x" * 200]
+    (tmp_path / "prompts").write_text("\n".join(prompts) + "\n")
+    flags = f"--checkpoint={trained}", "--max_tokens=12", "--num_samples=2", "--temperature=1.3", "--json"
+    code, out, _ = run_main(capsys, *flags, f"--prompts_file={tmp_path / 'prompts'}", "--batch=4")
+    texts = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [(text["prompt"], text["seed"]) for text in texts] == [(p, s) for p in prompts for s in (0, 1)]
+    alone = [json.loads(line) for p in prompts for line in run_main(capsys, *flags, f"--prompt={p}")[1].splitlines()]
+    assert texts == alone
+
+
+def test_json_and_log_probabilities(capsys, trained):
+    flags = f"--checkpoint={trained}", "--max_tokens=9", "--prompt=def ", "--temperature=1.2", "--stop=\n", "--logprobs"
+    text, = map(json.loads, run_main(capsys, *flags, "--json")[1].splitlines())
+    assert text.keys() == {"prompt", "seed", "text", "finish", "tokens", "logprobs"}
+    assert (text["prompt"], text["seed"], text["finish"]) == ("def ", 0, "length")
+    assert text["text"] == bytes(text["tokens"]).decode(errors="replace")
+    tokens = [256, *b"def ", *text["tokens"]]
+    logits = sample.load_checkpoint(trained, "cpu")[0](torch.tensor(tokens))[4:-1]
+    expected = logits.log_softmax(1).gather(1, torch.tensor(text["tokens"])[:, None])[:, 0].tolist()
+    assert text["logprobs"] == pytest.approx(expected, abs=1e-4)
+    whole, *lines = run_main(capsys, *flags)[1].split("\n")[:-1]     # and for people
+    assert whole == f"def {text['text']}"
+    assert [float(line.split()[0]) for line in lines] == pytest.approx(expected, abs=1e-4)
+
+
+def test_benchmark_ends_with_its_figures_as_json(capsys, trained):
+    code, out, _ = run_main(capsys, f"--checkpoint={trained}", "--benchmark", "--max_tokens=3")
+    *table, last = out.splitlines()
+    figures = json.loads(last)
+    assert code == 0 and [row["batch"] for row in figures["batches"]] == [1, 8, 64]
+    weights = 4 * sample.load_checkpoint(trained, "cpu")[0].matmul_parameters
+    for line, row in zip(table[-3:], figures["batches"]):
+        assert line.split()[0] == str(row["batch"]) and f"{row['step_ms']:.3f} ms" in line
+        assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_ms"] * 1000)
+        # two layers with long and two with short windows; keys and values in fp32 of 128 + 3 // 2 tokens, or of 97
+        assert row["read_mb"] * 1e6 == pytest.approx(weights + row["batch"] * 4 * 2 * 96 * (2 * 129 + 2 * 97))
+        assert row["limit_share"] == pytest.approx(
+            row["read_mb"] / 1e3 / figures["copy_gb_per_s"] / (row["step_ms"] / 1e3), rel=1e-6)
+
+
+def test_model_comes_from_gpt2(capsys, monkeypatch):
+    model, asked = Scripted([*b"hi", 256]), []
+
+    def load(*arguments):
+        asked.append(arguments)
+        return model, tokenizer_file(), {}
+    module = SimpleNamespace(load=load, UserError=KeyError)
+    monkeypatch.setattr(sample, "import_script", lambda path, *_: {"gpt2.py": module}[path.name])
+    assert run_main(capsys, "--model=gpt2-xl", "--prompt=Oh ")[:2] == (0, "Oh hi\n")
+    assert asked == [("gpt2-xl", "cpu", "fp32")]
+    module.load = lambda *_: {}["no such model"]
+    assert_refused(run_main(capsys, "--model=none"), "no such model")
 
 
 def test_help_lists_every_flag_and_its_default():
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for flag in ("checkpoint", "prompt", "num_samples", "max_tokens", "temperature", "top_k", "top_p", "seed", "device",
-                 "precision", "script", "out_dir"):
+    for flag in ("checkpoint", "model", "prompt", "prompts_file", "num_samples", "max_tokens", "temperature", "top_k",
+                 "top_p", "min_p", "repetition_penalty", "stop", "seed", "logprobs", "json", "batch", "benchmark",
+                 "compile", "device", "precision", "script", "out_dir"):
         described = done.stdout.split(f"  --{flag} ")[1].split("\n  --")[0]
         assert "default:" in described, flag
 
