@@ -132,8 +132,18 @@ class GPT2(nn.Module):
             return F.linear(self.hidden(tokens), self.wte.weight).float()
         return self.score(tokens, targets)[0].sum()
 
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that take part in a dense product for every token."""
+        return sum(param.numel() for param in self.parameters() if param.dim() == 2) - self.wpe.weight.numel()
+
     def new_cache(self, batch: int, max_tokens: int, chunk: int = 0) -> Cache:
-        """An empty cache for `batch` rows of up to max_tokens tokens; `chunk` is there for the family's sake."""
+        """An empty cache for `batch` rows of up to max_tokens tokens; `chunk` is there for the family's sake.
+
+        Raises ValueError if that is more than the model can read.
+        """
+        if max_tokens > self.cfg.context_tokens:
+            raise ValueError(f"it reads {self.cfg.context_tokens} tokens, not {max_tokens}")
         return Cache(self.cfg, batch, max_tokens, self.wte.weight)
 
     @torch.no_grad()

@@ -133,6 +133,11 @@ def test_a_cache_that_is_full_is_refused(ours):
         ours.decode(torch.ones(1, 11, dtype=torch.int64), cache)
 
 
+def test_a_cache_beyond_the_context_is_refused(ours):
+    with pytest.raises(ValueError, match=f"it reads {CONTEXT} tokens, not {CONTEXT + 1}"):
+        ours.new_cache(1, CONTEXT + 1)
+
+
 def test_a_document_beyond_the_context_is_refused(ours):
     with pytest.raises(gpt2.UserError, match=f"a document has {CONTEXT + 1} tokens, GPT-2 reads {CONTEXT}"):
         ours(torch.cat(documents([20, CONTEXT + 1])))
