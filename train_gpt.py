@@ -206,7 +206,8 @@ class Hyperparameters:
 
 PRESETS = {
     "speedrun": Hyperparameters(),       # track 1, on eight GPUs
-    "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5),     # on one
+    "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5,      # on one
+                              candidates=16_384),
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=131_072,
         val_stream_tokens=8192, slot_tokens=1024, num_iterations=110, val_every=50, stages=TINY_STAGES,
