@@ -287,6 +287,8 @@ def check_config(cfg: Hyperparameters):
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
     need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
          f"must be at least 12 and hold an even number of heads of --head_dim={cfg.head_dim}")
+    need(lambda count: count == 0 or count >= cfg.slot_tokens, "candidates",
+         f"must be 0 or at least --slot_tokens={cfg.slot_tokens}, so that all targets fit")
     need(lambda tokens: tokens % cfg.slot_tokens == 0, "micro_batch_tokens",
          f"must be a multiple of --slot_tokens={cfg.slot_tokens}")
     for i, stage in enumerate(cfg.stages):
