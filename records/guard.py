@@ -1,7 +1,7 @@
 """The metric guard: is what a training script reports the loss of an honest predictor on the whole validation text?
 
     python records/guard.py train_gpt.py                       # with the tables of its default preset
-    python records/guard.py SCRIPT --run=FOLDER/run.json       # with the tables of a run, and: did SCRIPT make that run?
+    python records/guard.py SCRIPT --run=FOLDER/run.json       # with the tables of a run; did SCRIPT make that run?
     python records/guard.py SCRIPT --device=cuda               # with the GPU's attention instead of the plain one
 
 It imports the script, so it runs its code, trains a model of a few channels on made-up text, and looks at it from
@@ -22,6 +22,7 @@ import importlib.util
 import io
 import json
 import re
+import signal
 import sys
 import tempfile
 from dataclasses import asdict
@@ -109,15 +110,18 @@ def write_shards(folder: Path) -> np.ndarray:
 def train(module, flags: list[str], folder: Path) -> SimpleNamespace:
     """Runs main() with the flags; its run.json, its log, its checkpoint folder and the bytes of the weights."""
     argv, sys.argv = sys.argv, [module.__name__, *flags]
-    known, output, modules = set(folder.glob("logs/*")), io.StringIO(), dict(sys.modules)
+    known, output, curves = set(folder.glob("logs/*")), io.StringIO(), sys.modules.get("matplotlib")
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     sys.modules["matplotlib"] = None                # a second less: without it a run draws no curve
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = module.main()
     finally:
         sys.argv = argv
-        sys.modules.pop("matplotlib")
-        sys.modules |= {"matplotlib": modules["matplotlib"]} if "matplotlib" in modules else {}
+        del sys.modules["matplotlib"]
+        sys.modules |= {"matplotlib": curves} if curves else {}
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
     need(code == 0, f"a small run ends with exit code {code}: {' '.join(output.getvalue().split())[-200:]}")
     run = (set(folder.glob("logs/*")) - known).pop()
     checkpoint = run / "checkpoint" / (run / "checkpoint" / "latest").read_text()
@@ -126,14 +130,14 @@ def train(module, flags: list[str], folder: Path) -> SimpleNamespace:
 
 
 def load_model(module, checkpoint: Path, device: str):
-    """The model of a checkpoint in its last stage, and the forward to call: compiled on a GPU."""
+    """The model of a checkpoint, in its last stage."""
     from safetensors.torch import load_file
     meta = json.loads((checkpoint / "meta.json").read_text())
     with torch.device(device):
         model = module.GPT(module.config_from_dict(meta["config"]))
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     model.set_stage(meta["stage"], final=True)
-    return model, torch.compile(model, dynamic=False, fullgraph=True) if device == "cuda" else model
+    return model
 
 
 def check_harmless(often, seldom):
@@ -212,14 +216,15 @@ def check_script(module, config: dict, device: str = "cpu"):
         run = train(module, small_flags(config, folder, device, val_every=1), folder)
         if device == "cpu":                         # a GPU sums gradients in another order each time
             check_harmless(run, train(module, small_flags(config, folder, device, val_every=0), folder))
-        model, forward = load_model(module, run.checkpoint, device)
-    check_complete(forward, tokens, run.info["val_losses"][-1]["val_loss"], device, tolerance)
-    stream = torch.from_numpy(tokens[:STREAM]).to(device)
-    targets = torch.from_numpy(tokens[1:STREAM + 1]).to(device)
+        honest, disturbed = (load_model(module, run.checkpoint, device) for _ in range(2))
+    stream, targets = (torch.from_numpy(tokens[i:STREAM + i]).to(device) for i in (0, 1))
     border = int(np.flatnonzero(tokens == BOS)[1])
-    disturb(model)
-    check_normalised(forward, stream, (border - 1, 100, 201), 10 * tolerance)
+    disturb(disturbed)
+    forward, compiled = (torch.compile(model, dynamic=False, fullgraph=True) if device == "cuda" else model
+                         for model in (disturbed, honest))
     check_causal(forward, stream, targets, (border - 1, border, 63, 127, 201), tolerance)
+    check_normalised(forward, stream, (border - 1, 100, 201), 10 * tolerance)
+    check_complete(compiled, tokens, run.info["val_losses"][-1]["val_loss"], device, tolerance)
 
 
 def check_run(module, info: dict):
