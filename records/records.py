@@ -30,10 +30,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from runs import (MAX_JSON, MAX_LOG, MAX_RUNS, NAME, REGION, Record, Run, UserError, arms_table, collect, fill, marked,
-                  own_flags, p_text, read_json, read_record, read_run, read_text, read_track, regions, runs_table,
-                  seconds_text, sha256, table, tokens_after, verdict_text, write_text)
+from pictures import history, plot
+from runs import (MAX_JSON, MAX_LOG, NAME, REGION, Record, Run, UserError, arms_table, collect, fill, marked, p_text,
+                  read_json, read_record, read_run, read_text, read_track, regions, runs_table, seconds_text, sha256,
+                  table, tokens_after, verdict_text, write_text)
 from student import describe, interval, t_test
 
 HERE = Path(__file__).resolve().parent
@@ -479,8 +479,8 @@ def environment(record: Record, there: dict, plan: list[str]) -> list[str]:
     pinned |= base_names(there.get("data_sha256"))
     for path in map(Path, sorted(glob.glob(pattern))):
         if (digest := sha256(path)) != pinned.get(path.name, digest):
-            raise UserError(f"{path} has sha256 {digest[:12]}, the record's {path.name} {pinned[path.name][:12]}: losses "
-                            "on different texts cannot be compared")
+            raise UserError(f"{path} has sha256 {digest[:12]}, the record's {path.name} {pinned[path.name][:12]}: "
+                            "losses on different texts cannot be compared")
         lines += [f"the record names no sha256 for {path.name}"] * (path.name not in pinned)
     return lines
 
@@ -504,89 +504,6 @@ def replay_report(runs: list[Run], done: list[Run]) -> list[str]:
             lines.append(f"{what} {value:.4f}{unit} {place} {low:.4f} to {high:.4f}{unit}, where 95 % of further runs "
                          f"lie by the record's {len(runs)} (mean {mean:.4f}, here {100 * (value / mean - 1):+.2f} %)")
     return lines
-
-
-# -----------------------------------------------------------------------------
-# Pictures
-
-STYLES = [dict(linestyle=style, color=color, linewidth=width) for style, color, width in (
-    ("-", "#000000", 1.6), ("--", "#0072b2", 1.6), (":", "#a03000", 2.2), ("-.", "#407040", 1.6),
-    ((0, (7, 2, 1, 2, 1, 2)), "#7b3294", 1.6), ("-", "#999999", 1.6))]
-
-
-def new_figure(*size):
-    """A matplotlib figure; raises UserError if matplotlib is not installed."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is not installed; pip install matplotlib") from None
-    matplotlib.rcParams.update({"svg.hashsalt": "records", "svg.fonttype": "none", "font.size": 10,
-                                "axes.spines.top": False, "axes.spines.right": False})
-    return Figure(size, layout="constrained")
-
-
-def save_figure(figure, path: Path) -> list[Path]:
-    """Writes path.svg and path.png, without dates, so that the same logs give the same file."""
-    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
-    for name, more in zip(paths, ({"metadata": {"Date": None}}, {"dpi": 150})):
-        figure.savefig(name, facecolor="white", **more)
-    return paths
-
-
-def plot(runs: list[Run], path: Path) -> list[Path]:
-    """Validation loss over steps, seconds and tokens; a line an arm (its mean), a band from lowest to highest run."""
-    arms = {}
-    for run in runs:
-        if run.counted:
-            arms.setdefault(run.arm, []).append(run.curve())
-    arms = {arm: np.stack([c for c in curves if np.array_equal(c[:, 0], curves[0][:, 0])])
-            for arm, curves in arms.items()}
-    if not arms:
-        raise UserError("no finished run among these, so nothing to draw")
-    figure = new_figure(13, 4.4)
-    axes = figure.subplots(1, 3, sharey=True)
-    final = sorted(curves[:, -1, 3].mean() for curves in arms.values())
-    top = max(np.interp(0.2, np.linspace(0, 1, c.shape[1]), c[:, :, 3].max(0)) for c in arms.values())
-    for axis, column, label, unit in zip(axes, (0, 1, 2), ("step", "training time, s", "training tokens, M"),
-                                         (1, 1, 1e6)):
-        for i, (arm, curves) in enumerate(arms.items()):
-            x, y, style = curves[:, :, column].mean(0) / unit, curves[:, :, 3], STYLES[i % len(STYLES)]
-            axis.plot(x, y.mean(0), **style, label=f"{arm} (n = {len(y)})", marker="o" if len(x) < 30 else None, ms=3)
-            if len(y) > 1:
-                axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.18, linewidth=0)
-            end = y[:, -1].mean()
-            axis.annotate(f"{'ABCDEFGH'[i % 8]} " * (len(arms) > 1) + f"{end:.3f}", (x[-1], end), xytext=(4, 0),
-                          textcoords="offset points", va="center", fontsize=9, color=style["color"])
-        axis.set(xlabel=label, ylim=(final[0] - 0.03 * (top - final[0]), top))
-        axis.margins(x=0.02)
-        axis.set_xlim(0, axis.get_xlim()[1] * (1.12 if len(arms) > 1 else 1.1))
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("validation loss, nats per token")
-    handles, labels = axes[0].get_legend_handles_labels()
-    labels = [f"{'ABCDEFGH'[i % 8]}: {label}" if len(arms) > 1 else label for i, label in enumerate(labels)]
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, handlelength=4)
-    return save_figure(figure, path)
-
-
-def history(tracks: list[tuple[dict, list[Record]]], path: Path):
-    """Training time of each record, oldest first; filled: the target is shown, open: a reference."""
-    tracks = [(track, records) for track, records in tracks if records]
-    figure = new_figure(9, 1 + 3.2 * max(1, len(tracks)))
-    for axis, (track, records) in zip(figure.subplots(len(tracks), 1, squeeze=False)[:, 0] if tracks else [], tracks):
-        records = records[::-1]
-        times = [describe(run.seconds for run in record.of_arm(record.main))[1] for record in records]
-        axis.plot(range(len(times)), times, color="0.6", linewidth=1)
-        for i, (record, seconds) in enumerate(zip(records, times)):
-            loss = describe(run.loss for run in record.of_arm(record.main))[1]
-            axis.plot(i, seconds, "o", color="black", mfc="black" if record.ledger["claim"] == "record" else "white")
-            axis.annotate(f"{seconds_text(seconds)} s, loss {loss:.4f}", (i, seconds), xytext=(0, 9), fontsize=9,
-                          textcoords="offset points", ha="center")
-        axis.set_xticks(range(len(times)), ["\n".join(record.folder.name.split("_", 1)) for record in records])
-        axis.set(ylim=(0, 1.25 * max(times)), xlim=(-0.6, len(times) - 0.4), ylabel="training time, s",
-                 title=f"{track['title']} (filled: target {track['target']:g} shown; open: a reference)")
-        axis.grid(axis="y", alpha=0.25)
-    save_figure(figure, path)[1].unlink()
 
 
 # -----------------------------------------------------------------------------
@@ -741,7 +658,7 @@ def check(args) -> int:
 def board(args) -> int:
     """Writes records/README.md and records/history.svg."""
     write_text(HERE / "README.md", board_text())
-    history(read_archive(), HERE / "history")
+    history(read_archive(), HERE / "history.svg")
     print(f"wrote {HERE / 'README.md'} and {HERE / 'history.svg'}")
     return 0
 
