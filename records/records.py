@@ -31,9 +31,9 @@ from collections import Counter
 from pathlib import Path
 
 from pictures import history, plot
-from runs import (MAX_JSON, MAX_LOG, NAME, REGION, Record, Run, UserError, arms_table, collect, fill, marked, p_text,
-                  read_json, read_record, read_run, read_text, read_track, regions, runs_table, seconds_text, sha256,
-                  table, tokens_after, verdict_text, write_text)
+from runs import (MAX_JSON, MAX_LOG, NAME, REGION, Record, Run, UserError, arms_table, collect, fill, lost_runs, marked,
+                  p_text, read_json, read_record, read_run, read_text, read_track, regions, runs_table, seconds_text,
+                  sha256, table, tokens_after, verdict_text, write_text)
 from student import describe, interval, t_test
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +41,7 @@ RULE = "=" * 100 + "\n"                                  # ends each source at t
 HALF = "half a pair"                                     # begins the reason why such a run does not count
 LINE = re.compile(r"^step:(\d{1,12})/(\d{1,12}) (train|val)_loss:(\S{1,40}) train_time:(\d{1,15})ms "
                   r"step_avg:(\d{1,15}\.\d\d)ms$", re.M)
+
 
 # -----------------------------------------------------------------------------
 # Checking
@@ -188,7 +189,7 @@ def check_data(record: Record) -> list[str]:
             problems.append(f"{name} was validated on {tokens} tokens, the track says {track['val_tokens']}")
         problems += [f"{name} {problem}" for problem in [data_problem(record, info)] if problem]
     hashes = {json.dumps(base_names(run.info.get("data_sha256")), sort_keys=True) for run in record.runs if run.counted}
-    if track and not problems and len(hashes) > 1:
+    if not problems and len(hashes) > 1:
         problems.append("the runs were validated on different files: " + " and ".join(sorted(hashes))[:200])
     return problems
 
@@ -568,6 +569,7 @@ def new(args) -> int:
             add_run(folder, ledger, run)
         copies = [read_run(folder / entry["folder"], arm=run.arm, counted=run.counted, why=run.why)
                   for entry, run in zip(ledger["runs"], runs)]
+        ledger["runs"] += lost_runs(args.runs)
         record = Record(folder, ledger, copies, track)
         losses = [run.loss for run in record.of_arm(record.main)]
         if not losses:
@@ -592,7 +594,8 @@ def add_run(folder: Path, ledger: dict, run: Run):
     slug = re.sub(r"[^A-Za-z0-9.]+", "_", run.arm).strip("_.")[:60] or "arm"
     source = run.folder / run.info["script"]
     if not source.is_file():             # in a record or comparison the script is kept once for all runs
-        source = read_record(run.folder.parent).script(run.arm.split(" ")[-1])
+        record = read_record(run.folder.parent)
+        source = record.script(next(kept.arm for kept in record.runs if kept.folder == run.folder))
     if sha256(source) != run.info["source_sha256"]:
         raise UserError(f"{source} is not the script that {run.folder} ran (its sha256 differs)")
     kernels = source.with_name("triton_kernels.py")

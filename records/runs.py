@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -233,8 +233,7 @@ def collect(paths: list[Path]) -> list[Run]:
     for path in paths:
         if (path / "runs.json").is_file():
             record = read_record(path)
-            prefix = f"{path.resolve().name} " if len(paths) > 1 else ""
-            runs += [Run(run.folder, run.info, prefix + run.arm, run.counted, run.why) for run in record.runs]
+            runs += [replace(run, arm=arm_label(path, run.arm, paths)) for run in record.runs]
         else:
             found = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
             loose += [read_run(folder) for folder in found[:MAX_RUNS]]
@@ -246,9 +245,20 @@ def collect(paths: list[Path]) -> list[Run]:
     for run in loose:                    # named by what differs: script, source, flags
         stem, source, flags = kinds[run.folder]
         words = [stem, source[:6] if sources[stem] > 1 else "", *(flag for flag in flags if flag not in shared)]
-        why = "" if run.finished else run.info["status"]
-        runs.append(Run(run.folder, run.info, " ".join(filter(None, words)), run.finished, why))
+        why = "" if run.finished else f"{run.info['status']} {str(run.info.get('error', ''))[:150]}".strip()
+        runs.append(replace(run, arm=" ".join(filter(None, words)), counted=run.finished, why=why))
     return runs
+
+
+def arm_label(path: Path, arm: str, paths: list[Path]) -> str:
+    """The name of an arm of the record `path` among several paths."""
+    return f"{path.resolve().name} {arm}" if len(paths) > 1 else arm
+
+
+def lost_runs(paths: list[Path]) -> list[dict]:
+    """The entries of ledgers among the paths whose runs were started and left nothing."""
+    return [entry | {"arm": arm_label(path, entry["arm"], paths)} for path in paths if (path / "runs.json").is_file()
+            for entry in read_record(path).ledger["runs"] if entry.get("folder") is None]
 
 
 # -----------------------------------------------------------------------------

@@ -723,6 +723,33 @@ def test_replay_says_whether_the_loss_comes_out_and_what_differs(toy_track, tool
     assert code == 2 and "losses on different texts cannot be compared" in errors[0]
 
 
+def test_a_shortened_replay_takes_the_shortened_reference(toy_track, tool):
+    for seed in (0, 1):
+        subprocess.run([sys.executable, "train_toy.py", "--state=count", f"--seed={seed}",
+                        "--lr=1.1", "--out_dir=short"])
+    for path in Path("short").glob("*/run.json"):
+        edit(path, lambda info: info["config"].update(num_iterations=10) or info.update(tokens_seen=10 * 512))
+    tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3], "short")
+    code, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--num_iterations=10")
+    assert code == 0 and "--lr=1.1" in out and "by the record's 2" in out
+    code, _, errors = tool("replay", toy_track / "2026-12-01_Toy", "--num_iterations=15")
+    assert code == 2 and "reference runs of 10, 20 iterations only" in errors[0]
+
+
+def test_a_record_of_a_comparison_keeps_the_runs_that_left_nothing(toy_track, tool):
+    command = ["compare", "train_toy.py", "--b_flags=--lr=1.1", "--n=2", "--state=state", "--refuse_at=1", "--out=here"]
+    assert [tool(*command)[0] for _ in range(2)] == [2, 0]
+    assert tool("new", "Pairs", "--track=track_1_small", "--date=2026-12-01", "here")[0] == 0
+    folder = toy_track / "2026-12-01_Pairs"
+    ledger = json.loads((folder / "runs.json").read_text())
+    assert [run["folder"] for run in ledger["runs"]].count(None) == 1 and len(ledger["runs"]) == 6
+    assert {path.parent.name for path in folder.glob("*/train_toy.py")} == {"B"} and (folder / "train_toy.py").is_file()
+    path = folder / "README.md"
+    assert "exit code 1" in path.read_text() and "half a pair" in path.read_text()
+    path.write_text(path.read_text().replace("TODO", ""))
+    assert tool("check", folder, "--no_guard")[::2] == (0, [])
+
+
 def test_board_and_pictures(toy_track, tool):
     tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
     assert tool("board")[0] == 0
