@@ -310,8 +310,7 @@ def launch(script: Path, flags: list[str], ranks: int, out_dir: Path) -> tuple[i
 
 
 def compare(args, flags: list[str]) -> int:
-    """Alternates two scripts, or one with two sets of flags; the ledger is written as it goes, the verdict at the end.
-    """
+    """Alternates A and B; writes the ledger as it goes and the verdict at the end."""
     plan = comparison_plan(args, flags)
     key = json.dumps([[sha256(path), path.name, arm_flags] for path, arm_flags in plan.values()] + [args.ranks])
     stems = dict.fromkeys(path.stem for path, _ in plan.values())
@@ -428,6 +427,8 @@ def log_hashes(folder: Path) -> dict[str, str]:
 
 def replay(args, flags: list[str]) -> int:
     """Runs a record's own script with its own flags here, and says how loss and time compare."""
+    if args.n < 1:
+        raise UserError(f"--n={args.n} must be at least 1")
     record = read_record(args.record)
     arm = shortened_arm(record, args.num_iterations) if args.num_iterations else record.main
     runs, script = record.of_arm(arm), record.script(arm)
@@ -514,8 +515,9 @@ def read_archive() -> list[tuple[dict, list[Record]]]:
     """Each track with its records, newest first."""
     tracks = []
     for path in sorted(HERE.glob("track_*/track.json")):
-        folders = sorted((p.parent for p in path.parent.glob("*/runs.json")), reverse=True)
-        tracks.append((read_track(path.parent), [read_record(folder) for folder in folders]))
+        records = [read_record(found.parent) for found in path.parent.glob("*/runs.json")]
+        records.sort(key=lambda record: (record.folder.name[:10], record.runs[0].info["started"]), reverse=True)
+        tracks.append((read_track(path.parent), records))
     return tracks
 
 
@@ -560,7 +562,7 @@ def new(args) -> int:
     final = track_folder / f"{date}_{args.name}"
     if final.exists():
         raise UserError(f"{final} exists; choose another NAME, or remove it")
-    previous = next((p.parent for p in sorted(track_folder.glob("*/runs.json"), reverse=True)), None)
+    previous = next((record for other, records in read_archive() if other == track for record in records), None)
     with tempfile.TemporaryDirectory(dir=track_folder, prefix=".new_") as temporary:
         folder = Path(temporary) / final.name
         folder.mkdir()
@@ -581,7 +583,7 @@ def new(args) -> int:
                 marked("tables"), "## Setup", marked("setup")]
         if previous and (diff := script_diff(previous, record)):
             write_text(folder / "changes.diff", diff)
-            text.insert(3, f"The change of the script since {previous.name} is in `changes.diff`.")
+            text.insert(3, f"The change of the script since {previous.folder.name} is in `changes.diff`.")
         write_text(folder / "README.md", fill("\n\n".join(text) + "\n", regions(record)))
         os.rename(folder, final)
     print(f"{final}: {len(runs)} runs, a {ledger['claim']}; write its README's TODO lines, then records.py check "
@@ -613,12 +615,11 @@ def add_run(folder: Path, ledger: dict, run: Run):
                            "why": run.why, "sha256": log_hashes(folder / name)})
 
 
-def script_diff(previous: Path, record: Record) -> str:
+def script_diff(previous: Record, record: Record) -> str:
     """Unified diff of the main scripts of two records, or nothing."""
-    old, new = read_record(previous), record.script(record.main)
-    old = old.script(old.main)
-    return "".join(difflib.unified_diff(*(read_text(path, MAX_JSON).splitlines(keepends=True) for path in (old, new)),
-                                        f"{previous.name}/{old.name}", f"{record.folder.name}/{new.name}"))
+    scripts = [old.script(old.main) for old in (previous, record)]
+    return "".join(difflib.unified_diff(*(read_text(path, MAX_JSON).splitlines(keepends=True) for path in scripts),
+                                        *(f"{path.parent.name}/{path.name}" for path in scripts)))
 
 
 # -----------------------------------------------------------------------------
@@ -673,7 +674,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name, summary, story="", run=None):
-        made = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {story}",
+        stop = "" if summary.endswith("?") else "."
+        made = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}{stop} {story}",
                                    allow_abbrev=False)
         made.set_defaults(run=run)
         return made.add_argument
@@ -757,7 +759,8 @@ def main() -> int:
         print(f"records.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("records.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print("records.py: interrupted" + "; the same command goes on from here" * ("compare" in sys.argv),
+              file=sys.stderr)
         return 130
 
 

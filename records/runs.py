@@ -390,7 +390,9 @@ def verdict_text(record: Record) -> str:
 def verdict(what: str, differences: list[float], relative: bool, p: float) -> str:
     """One line on the differences B - A of pairs, of logarithms if `relative`; lower is better."""
     def show(value):
-        return f"{100 * math.expm1(min(value, 50)):+.2f} %" if relative else f"{value:+.4f}"
+        if relative and value > math.log(10):
+            return f"{math.exp(value):.3g}-fold" if value < math.log(1e6) else "more than a million-fold"
+        return f"{100 * math.expm1(value):+.2f} %" if relative else f"{value:+.4f}"
     n, mean, sd = describe(differences)
     low, high = interval(differences, 1 - p)
     found = t_test(differences, sides=2)
