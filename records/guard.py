@@ -110,16 +110,17 @@ def write_shards(folder: Path) -> np.ndarray:
 def train(module, flags: list[str], folder: Path) -> SimpleNamespace:
     """Runs main() with the flags; its run.json, its log, its checkpoint folder and the bytes of the weights."""
     argv, sys.argv = sys.argv, [module.__name__, *flags]
-    known, output, curves = set(folder.glob("logs/*")), io.StringIO(), sys.modules.get("matplotlib")
+    known, output, hidden = set(folder.glob("logs/*")), io.StringIO(), "matplotlib" not in sys.modules
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    sys.modules["matplotlib"] = None                # a second less: without it a run draws no curve
+    if hidden:
+        sys.modules["matplotlib"] = None            # a second less: without it a run draws no curve
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = module.main()
     finally:
         sys.argv = argv
-        del sys.modules["matplotlib"]
-        sys.modules |= {"matplotlib": curves} if curves else {}
+        if hidden:
+            del sys.modules["matplotlib"]
         for name, handler in handlers.items():
             signal.signal(name, handler)
     need(code == 0, f"a small run ends with exit code {code}: {' '.join(output.getvalue().split())[-200:]}")

@@ -716,7 +716,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--a_flags", default="", help='flags of A only, as in --a_flags="--lr=0.8 --cooldown=0.5"')
     add("--b_flags", default="", help="flags of B only")
     add("--noise", action="store_true", help="run A against itself: what differences are noise here?")
-    add("--p", type=float, default=0.01, help="level of the tests (default: %(default)s)")
+    add("--p", type=float, default=0.05, help="level of the tests: how often equal scripts may look different; for a "
+        "claim take 0.01 (default: %(default)s)")
     add("--ranks", type=int, default=1, help="GPUs for each run, through torchrun (default: %(default)s)")
     add("--out", type=Path, metavar="FOLDER", help="where the comparison goes (default: logs/compare_...)")
 
