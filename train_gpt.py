@@ -11,7 +11,7 @@ Result on one H200, development text (torch 2.11, records/track_0_dev): 3.897 in
 The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
 embeddings) beside a small transformer, NorMuon for matrices and Adam for tables, everything growing in stages.
 Facts and figures come from the public NanoGPT speedrun (KellerJordan/modded-nanogpt, record 89; "#n" below is its
-record n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Optimizer.step, train.
+record n, "PR n" its pull request n). Read in this order: the tables, GPT.hidden, Optimizer.step, train.
 
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
