@@ -1,6 +1,6 @@
 """The training scripts as a family: what is equal is equal byte for byte and says so, and all keep one contract.
 
-Against: the sections between the banners of train_*.py, drifts planted in them, and the list of flags in test_config.py.
+Against: the sections between the banners of train_*.py, drifts planted in them, the list of flags in test_config.py.
 A section tagged "same in every train_*.py" is edited in train_gpt.py and copied: python tests/test_family.py --write.
 Run: python -m pytest tests/test_family.py
 """
