@@ -6,11 +6,12 @@ Run: python -m pytest tests/test_family.py
 """
 import difflib
 import importlib
+import json
 import math
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 from conftest import BOS, ROOT, SCRIPTS, VOCAB
@@ -91,6 +92,7 @@ def test_flags_and_presets(script):
     for cfg in script.PRESETS.values():
         script.check_config(cfg)
         assert script.stage_index(cfg, cfg.total_steps - 1) == len(cfg.stages) - 1
+        assert script.config_from_dict(json.loads(json.dumps(asdict(cfg)))) == cfg
 
 
 def test_logits_loss_and_decoding(script):
