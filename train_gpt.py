@@ -15,6 +15,9 @@ record n, "PR n" its pull request n). Read in this order: the tables, GPT.hidden
 
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
+# -----------------------------------------------------------------------------
+# Imports (same in every train_*.py)
+
 import base64
 import errno
 import glob
@@ -217,7 +220,7 @@ PRESETS = {
 }
 
 # -----------------------------------------------------------------------------
-# Command line
+# Command line (same in every train_*.py)
 
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
@@ -332,7 +335,7 @@ def help_text() -> str:
     return "\n".join(text)
 
 # -----------------------------------------------------------------------------
-# Data
+# Data (same in every train_*.py)
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
@@ -503,7 +506,7 @@ def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 # -----------------------------------------------------------------------------
-# Model
+# Model (same in every train_*.py)
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without gain."""
@@ -843,7 +846,7 @@ class GPT(nn.Module):
         return sum(bank.numel() for bank in banks)
 
 # -----------------------------------------------------------------------------
-# Decoding
+# Decoding (same in every train_*.py)
 
 class Cache:
     """What the next token of each row needs of those before it; made by GPT.new_cache, changed by GPT.decode.
@@ -939,7 +942,7 @@ class Rows:
         return y.transpose(1, 2).flatten(0, 1)
 
 # -----------------------------------------------------------------------------
-# Optimizer
+# Optimizer (same in every train_*.py)
 
 # Polar Express (arXiv 2505.16932): five quintic steps towards the nearest orthogonal matrix, safety factor 0.02
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -1107,7 +1110,7 @@ class Optimizer:
 ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
 
 # -----------------------------------------------------------------------------
-# Schedule (pure functions of the step)
+# Schedule: pure functions of the step (same in every train_*.py)
 
 def stage_index(cfg: Hyperparameters, step: int) -> int:
     """Row of the stage table that a step belongs to."""
@@ -1144,7 +1147,7 @@ def is_tied(cfg: Hyperparameters, step: int) -> bool:
     return step <= round(cfg.untie * cfg.num_iterations) // 2 * 2 + 1
 
 # -----------------------------------------------------------------------------
-# Setup and logging
+# Setup and logging (same in every train_*.py)
 
 # dense bf16 peaks in FLOP/s by a part of the device's name, from the vendor's datasheets; MFU is n/a for others
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
@@ -1373,7 +1376,7 @@ def write_atomically(path: Path, content: bytes):
     os.replace(temporary, path)
 
 # -----------------------------------------------------------------------------
-# Checkpoint
+# Checkpoint (same in every train_*.py)
 
 def save_checkpoint(run: Run, model: GPT, step: int, tokenizer: bytes) -> Path | None:
     """Writes checkpoint/step_<n> of the run (model.safetensors, meta.json, tokenizer.json), then the file `latest`."""
@@ -1412,7 +1415,7 @@ def config_from_dict(values: dict) -> Hyperparameters:
     return cfg
 
 # -----------------------------------------------------------------------------
-# Training and validation
+# Training and validation (same in every train_*.py)
 
 def digest(tensors: dict[str, Tensor]) -> dict[str, int]:
     """A 64-bit sum per tensor that changes with any bit of it, computed where the tensor lies."""
@@ -1610,7 +1613,7 @@ def main() -> int:
             dist.destroy_process_group()
 
 # -----------------------------------------------------------------------------
-# Kernels (appendix)
+# Kernels: appendix (same in every train_*.py)
 
 BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
 
