@@ -1474,7 +1474,7 @@ def run_identity(cfg: Hyperparameters, tokenizer: bytes, **shards: list[Shard]) 
 def share_rows(optimizer: Optimizer, name: str) -> int:
     """Rows of a tensor of run_state of which each rank holds a share; 0 if each rank holds all of it."""
     param, _, key = name.partition(".")
-    if optimizer.world_size == 1 or key in ("", "count") or PARAMETERS[param].shared == "all":
+    if key in ("", "count") or optimizer.world_size == 1 or PARAMETERS[param].shared == "all":
         return 0
     return optimizer.params[param].numel() // optimizer.whole[param][0].numel()
 

@@ -42,7 +42,7 @@ def main():
     model.set_stage(stage)
     step = round(cfg.stages[stage].until * cfg.num_iterations) - STEPS
     loader = train_gpt.training_batches(cfg, shards, 0, 1, slots)
-    batches = next(loader)
+    batches, _ = next(loader)
     batches = (batches * 8)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
     started = time.perf_counter()
     for i in range(4):

@@ -55,10 +55,10 @@ def finished(data, tmp_path_factory):
     tokens = torch.cat([torch.tensor([256]), torch.arange(97, 122)]).repeat(4)
     captured, save, console = {}, train_gpt.save_checkpoint, []
 
-    def save_checkpoint(run, model, *rest):
+    def save_checkpoint(run, model, *rest, **more):
         with torch.no_grad():
             captured.update(logits=model(tokens), cfg=model.cfg)
-        return save(run, model, *rest)
+        return save(run, model, *rest, **more)
     patch.setattr(train_gpt, "save_checkpoint", save_checkpoint)
     patch.setattr(sys, "argv", ["train_gpt.py", *small_flags(data, out_dir=logs, num_iterations=STEPS, val_every=20)])
     patch.setattr("builtins.print", lambda *args, **_: console.append(" ".join(map(str, args))))
