@@ -350,7 +350,7 @@ class Shard:
     bos_id: int
     width: int                           # bytes per token
     tokenizer: str                       # sha256 of its tokenizer.json
-    modified: int                        # when it was last written to, in ns
+    modified: int                        # when it was last written to
 
     def read(self) -> np.ndarray:
         """(num_tokens,) uint16 or uint32, mapped from the file; raises RankError if it is not what it was."""
@@ -365,8 +365,7 @@ def read_header(path: str) -> Shard:
     """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
     again = "make or download it again (python data/fineweb.py or python data/text.py)"
     try:
-        size, modified = os.path.getsize(path), os.stat(path).st_mtime_ns
-        header = np.fromfile(path, "<i4", HEADER_BYTES // 4)
+        size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {again}") from None
     if size < HEADER_BYTES or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -378,7 +377,8 @@ def read_header(path: str) -> Shard:
     if num_tokens < 1 or size != HEADER_BYTES + num_tokens * width:
         raise UserError(f"{path} promises {num_tokens} tokens but holds {(size - HEADER_BYTES) // width}; {again}")
     tokenizer = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
-    return Shard(path, num_tokens, int(header[3]) or 50257, int(header[4]) or 50256, width, tokenizer, modified)
+    return Shard(path, num_tokens, int(header[3]) or 50257, int(header[4]) or 50256, width, tokenizer,
+                 os.stat(path).st_mtime_ns)
 
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
@@ -415,10 +415,8 @@ def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
     return longest
 
 def documents(shards: list[Shard], token: int = 0):
-    """Yields (ids, start, end) of every document in order; of one cut by a shard border the rest is left out.
-
-    token: where to begin in the first shard.
-    """
+    """Yields (ids, start, end) of every document in order, from a token of the first shard on; of one cut by a shard
+    border the rest is left out."""
     for shard in shards:
         ids, start, begin, token = shard.read(), None, token, 0
         for low in range(begin, len(ids), 1 << 22):                 # indexes a few million tokens at a time
@@ -1270,15 +1268,15 @@ def first_rank(machine: Machine, function):
 class Run:
     """The run folder: log.txt, run.json, the source, the curve, checkpoints. Written as the run goes, by rank 0.
 
-    A run that goes on from a checkpoint (its folder and meta.json) does so in the folder it had.
+    A run that goes on from a checkpoint (folder and meta.json) keeps its folder.
     """
 
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str], checkpoint: Path | None, meta: dict):
         self.cfg, self.machine, self.master, self.live = cfg, machine, machine.rank == 0, False
         self.history, self.tokens_seen = [tuple(point) for point in meta.get("history", ())], meta.get("tokens_seen", 0)
-        self.train_losses, self.wrote = [], 0.0
-        self.saved, self.writing, self.writer = checkpoint, None, ThreadPoolExecutor(1)
-        script = Path(__file__)
+        self.train_losses, self.wrote, self.writer, self.saved = [], 0.0, ThreadPoolExecutor(1), checkpoint
+        self.writing = self.writer.submit(lambda: None)             # the last checkpoint, or one being written
+        script, now = Path(__file__), time.strftime("%Y-%m-%dT%H:%M:%S%z")
         name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{os.urandom(3).hex()}"
         self.folder = checkpoint.parent.parent if checkpoint else Path(cfg.out_dir) / name
         first_rank(machine, self.open_folder)
@@ -1288,7 +1286,7 @@ class Run:
         self.info.pop("error", None)
         if checkpoint:
             write_atomically(self.folder / "checkpoint" / "latest", checkpoint.name.encode())
-            self.info["resumed"] = self.info.get("resumed", []) + [{"step": meta["step"], "at": now(), "argv": argv}]
+            self.info["resumed"] = self.info.get("resumed", []) + [{"step": meta["step"], "at": now, "argv": argv}]
         self.save(format=1, status="running", script=script.name, argv=argv, job=os.environ.get("TORCHELASTIC_RUN_ID"),
                   config=asdict(cfg), seed=cfg.seed, source_sha256=file_sha256(script),
                   git={"commit": command_output("git", "rev-parse", "HEAD"),
@@ -1296,7 +1294,7 @@ class Run:
                   versions={"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
                             "numpy": np.__version__}, device=machine.name, world_size=machine.world_size,
                   gpu=command_output("nvidia-smi", "--format=csv", "--query-gpu=name,driver_version,memory.total,"
-                                     "clocks.sm,clocks.mem,power.limit"), started=self.info.get("started", now()))
+                                     "clocks.sm,clocks.mem,power.limit"), started=self.info.get("started", now))
 
     def open_folder(self):
         """Makes what is not there yet of the folder, the log and the copies of the source; raises UserError."""
@@ -1309,8 +1307,7 @@ class Run:
                     shutil.copy(source, copy)
                     self.log_file.write(source.read_text() + "\n" + "=" * 100 + "\n")
         except OSError as error:
-            flag = f"--out_dir={self.cfg.out_dir}"
-            raise UserError(f"{flag} cannot be written ({error.strerror}); choose another") from None
+            raise UserError(f"--out_dir={self.cfg.out_dir} cannot be written ({error}); choose another") from None
 
     def save(self, **changes):
         """Updates run.json, so that it is whole at any moment; a full disk does not end the run."""
@@ -1364,7 +1361,7 @@ class Run:
 
     def give_up(self, text: str):
         """Raises FloatingPointError with the text and the last good checkpoint, after taking them down in run.json."""
-        self.wait()
+        self.writing.result()
         text += f"; last good checkpoint: {self.saved or 'none'}"
         self.save(status="diverged", error=text)
         raise FloatingPointError(text)
@@ -1373,17 +1370,11 @@ class Run:
         """Logs a validation, which is also when run.json is brought up to date and the ranks compare parameters."""
         self.need_finite(val_loss, f"the validation loss of step {step}", model)
         sums = everyone(self.machine, digest(dict(model.named_parameters())) if self.machine.world_size > 1 else {})
-        for rank, name in ((rank, name) for name in sums[0] for rank in range(len(sums))):
-            if sums[rank][name] != sums[0][name]:
-                self.give_up(f"after step {step} rank {rank} has another {name} than rank 0; suspect its machine")
+        if other := [(name, rank) for name in sums[0] for rank, own in enumerate(sums) if own[name] != sums[0][name]]:
+            self.give_up("after step {}, {} of rank {} is not that of rank 0; suspect its machine".format(step, *other[0]))
         self.history.append((step, clock.seconds, val_loss))
         self.print(f"step:{step}/{self.cfg.total_steps} val_loss:{val_loss:.6f} {train_time(clock.seconds, step)}")
         self.save(train_time_ms=round(1000 * clock.seconds))
-
-    def wait(self):
-        """Waits until nothing is being written."""
-        if self.writing:
-            self.writing.result()
 
     def finish(self, status: str, step: int, clock, shards: list[Shard]):
         """The last lines of the log, the curve, and the final run.json."""
@@ -1417,10 +1408,6 @@ class Run:
             axis.legend()
         figure.suptitle(f"{Path(__file__).stem}: validation loss {val[-1, 2]:.4f} after {val[-1, 0]:.0f} steps")
         FigureCanvasSVG(figure).print_svg(self.folder / "curve.svg")
-
-def now() -> str:
-    """Date and time for run.json."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 def train_time(seconds: float, step: int) -> str:
     """The last two fields of a log line."""
@@ -1461,15 +1448,16 @@ def write_atomically(path: Path, content: bytes):
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 # what may be another one when a run goes on: it changes no more than rounding, what is written, or where the run ends
-FREE = {"micro_batch_tokens", "stop_after", "val_every", "device", "attention", "kernels", "compile", "compile_cache",
-        "out_dir", "save_every", "keep", "resume", "resume_override"}
+FREE = ("micro_batch_tokens", "stop_after", "val_every", "device", "attention", "kernels", "compile", "compile_cache",
+        "out_dir", "save_every", "keep", "resume", "resume_override")
 
 def run_identity(cfg: Hyperparameters, tokenizer: bytes, **shards: list[Shard]) -> dict:
-    """What makes the run the run it is, as plain JSON: flags, source, tokenizer, and shards by name and tokens."""
+    """What makes the run the run it is, as plain JSON: flags, shards by name and tokens, tokenizer and source."""
     flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
     files = {flag: [(Path(shard.path).name, shard.num_tokens) for shard in group] for flag, group in shards.items()}
-    made = {"source": file_sha256(__file__), "tokenizer": hashlib.sha256(tokenizer).hexdigest()}
-    return json.loads(json.dumps(flags | made | files))
+    return json.loads(json.dumps(flags | files | {
+        "source": file_sha256(__file__), "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "shard_times": [shard.modified for group in shards.values() for shard in group]}))
 
 def share_rows(optimizer: Optimizer, name: str) -> int:
     """Rows of a tensor of run_state of which each rank holds a share; 0 if each rank holds all of it."""
@@ -1554,7 +1542,7 @@ def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, step: int, clock
     """
     clock.synchronize()
     begin = time.perf_counter()
-    run.wait()                           # never two at a time
+    run.writing.result()                 # never two at a time
     finite = all(torch.isfinite(param).all() for param in model.parameters())
     run.need_finite(0.0 if finite else math.nan, f"a parameter after step {step}", model)
     everything = everything and all(param.grad is None for param in model.parameters())
@@ -1608,8 +1596,8 @@ def find_fault(folder: Path, meta: dict, num_steps: int) -> str:
         return f"it has no {FILES[1]}, which needs --save_every and an even step, or a signal"
     return "" if (folder.parent.parent / "run.json").is_file() else "it is not in the folder of a run"
 
-def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, identity: dict, modified: list,
-                    restarted: bool) -> tuple[Path | None, dict, list[str]]:
+def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, identity: dict, restarted: bool
+                    ) -> tuple[Path | None, dict, list[str]]:
     """(folder, its meta.json, lines for the log) of the checkpoint to go on from; (None, {}, lines) for a new run.
 
     Raises UserError if there is none, or if flags, shards or source are not those of its run.
@@ -1618,7 +1606,7 @@ def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, ident
     if run is None:
         return None, {}, [f"{flag}: no unfinished run with a checkpoint in {cfg.out_dir}; a new run"] * bool(cfg.resume)
     latest = run / "checkpoint" / "latest"
-    newest = latest.read_text() if latest.is_file() else "step_~"   # comes after all numbers
+    newest = latest.is_file() and latest.read_text(errors="replace") or "step_~"    # comes after all numbers
     folders = [run] if run.parent.name == "checkpoint" else run.glob("checkpoint/step_*")
     for folder in sorted((folder for folder in folders if folder.name <= newest), reverse=True):
         meta = read_json(folder / "meta.json")
@@ -1630,12 +1618,11 @@ def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, ident
     before = meta["identity"]
     changed = {name: f"{name} was {before.get(name)!s:.80}, now {identity.get(name)!s:.80}"
                for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)}
-    if refused := [text for name, text in changed.items() if name not in cfg.resume_override.split(",")]:
+    allowed = {*cfg.resume_override.split(","), "shard_times"}      # they may have been copied
+    if refused := [text for name, text in changed.items() if name not in allowed]:
         raise UserError(f"{flag}: {folder} is of another run: {'; '.join(refused)}; put it back or add "
-                        f"--resume_override={','.join(changed)}")
-    if meta.get("modified") != modified:
-        notes.append("shards were written to since the checkpoint; the run is the same only if their tokens are")
-    return folder, meta, notes + [f"--resume_override: {text}" for text in changed.values()]
+                        f"--resume_override={','.join(changed.keys() - {'shard_times'})}")
+    return folder, meta, notes + [f"changed: {text}" for text in changed.values()]
 
 def config_from_dict(values: dict) -> Hyperparameters:
     """Hyperparameters from the `config` of a checkpoint's meta.json; raises UserError on unknown or missing fields."""
@@ -1760,10 +1747,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     micro_slots, plan = memory_plan(cfg, machine)
 
     identity = run_identity(cfg, tokenizer, train_files=train_shards, val_files=val_shards)
-    modified = [shard.modified for shard in train_shards + val_shards]
     restarted = max(everyone(machine, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0
-    origin, meta, notes = first_rank(
-        machine, lambda: find_checkpoint(cfg, argv, num_steps, identity, modified, restarted))
+    origin, meta, notes = first_rank(machine, lambda: find_checkpoint(cfg, argv, num_steps, identity, restarted))
 
     run = Run(cfg, machine, argv, origin, meta)
     if run.master:                       # so that a record can be held to its track's validation data
@@ -1807,8 +1792,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     loader = prefetch(training_batches(cfg, train_shards, machine.rank, machine.world_size, micro_slots, done, place))
 
     def save(everything):
-        save_checkpoint(run, model, optimizer, done, clock, tokenizer, everything, place=place, identity=identity,
-                        modified=modified)
+        save_checkpoint(run, model, optimizer, done, clock, tokenizer, everything, place=place, identity=identity)
     stop, due, last_save = False, False, time.monotonic()
     pending = None                       # the loss of the last step, read one step late so that nothing waits
     while done < num_steps and not (stop and done % 2 == 0):        # even: no gradient waits for Adam's next step
@@ -1841,7 +1825,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     finished = done == num_steps
     if saved != done:                    # before the evaluation can fail
         save(everything=not finished or every > 0)
-    run.wait()
+    run.writing.result()
     written = not run.master or run.saved is not None and run.saved.name == f"step_{done:06d}"
     if finished:
         if done == cfg.total_steps:
@@ -1871,7 +1855,7 @@ def watch_signals(run: Run) -> tuple[threading.Event, threading.Event]:
         stopping.set()
         if run.machine.world_size > 1 and not agreed.wait(GRACE_SECONDS):
             name_lost_ranks()
-            run.wait()
+            run.writing.result()
             os._exit(1)
     os.set_blocking(writer, False)
     for name in (signal.SIGINT, signal.SIGTERM):

@@ -411,7 +411,7 @@ def test_what_save_checkpoint_writes_loads(tmp_path):
     run = train_gpt.Run(replace(CFG, out_dir=str(tmp_path)), machine, [], None, {})
     run.history.append((0, 0.0, 5.5))
     train_gpt.save_checkpoint(run, model, None, CFG.num_iterations, train_gpt.Clock(machine), tokenizer_file(), False)
-    run.wait()
+    run.writing.result()
     folder = run.saved
     assert sample.find_checkpoint(tmp_path) == folder
     loaded, _, meta = sample.load_checkpoint(folder, "cpu")
