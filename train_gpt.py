@@ -212,7 +212,8 @@ class Hyperparameters:
 
 PRESETS = {
     "speedrun": Hyperparameters(),       # track 1, on eight GPUs
-    "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5),     # on one
+    "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5,      # on one
+                              candidates=16_384),
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=131_072,
         val_stream_tokens=8192, slot_tokens=1024, num_iterations=110, val_every=50, stages=TINY_STAGES,
@@ -294,6 +295,8 @@ def check_config(cfg: Hyperparameters):
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
     need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
          f"must be at least 12 and hold an even number of heads of --head_dim={cfg.head_dim}")
+    need(lambda count: count == 0 or count >= cfg.slot_tokens, "candidates",
+         f"must be 0 or at least --slot_tokens={cfg.slot_tokens}, so that all targets fit")
     need(lambda tokens: tokens % cfg.slot_tokens == 0, "micro_batch_tokens",
          f"must be a multiple of --slot_tokens={cfg.slot_tokens}")
     for i, stage in enumerate(cfg.stages):
@@ -876,7 +879,8 @@ class Cache:
         self.rows = torch.arange(batch, device=like.device)[:, None]
         self.position = torch.zeros(batch, dtype=torch.int64, device=like.device)   # of each row's next token
         self.start = torch.zeros_like(self.position)                                # of its document
-        head = cfg.num_heads, cfg.head_dim
+        head, power = (cfg.num_heads, cfg.head_dim), cfg.head_dim & (cfg.head_dim - 1) == 0
+        self.kernels = cfg.kernels and like.is_cuda and triton_kernels is not None and power
         self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
         self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
         for i, matrices in model.matrices().items():
@@ -920,9 +924,9 @@ class Rows:
         starts = torch.where(tokens_BT == cache.bos_id, position, 0).cummax(1).values
         starts = torch.maximum(starts, cache.start[:, None])
         self.starts, self.position = starts.flatten(), (position - starts).flatten()
-        self.fresh = self.position == 0
-        self.slots, self.visible = {}, {}
-        for name, window in cache.windows.items():
+        self.fresh, self.kernel = self.position == 0, cache.kernels and T == 1
+        self.place, self.slots, self.visible = position, {}, {}
+        for name, window in () if self.kernel else cache.windows.items():
             held, first = cache.held(cache.rings[name], position[:, -1]), torch.maximum(starts, position - window)
             self.slots[name] = position % cache.rings[name]
             self.visible[name] = (held[:, None] <= position[:, :, None]) & (held[:, None] >= first[:, :, None])
@@ -941,22 +945,16 @@ class Rows:
 
     def attend(self, i: int, window: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output (B * T, H, D) of layer i, whose ring takes in the new keys and values."""
-        keys, values, visible = self.cache.keys[i], self.cache.values[i], self.visible[window]
+        keys, values = self.cache.keys[i], self.cache.values[i]
+        if self.kernel:
+            return triton_kernels.decode_attention(q, k, v, keys, values, self.place[:, 0], self.starts,
+                                                   self.cache.windows[window])
         q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))
         keys[self.cache.rows, self.slots[window]] = k
         values[self.cache.rows, self.slots[window]] = v
-        if self.shape[1] == 1 and torch.compiler.is_compiling():
-            return attend_one(q[:, 0], keys, values, visible[:, 0])
         q, k, v = (x.transpose(1, 2) for x in (q, keys, values))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=1.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.visible[window][:, None], scale=1.0)
         return y.transpose(1, 2).flatten(0, 1)
-
-def attend_one(q_BHD: Tensor, k_BRHD: Tensor, v_BRHD: Tensor, visible_BR: Tensor) -> Tensor:
-    """Attention output (B, H, D) of one query a row: sums that torch.compile turns into one pass over keys and one over
-    values, spread over the whole GPU. A fused kernel gives each head of a row one multiprocessor."""
-    scores = (q_BHD.float()[:, :, None] * k_BRHD.float().transpose(1, 2)).sum(-1)
-    weights = scores.masked_fill(~visible_BR[:, None], -math.inf).softmax(-1)
-    return (weights[..., None] * v_BRHD.float().transpose(1, 2)).sum(2).to(q_BHD.dtype)
 
 # -----------------------------------------------------------------------------
 # Optimizer
@@ -1371,7 +1369,7 @@ class Run:
         self.need_finite(val_loss, f"the validation loss of step {step}", model)
         sums = everyone(self.machine, digest(dict(model.named_parameters())) if self.machine.world_size > 1 else {})
         if other := [(name, rank) for name in sums[0] for rank, own in enumerate(sums) if own[name] != sums[0][name]]:
-            self.give_up("after step {}, {} of rank {} is not that of rank 0; suspect its machine".format(step, *other[0]))
+            self.give_up("after step {}, {} of rank {} is not that of rank 0; suspect that GPU".format(step, *other[0]))
         self.history.append((step, clock.seconds, val_loss))
         self.print(f"step:{step}/{self.cfg.total_steps} val_loss:{val_loss:.6f} {train_time(clock.seconds, step)}")
         self.save(train_time_ms=round(1000 * clock.seconds))

@@ -29,7 +29,7 @@ FLAGS = {
     "num_iterations": 300, "stop_after": 7, "val_every": 0, "stages": [STAGE], "final_windows": (100, 200),
     "cooldown": 0.5, "lr_floor": 0.0, "untie": 1.0,
     "layers": LAYERS, "model_dim": 1536, "head_dim": 64, "mlp_dim": 100, "gate_dim": 3, "bigram_rows": 77,
-    "bigram_signs": 5, "candidates": 900, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2,
+    "bigram_signs": 5, "candidates": 20_000, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2,
     "rope_base": 10_000.0,
     "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 10, "momentum_cooldown": 0.2,
     "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "compile": False, "compile_cache": "kept",

@@ -153,19 +153,6 @@ def test_a_step_reads_no_more_than_windows_and_text(model):
         assert max(keys.size(1) for keys in cache.keys.values()) <= most + 16
 
 
-def test_attention_of_one_query_is_the_softmax_of_what_is_visible():
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 4, 8, generator=generator)
-    k, v = torch.randn(2, 3, 20, 4, 8, generator=generator)
-    visible = torch.rand(3, 20, generator=generator) < 0.5
-    visible[0] = torch.arange(20) == 3
-    y = importlib.import_module("train_gpt").attend_one(q, k, v, visible)
-    for b in range(3):
-        scores = torch.einsum("hd,rhd->hr", q[b].double(), k[b].double()).masked_fill(~visible[b], -math.inf)
-        expected = torch.einsum("hr,rhd->hd", scores.softmax(1), v[b].double())
-        torch.testing.assert_close(y[b].double(), expected, atol=1e-6, rtol=1e-6)
-
-
 def test_in_bf16_decoding_is_as_exact_as_forward(model):
     tokens = random_tokens(200)
     exact = model(tokens)
@@ -180,7 +167,7 @@ def test_in_bf16_decoding_is_as_exact_as_forward(model):
 
 @pytest.mark.parametrize("script", sorted({script for script, _ in MODELS}))
 def test_a_step_compiles_to_one_graph(script):
-    """By torch.compile's front end alone; the attention of one query is another function there."""
+    """By torch.compile's front end alone."""
     model, tokens = random_model(script, "tiny"), random_tokens(2, 60)
     cache, calls = model.new_cache(2, 60, 1), []
 
