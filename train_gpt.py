@@ -5,15 +5,19 @@
     python train_gpt.py --preset=tiny                                     # three minutes on a laptop CPU
     cp train_gpt.py my_idea.py                                            # edit a table row, run both, compare the logs
 
-Result: 3.891 in 49.6 s on one H200 (development text, 121 steps, torch 2.11, n=3,
-records/track_0_dev/2026-11-21_FirstRuns). No run on eight GPUs or on FineWeb has been made yet.
+Result on one H200, development text (torch 2.11, records/track_0_dev): 3.897 in 27.3 s (--preset=single
+--num_iterations=250 --candidates=0, n=1), 3.917 in 24.3 s (with its sampled softmax, n=3), 3.891 in 49.6 s
+(--num_iterations=120, n=3). No run on eight GPUs or on FineWeb has been made yet.
 The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
 embeddings) beside a small transformer, NorMuon for matrices and Adam for tables, everything growing in stages.
 Facts and figures come from the public NanoGPT speedrun (KellerJordan/modded-nanogpt, record 89; "#n" below is its
-record n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Optimizer.step, train.
+record n, "PR n" its pull request n). Read in this order: the tables, GPT.hidden, Optimizer.step, train.
 
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
+# -----------------------------------------------------------------------------
+# Imports (same in every train_*.py)
+
 import base64
 import contextlib
 import errno
@@ -222,7 +226,7 @@ PRESETS = {
 }
 
 # -----------------------------------------------------------------------------
-# Command line
+# Command line (same in every train_*.py)
 
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
@@ -339,7 +343,7 @@ def help_text() -> str:
     return "\n".join(text)
 
 # -----------------------------------------------------------------------------
-# Data
+# Data (same in every train_*.py)
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
@@ -521,7 +525,7 @@ def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 # -----------------------------------------------------------------------------
-# Model
+# Model (same in every train_*.py)
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without gain."""
@@ -861,7 +865,7 @@ class GPT(nn.Module):
         return sum(bank.numel() for bank in banks)
 
 # -----------------------------------------------------------------------------
-# Decoding
+# Decoding (same in every train_*.py)
 
 class Cache:
     """What the next token of each row needs of those before it; made by GPT.new_cache, changed by GPT.decode.
@@ -957,7 +961,7 @@ class Rows:
         return y.transpose(1, 2).flatten(0, 1)
 
 # -----------------------------------------------------------------------------
-# Optimizer
+# Optimizer (same in every train_*.py)
 
 # Polar Express (arXiv 2505.16932): five quintic steps towards the nearest orthogonal matrix, safety factor 0.02
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -1125,7 +1129,7 @@ class Optimizer:
 ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
 
 # -----------------------------------------------------------------------------
-# Schedule (pure functions of the step)
+# Schedule: pure functions of the step (same in every train_*.py)
 
 def stage_index(cfg: Hyperparameters, step: int) -> int:
     """Row of the stage table that a step belongs to."""
@@ -1162,7 +1166,7 @@ def is_tied(cfg: Hyperparameters, step: int) -> bool:
     return step <= round(cfg.untie * cfg.num_iterations) // 2 * 2 + 1
 
 # -----------------------------------------------------------------------------
-# Setup and logging
+# Setup and logging (same in every train_*.py)
 
 # dense bf16 peaks in FLOP/s by a part of the device's name, from the vendor's datasheets; MFU is n/a for others
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
@@ -1442,7 +1446,7 @@ def write_atomically(path: Path, content: bytes):
     os.replace(temporary, path)
 
 # -----------------------------------------------------------------------------
-# Checkpoint
+# Checkpoint (same in every train_*.py)
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 # what may be another one when a run goes on: it changes no more than rounding, what is written, or where the run ends
@@ -1636,7 +1640,7 @@ def config_from_dict(values: dict) -> Hyperparameters:
     return cfg
 
 # -----------------------------------------------------------------------------
-# Training and validation
+# Training and validation (same in every train_*.py)
 
 def digest(tensors: dict[str, Tensor]) -> dict[str, int]:
     """A 64-bit sum per tensor that changes with any bit of it, computed where the tensor lies."""
@@ -1909,7 +1913,7 @@ def main() -> int:
             dist.destroy_process_group()
 
 # -----------------------------------------------------------------------------
-# Kernels (appendix)
+# Kernels: appendix (same in every train_*.py)
 
 BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
 
