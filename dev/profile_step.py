@@ -68,7 +68,7 @@ def main():
     loader = train_gpt.training_batches(cfg, shards, 0, 1, slots)
     batches = [next(loader) for _ in range(4)]
     loader_ms = 1000 * (time.perf_counter() - started) / 4          # of first-stage batches
-    batches = (batches[0] * 16)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
+    batches = (batches[0][0] * 16)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
 
     def train(i):                        # Adam works at odd steps
         train_gpt.training_step(forward, optimizer, batches, step + i, machine)

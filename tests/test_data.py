@@ -226,7 +226,8 @@ def numbered_shards(script, folder, sizes, per_shard=2):
 
 def plan(script, cfg, shards, world_size, micro_slots):
     """steps -> ranks -> micro-batches of (inputs, targets)."""
-    ranks = [list(script.training_batches(cfg, shards, rank, world_size, micro_slots)) for rank in range(world_size)]
+    ranks = [[batches for batches, _ in script.training_batches(cfg, shards, rank, world_size, micro_slots)]
+             for rank in range(world_size)]
     return list(zip(*ranks, strict=True))
 
 
@@ -280,8 +281,8 @@ def test_packing_follows_the_rule(script, packing):
 
 def test_training_and_stopping_early_read_the_same(script, packing):
     cfg, shards, _ = packing
-    first = [batch[0].tolist() for batch in next(script.training_batches(cfg, shards, 0, 1, 2))]
-    again = [batch[0].tolist() for batch in next(script.training_batches(cfg, shards, 0, 1, 2))]
+    first = [batch[0].tolist() for batch in next(script.training_batches(cfg, shards, 0, 1, 2))[0]]
+    again = [batch[0].tolist() for batch in next(script.training_batches(cfg, shards, 0, 1, 2))[0]]
     assert first == again
 
 

@@ -29,7 +29,7 @@ def recorded_main(argv, out):
 
     def recorded_batches(*args):
         for batch in original(*args):
-            batches.append(batch)
+            batches.append(batch[0])
             yield batch
 
     def recorded_step(self, number, apply):

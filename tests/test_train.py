@@ -60,10 +60,10 @@ def finished(request, data, tmp_path_factory):
     tokens = torch.cat([torch.tensor([256]), torch.arange(97, 122)]).repeat(4)
     captured, save, console = {}, script.save_checkpoint, []
 
-    def save_checkpoint(run, model, *rest):
+    def save_checkpoint(run, model, *rest, **more):
         with torch.no_grad():
             captured.update(logits=model(tokens), cfg=model.cfg)
-        return save(run, model, *rest)
+        return save(run, model, *rest, **more)
     patch.setattr(script, "save_checkpoint", save_checkpoint)
     flags = small_flags(data, out_dir=logs, num_iterations=STEPS, val_every=20)
     patch.setattr(sys, "argv", [f"{request.param}.py", *flags])
