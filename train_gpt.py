@@ -1623,7 +1623,7 @@ def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, ident
     allowed = {*cfg.resume_override.split(","), "shard_times"}      # they may have been copied
     if refused := [text for name, text in changed.items() if name not in allowed]:
         raise UserError(f"{flag}: {folder} is of another run: {'; '.join(refused)}; put it back or add "
-                        f"--resume_override={','.join(changed.keys() - {'shard_times'})}")
+                        f"--resume_override={','.join(sorted(changed.keys() - {'shard_times'}))}")
     return folder, meta, notes + [f"changed: {text}" for text in changed.values()]
 
 def config_from_dict(values: dict) -> Hyperparameters:
