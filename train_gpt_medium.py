@@ -25,6 +25,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -1779,6 +1780,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     if cfg.compile:
         warm_up(forward, optimizer, machine, micro_slots)
         run.print(f"compiled and warmed up in {clock.seconds:.1f} s; the initial state is back, bit for bit")
+    importlib.import_module("torch._dynamo")    # recomputation needs it, and would load it, in seconds, on the clock
     clock.stop()
     run.save(compile_seconds=round(clock.seconds, 1))
     graphs, clock = compiled_graphs(), Clock(machine)
