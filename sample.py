@@ -31,7 +31,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FORMAT = 1                                                          # of meta.json
-META_BYTES, TOKENIZER_BYTES, LATEST_BYTES = 1 << 20, 1 << 26, 256   # larger files are not what they should be
+META_BYTES, TOKENIZER_BYTES, LATEST_BYTES, PROMPTS_BYTES = 1 << 20, 1 << 26, 256, 1 << 26     # larger files are none
+# How the tokenizers of this project split text. Other patterns are refused: a regular expression can be made to run
+# for ever, and the engine behind tiktoken then ends the process.
+PATTERNS = ("", r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+PIECE = 1_000_000                                                   # letters; its stack ends at 3 million blanks
 TRAIN_FIRST = "train one with ./run.sh or python train_gpt.py --preset=tiny"
 OTHER = "choose another checkpoint with --checkpoint="
 BYTES_PROMPT, WORDS_PROMPT = "def ", "The"                          # the tiny preset learns Python, byte by byte
@@ -93,6 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "that name beside sample.py")
     add("--out_dir", type=Path, default=Path("logs"), metavar="FOLDER",
         help="where the runs are (default: %(default)s)")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:    # argparse may read it as a list
+        refuse(f"{empty[0]} has no value")
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -220,7 +227,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; never special ones, whatever it says."""
         if self.encoding:
-            return self.encoding.encode_ordinary(text)
+            pieces = (text[low:low + PIECE] for low in range(0, len(text), PIECE))
+            return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
         return [self.ids[bytes([byte])] for byte in text.encode()]
 
     def token_bytes(self, token: int) -> bytes:
@@ -233,8 +241,12 @@ def read_tokenizer(path: Path, meta: dict) -> Tokenizer:
     if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
         raise UserError(f"{file} is not the tokenizer that meta.json names by its sha256; copy there the "
                         "tokenizer.json of the shards that the model was trained on")
+    data = read_json(file, content)
+    if isinstance(pattern := data.get("pattern"), str) and pattern not in PATTERNS:
+        raise UserError(f"{file} splits text by {ascii(pattern)[:80]}, which is not among the PATTERNS of sample.py; put "
+                        "it there if you trust it")
     try:
-        return Tokenizer(read_json(file, content))
+        return Tokenizer(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is not a tokenizer ({error}); {OTHER}") from None
 
@@ -622,7 +634,11 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[str]:
     if not args.prompts_file:
         return [args.prompt or (WORDS_PROMPT if tokenizer.encoding else BYTES_PROMPT)]
     try:
-        lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+        with open(args.prompts_file, "rb") as file:
+            content = file.read(PROMPTS_BYTES + 1)
+        if len(content) > PROMPTS_BYTES:
+            raise UserError(f"--prompts_file={args.prompts_file} has more than {PROMPTS_BYTES} bytes; divide it")
+        lines = content.decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts_file={args.prompts_file} cannot be read ({error}); give a file of UTF-8 text, one "
                         "prompt a line") from None

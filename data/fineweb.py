@@ -335,7 +335,7 @@ def download(name, folder, source, pins, progress, stop):
     pins: name -> (sha256 it must have, who says so). Refused when it cannot be had, Stopped when `stop` is set.
     """
     part = folder / f".{name}.part"
-    if part.is_symlink():  # writing would follow it
+    if part.is_symlink() or part.is_fifo():  # writing would follow the one and wait for the other
         part.unlink()
 
     def attempt():
@@ -441,8 +441,8 @@ def look(path, entry, pin, rehash, stop):
 
     entry: what the manifest has on it, or None: then the file was put there by other means and is taken when sound.
     """
-    if not path.exists():
-        return None, ""
+    if not path.is_file():
+        return None, f"{path.name} is not a file" if path.exists() else ""
     try:
         if entry and not rehash:
             with open(path, "rb") as file:
@@ -711,6 +711,9 @@ def parse_arguments(argv):
     parser.add_argument("--jobs", type=int, metavar="N", default=8, help="downloads at a time (default 8)")
     parser.add_argument("--verify", action="store_true", help="compare every byte on disk with the manifest's sha256")
     parser.add_argument("--tokenize", action="store_true", help="make the shards here, from FineWeb's parquet files")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
+        fail(f"{empty[0]} has no value")
     args = parser.parse_args(argv)
     variant = VARIANTS[args.variant]
     if args.tokenize and not variant.parquet_repo:

@@ -801,10 +801,15 @@ def _publish(building, out_dir, manifest):
 # Command line
 
 
-def fail(message):
-    """Prints one line to stderr, which a terminal only shows whatever is in it, and ends with exit code 2."""
+def one_line(message):
+    """The message as a line that a terminal only shows, whatever a file or a flag put into it."""
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(message).split()))
-    print("text.py: " + (line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"), file=sys.stderr)
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
+
+def fail(message):
+    """Prints one line to stderr and ends with exit code 2."""
+    print(f"text.py: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -840,6 +845,9 @@ def parse_args(argv=None):
     add("--exclude", default="", metavar="REGEX", help="leave out files whose path contains this regular expression")
     add("--drop_duplicates", action="store_true", help="keep only one of identical documents")
     add("--force", action="store_true", help="build even if the result is there, or beside shards of another origin")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
+        fail(f"{empty[0]} has no value")
     args = parser.parse_args(argv)
     if args.processes is not None and args.processes < 1:
         fail(f"--processes={args.processes}: must be at least 1")
