@@ -243,8 +243,8 @@ def read_tokenizer(path: Path, meta: dict) -> Tokenizer:
                         "tokenizer.json of the shards that the model was trained on")
     data = read_json(file, content)
     if isinstance(pattern := data.get("pattern"), str) and pattern not in PATTERNS:
-        raise UserError(f"{file} splits text by {ascii(pattern)[:80]}, which is not among the PATTERNS of sample.py; put "
-                        "it there if you trust it")
+        raise UserError(f"{file} splits text by {ascii(pattern)[:80]}, which is not among the PATTERNS of sample.py; "
+                        "put it there if you trust it")
     try:
         return Tokenizer(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -35,6 +35,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 import zlib
 from collections import namedtuple
 from itertools import pairwise
@@ -643,8 +644,9 @@ def check_options(options):
         if not fine:
             raise InputError(f"--{name}={options[name]}: must be {rule}")
     try:
-        re.compile(options["exclude"])
-    except re.error as e:
+        with warnings.catch_warnings(action="ignore"):  # of sets that may mean something else some day
+            re.compile(options["exclude"])
+    except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"--exclude={options['exclude']}: not a regular expression ({e})") from None
 
 

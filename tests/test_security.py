@@ -11,7 +11,6 @@ Run: python -m pytest tests/test_security.py
 import ast
 import hashlib
 import importlib
-import io
 import json
 import pickle
 import re
@@ -42,9 +41,8 @@ with pytest.MonkeyPatch.context() as patch:
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle", "code",
            "codeop", "imp", "xmlrpc", "telnetlib", "torch.package", "torch.hub"}       # not even imported
 NAMES = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "builtins.compile",
-         "builtins.__import__", "importlib.import_module", "runpy.run_path", "runpy.run_module", "os.system", "os.popen",
-         "subprocess.getoutput", "subprocess.getstatusoutput", "subprocess.os.system", "yaml.load", "yaml.load_all",
-         "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader", "shutil.unpack_archive",
+         "builtins.__import__", "importlib.import_module", "runpy.run_path", "runpy.run_module", "os.system",
+         "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader", "shutil.unpack_archive",
          "tempfile.mktemp", "numpy.lib.format.read_array", "pandas.read_pickle", "torch.jit.load", "torch.load",
          "torch.utils.model_zoo.load_url", "torch.utils.cpp_extension.load", "ssl._create_unverified_context",
          *(f"os.exec{kind}" for kind in "l le lp lpe v ve vp vpe".split()),
@@ -116,7 +114,7 @@ class Scan(ast.NodeVisitor):
             module, _, function = name.rpartition(".")
             if LOADERS.fullmatch(module) and function in LOADING:
                 self.note(node, name)
-        elif name.split(".")[0] in MODULES or any(name == module or name.startswith(module + ".") for module in MODULES):
+        elif any((name + ".").startswith(module + ".") for module in MODULES):
             self.note(node, name)
         if name in NAMES and not (self.tests and name in ("compile", "exec", "importlib.import_module")):
             self.note(node, name)
@@ -168,7 +166,8 @@ class Scan(ast.NodeVisitor):
             value = said.get(keyword)
             if value is not None and not (isinstance(value, ast.Constant) and value.value is right):
                 self.note(node, f"{keyword}={ast.unparse(value)}")
-        if name in ("torch.load", "numpy.load", "subprocess.run", "subprocess.Popen") and None in said and not self.tests:
+        careful = name in ("torch.load", "numpy.load", "subprocess.run", "subprocess.Popen")
+        if careful and None in said and not self.tests:
             self.note(node, f"{name}(**{ast.unparse(said[None])})")     # who knows what is in there
         self.generic_visit(node)
 
@@ -202,29 +201,37 @@ def test_the_scan_sees_every_script():
 @pytest.mark.parametrize("source", [
     "import pickle", "import pickle as p\np.load(f)", "from pickle import loads as read\nread(b)", "import os, marshal",
     "def f():\n    import shelve", "__import__('pickle').loads(b)", "import importlib\nimportlib.import_module('dill')",
-    "from torch import load\nload(p)", "import torch\ntorch.load(p)", "import torch as t\nt.load(p, weights_only=False)",
+    "from torch import load\nload(p)", "import torch\ntorch.load(p)", 
+    "import torch as t\nt.load(p, weights_only=False)",
     "import torch\ntorch.load(p, weights_only=flag)", "import torch\ntorch.load(p, **options)",
     "import torch\nread = torch.load\nread(p, weights_only=True)", "import torch\ngetattr(torch, 'load')(p)",
     "import torch\nx = {'read': torch.load}", "import torch\nm = torch\nm.load(p)",
-    "import torch\nmap(torch.load, paths)", "eval(text)", "e = eval\ne(text)", "exec(text)", "import builtins\nbuiltins.eval(t)",
-    "exec(compile(text, '', 'exec'))", "import importlib\nimportlib.import_module(name)", "import runpy\nrunpy.run_path(p)",
+    "import torch\nmap(torch.load, paths)", "eval(text)", "e = eval\ne(text)", "exec(text)",
+    "import builtins\nbuiltins.eval(t)",
+    "exec(compile(text, '', 'exec'))", "import importlib\nimportlib.import_module(name)",
+    "import runpy\nrunpy.run_path(p)",
     "import numpy as np\nnp.load(p, allow_pickle=True)", "from numpy import load\nload(p, allow_pickle=flag)",
     "import subprocess\nsubprocess.run(words, shell=True)", "from subprocess import Popen\nPopen(c, shell=x)",
     "import os\nos.system(c)", "from os import popen\npopen(c)", "import os\nos.execvp(c, [])",
-    "import tarfile\ntarfile.open(p).extractall(d)", "import zipfile\nwith zipfile.ZipFile(p) as z:\n    z.extract(n, d)",
+    "import tarfile\ntarfile.open(p).extractall(d)",
+    "import zipfile\nwith zipfile.ZipFile(p) as z:\n    z.extract(n, d)",
     "import shutil\nshutil.unpack_archive(p)", "import yaml\nyaml.load(t)", "from yaml import unsafe_load",
     "import torch.distributed as dist\ndist.broadcast_object_list(x)", "import requests\nrequests.get(u, verify=False)",
-    "from torch import hub\nhub.load(x)", "def f(eval=eval):\n    return eval", "read = lambda text, f=exec: f(text)", "import tempfile\ntempfile.mktemp()", "import torch\ntorch.jit.load(p)"])
+    "from torch import hub\nhub.load(x)", "def f(eval=eval):\n    return eval", 
+    "read = lambda text, f=exec: f(text)", "import tempfile\ntempfile.mktemp()", "import torch\ntorch.jit.load(p)"])
 def test_the_scan_finds(source):
     assert violations(source)
 
 
 @pytest.mark.parametrize("source", [
-    "# pickle.load(f), eval(x)", "'torch.load(p)'", '"""import pickle"""', "import torch\ntorch.load(p, weights_only=True)",
+    "# pickle.load(f), eval(x)", "'torch.load(p)'", '"""import pickle"""',
+    "import torch\ntorch.load(p, weights_only=True)",
     "model.eval()", "import re\nre.compile('x')", "import torch\ntorch.compile(f)", "import numpy as np\nnp.load(p)",
-    "import subprocess\nsubprocess.run(['ls'], shell=False)", "import yaml\nyaml.safe_load(t)", "import json\njson.load(f)",
+    "import subprocess\nsubprocess.run(['ls'], shell=False)", "import yaml\nyaml.safe_load(t)",
+    "import json\njson.load(f)",
     "from safetensors.torch import load_file\nload_file(p)", "self.load(p)", "def load(p):\n    return 1\nload(2)",
-    "import importlib\nimportlib.import_module('json')", "def f(compile):\n    return compile(1)", "code = 1\ncode.x()"])
+    "import importlib\nimportlib.import_module('json')", 
+    "def f(compile):\n    return compile(1)", "code = 1\ncode.x()"])
 def test_the_scan_lets_pass(source):
     assert violations(source) == []
 
@@ -294,8 +301,8 @@ def test_no_file_of_a_checkpoint_runs_code(name, checkpoint, victim):
             sample.load_checkpoint(checkpoint, "cpu")
 
 
-@pytest.mark.parametrize("script", ("../train_gpt", "/tmp/train_gpt", "train_evil", "os", "tests/conftest", "train_gpt.py",
-                                    "train_gpt\0", ""))
+@pytest.mark.parametrize("script", ("../train_gpt", "/tmp/train_gpt", "train_evil", "os", "tests/conftest",
+                                    "train_gpt.py", "train_gpt\0", ""))
 def test_only_a_script_beside_sample_runs(script, checkpoint, victim):
     evil = f"from pathlib import Path\nPath({str(victim.with_name('trace'))!r}).touch()\n"
     for place in (checkpoint, checkpoint.parent.parent, victim.parents[1]):
@@ -317,7 +324,8 @@ def test_links_in_a_checkpoint_are_refused(name, checkpoint, victim):
         sample.load_checkpoint(sample.follow_latest(checkpoint.parent), "cpu")
 
 
-@pytest.mark.parametrize("name", ("../elsewhere", "/ABSOLUTE", "link", "step_000001/../../elsewhere", ".", "..", "step_000001\\0"))
+@pytest.mark.parametrize("name", ("../elsewhere", "/ABSOLUTE", "link", "step_000001/../../elsewhere", ".", "..",
+                                  "step_000001\\0"))
 def test_latest_names_a_folder_beside_it(name, checkpoint, victim):
     elsewhere = checkpoint.parents[1] / "elsewhere"
     shutil.copytree(checkpoint, elsewhere)
@@ -391,7 +399,8 @@ def test_building_shards_replaces_links(name, tmp_path, victim):
     assert (out / name).is_file() and not (out / name).is_symlink()
 
 
-@pytest.mark.parametrize("uri", ("../../home/victim", "/etc/x.jsonl", "a/../../b.jsonl", "a/b/c.jsonl", "a\\..\\b.jsonl", "~/b.jsonl"))
+@pytest.mark.parametrize("uri", ("../../home/victim", "/etc/x.jsonl", "a/../../b.jsonl", "a/b/c.jsonl",
+                                 "a\\..\\b.jsonl", "~/b.jsonl"))
 def test_names_in_an_archive_of_questions_are_refused(uri, tmp_path, victim):
     if not evals:
         pytest.skip("data/evals.py is not there")
@@ -417,8 +426,8 @@ def test_an_archive_that_unfolds_to_gigabytes_is_refused(tmp_path, monkeypatch):
     assert not any(path.stat().st_size > 2 << 20 for path in (tmp_path / "work").rglob("*"))
 
 
-@pytest.mark.parametrize("change", ({"folder": "../home"}, {"folder": "/ABSOLUTE"}, {"folder": "link"}, {"script": "../x.py"},
-                                    {"script": "/x.py"}, {"script": "a/../../x.py"}))
+@pytest.mark.parametrize("change", ({"folder": "../home"}, {"folder": "/ABSOLUTE"}, {"folder": "link"},
+                                    {"script": "../x.py"}, {"script": "/x.py"}, {"script": "a/../../x.py"}))
 def test_names_in_a_record_are_refused(change, tmp_path, victim):
     if not runs:
         pytest.skip("records/ has no tool yet")
@@ -427,7 +436,8 @@ def test_names_in_a_record_are_refused(change, tmp_path, victim):
     (record / "run" / "run.json").write_text("{}")
     (record / "link").symlink_to(victim.parent)
     folder = change.get("folder", "run").replace("/ABSOLUTE", str(victim.parent))
-    ledger = {"format": 1, "kind": "record", "arms": {"x": {"script": change.get("script", "x.py"), "flags": []}}, "runs": [
+    arm = {"script": change.get("script", "x.py"), "flags": []}
+    ledger = {"format": 1, "kind": "record", "arms": {"x": arm}, "runs": [
         {"folder": folder, "arm": "x", "seed": 0, "status": "finished", "counted": True, "why": ""}]}
     (record / "runs.json").write_text(json.dumps(ledger))
     with pytest.raises(runs.UserError, match="must be a folder|no file of the folder|not there"):
