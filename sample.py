@@ -31,13 +31,21 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FORMAT = 1                                                          # of meta.json
-META_BYTES, TOKENIZER_BYTES, LATEST_BYTES = 1 << 20, 1 << 26, 256   # larger files are not what they should be
+META_BYTES, TOKENIZER_BYTES, LATEST_BYTES, PROMPTS_BYTES = 1 << 20, 1 << 26, 256, 1 << 26     # larger files are none
+# How the tokenizers of this project split text. Other patterns are refused: a regular expression can be made to run
+# for ever, and the engine behind tiktoken then ends the process.
+PATTERNS = ("", r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+PIECE = 1_000_000                                                   # letters; its stack ends at 3 million blanks
 TRAIN_FIRST = "train one with ./run.sh or python train_gpt.py --preset=tiny"
 OTHER = "choose another checkpoint with --checkpoint="
 BYTES_PROMPT, WORDS_PROMPT = "def ", "The"                          # the tiny preset learns Python, byte by byte
 
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+
+    def __str__(self):                                              # a line that a terminal only shows
+        line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(super().__str__().split()))
+        return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -89,6 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "that name beside sample.py")
     add("--out_dir", type=Path, default=Path("logs"), metavar="FOLDER",
         help="where the runs are (default: %(default)s)")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:    # argparse may read it as a list
+        refuse(f"{empty[0]} has no value")
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -118,10 +129,16 @@ def check_args(args: argparse.Namespace):
 # -----------------------------------------------------------------------------
 # Files of a checkpoint
 
-def read_file(path: Path, limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes; raises UserError."""
+def check_plain(path: Path):
+    """Raises UserError unless the path is a file, and no link: what a checkpoint holds lies in its folder."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link; put the file itself there")
     if not path.is_file():
         raise UserError(f"{path} is missing; {OTHER}, or {TRAIN_FIRST}")
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes; raises UserError."""
+    check_plain(path)
     try:
         with open(path, "rb") as file:
             content = file.read(limit + 1)
@@ -144,10 +161,11 @@ def read_json(path: Path, content: bytes) -> dict:
 def follow_latest(folder: Path) -> Path:
     """The checkpoint that the file `latest` in `folder` names; raises UserError unless it names a folder beside it."""
     content = read_file(folder / "latest", LATEST_BYTES).decode(errors="replace").strip()
-    if not re.fullmatch(r"\w[\w.-]*", content, re.ASCII) or not (folder / content).is_dir():
+    named = folder / content
+    if not re.fullmatch(r"\w[\w.-]*", content, re.ASCII) or named.is_symlink() or not named.is_dir():
         raise UserError(f"{folder / 'latest'} says {ascii(content)}, which is no folder beside it; name one with "
                         "--checkpoint=")
-    return folder / content
+    return named
 
 def find_checkpoint(out_dir: Path | str) -> Path:
     """The newest checkpoint folder among the runs in `out_dir`, by the time of their `latest`; raises UserError."""
@@ -198,7 +216,7 @@ class Tokenizer:
         if len(self.ids) != len(self.ranks) or any(bytes([byte]) not in self.ids for byte in range(256)):
             raise ValueError("its tokens are not distinct, or lack some of the 256 bytes")
         after = list(range(len(self.ranks), self.vocab_size))
-        if sorted(special.values()) != after or self.bos_id not in after:
+        if sorted(special.values()) != after or self.bos_id not in after or type(self.bos_id) is not int:
             raise ValueError("its special tokens are not the last ones")
         self.encoding = None
         if pattern:
@@ -209,7 +227,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; never special ones, whatever it says."""
         if self.encoding:
-            return self.encoding.encode_ordinary(text)
+            pieces = (text[low:low + PIECE] for low in range(0, len(text), PIECE))
+            return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
         return [self.ids[bytes([byte])] for byte in text.encode()]
 
     def token_bytes(self, token: int) -> bytes:
@@ -222,8 +241,12 @@ def read_tokenizer(path: Path, meta: dict) -> Tokenizer:
     if hashlib.sha256(content).hexdigest() != meta["tokenizer_sha256"]:
         raise UserError(f"{file} is not the tokenizer that meta.json names by its sha256; copy there the "
                         "tokenizer.json of the shards that the model was trained on")
+    data = read_json(file, content)
+    if isinstance(pattern := data.get("pattern"), str) and pattern not in PATTERNS:
+        raise UserError(f"{file} splits text by {ascii(pattern)[:80]}, which is not among the PATTERNS of sample.py; "
+                        "put it there if you trust it")
     try:
-        return Tokenizer(read_json(file, content))
+        return Tokenizer(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is not a tokenizer ({error}); {OTHER}") from None
 
@@ -268,13 +291,29 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
         raise UserError(f"--device={device}, but PyTorch sees no such device here; leave the flag away")
     return device, ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
 
-def build_model(module, meta: dict, precision: str):
-    """The untrained model of a checkpoint's config on the CPU, to run as it is, uncompiled; raises UserError."""
+def build_model(module, meta: dict, precision: str, file_bytes: int):
+    """The untrained model of a checkpoint's config on the CPU, to run as it is, uncompiled; raises UserError.
+
+    file_bytes: size of the weights. A config that asks for much more gets no memory.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Bounded(TorchFunctionMode):
+        left = max(file_bytes // 2, 1 << 27)                        # numbers; in the file one has two bytes or more
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.empty:
+                self.left -= math.prod(args if isinstance(args[0], int) else args[0]) if args else 0
+                if self.left < 0:
+                    raise ValueError(f"it asks for more parameters than {file_bytes} bytes of weights can hold")
+            return function(*args, **(kwargs or {}))
     try:
         cfg = replace(module.config_from_dict(meta["config"]), precision=precision, attention="plain", compile=False)
         if not 0 <= meta["stage"] < len(cfg.stages):
             raise UserError(f"the checkpoint is at stage {meta['stage']} of {len(cfg.stages)}; {OTHER}")
-        return module.GPT(cfg).requires_grad_(False)
+        with Bounded():
+            return module.GPT(cfg).requires_grad_(False)
     except module.UserError as error:
         raise UserError(str(error)) from None
     except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -282,23 +321,25 @@ def build_model(module, meta: dict, precision: str):
 
 def load_weights(model, file: Path, remedy: str):
     """Fills the model from a safetensors file; raises UserError that lists what is missing, extra or misshapen."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
+    check_plain(file)
     try:
-        found = load_file(file)
+        with safe_open(file, "pt") as found:                        # the header is read and checked, no tensor yet
+            names, wanted = list(found.keys()), model.state_dict()
+            faults = [f"missing {name}" for name in wanted if name not in names]
+            faults += [f"extra {ascii(name)[1:-1][:80]}" for name in names if name not in wanted]
+            for name, want in wanted.items() if not faults else ():
+                have = found.get_slice(name)
+                kind, shape = have.get_dtype(), tuple(have.get_shape())
+                if (kind in ("F64", "F32", "F16", "BF16"), shape) != (want.is_floating_point(), want.shape):
+                    faults.append(f"{name} is {kind} {shape}, not {tuple(want.shape)}")
+            if not faults:
+                model.load_state_dict({name: found.get_tensor(name) for name in names}, strict=True)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}); {OTHER}") from None
-    wanted = model.state_dict()
-    faults = [f"missing {name}" for name in wanted if name not in found]
-    faults += [f"extra {ascii(name)[1:-1]}" for name in found if name not in wanted]
-    for name, want in wanted.items():
-        have = found.get(name, want)
-        if (have.shape, have.is_floating_point()) != (want.shape, want.is_floating_point()):
-            faults.append(f"{name} is {str(have.dtype)[6:]} {tuple(have.shape)}, not {tuple(want.shape)}")
     if faults:
         more = f" and {len(faults) - 8} more" * (len(faults) > 8)
         raise UserError(f"{file} does not fit the model: {', '.join(faults[:8])}{more}; {remedy}")
-    model.load_state_dict(found, strict=True)
 
 def load_checkpoint(path: Path | str, device: str = "auto", script: Path | None = None, precision: str = "auto"):
     """(model, tokenizer, meta) of a checkpoint folder, the model ready for model(tokens) -> logits on its device.
@@ -313,11 +354,12 @@ def load_checkpoint(path: Path | str, device: str = "auto", script: Path | None 
     device, precision = choose_device(device, precision)
     kept = path.parent.parent / f"{meta['script']}.py"              # each run folder holds the source that ran
     remedy = f"name the source that made it with --script={kept if kept.is_file() else 'PATH'}"
-    model = build_model(import_script(source), meta, precision)
+    check_plain(weights := path / "model.safetensors")
+    model = build_model(import_script(source), meta, precision, weights.stat().st_size)
     if tokenizer.bos_id != model.cfg.bos_id or tokenizer.vocab_size > model.cfg.vocab_size:
         raise UserError(f"{path} has a tokenizer of {tokenizer.vocab_size} ids that begins documents with "
                         f"{tokenizer.bos_id}, but a model of {model.cfg.vocab_size} and {model.cfg.bos_id}; {OTHER}")
-    load_weights(model, path / "model.safetensors", remedy)
+    load_weights(model, weights, remedy)
     model.set_stage(meta["stage"], final=True)
     if hashlib.sha256(source.read_bytes()).hexdigest() != meta["source_sha256"]:
         print(f"sample.py: note: {source.name} is not what made this checkpoint; if the text looks wrong, {remedy}",
@@ -592,7 +634,11 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[str]:
     if not args.prompts_file:
         return [args.prompt or (WORDS_PROMPT if tokenizer.encoding else BYTES_PROMPT)]
     try:
-        lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+        with open(args.prompts_file, "rb") as file:
+            content = file.read(PROMPTS_BYTES + 1)
+        if len(content) > PROMPTS_BYTES:
+            raise UserError(f"--prompts_file={args.prompts_file} has more than {PROMPTS_BYTES} bytes; divide it")
+        lines = content.decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts_file={args.prompts_file} cannot be read ({error}); give a file of UTF-8 text, one "
                         "prompt a line") from None

@@ -229,14 +229,23 @@ PRESETS = {
 # -----------------------------------------------------------------------------
 # Command line (same in every train_*.py)
 
+MAX_TOKENS = 1 << 24                     # of a slot, a stream, a window: more is a slip of the pen
+
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+
+    def __str__(self):                   # a line that a terminal only shows, whatever a file or a flag put into it
+        line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(super().__str__().split()))
+        return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 class RankError(UserError):
     """A UserError that other ranks may not see."""
 
 def convert(value, kind):
-    """A value read from JSON as the type an annotation names, rows of tables too; raises ValueError or TypeError."""
+    """A value read from JSON as the type an annotation names, rows of tables too; raises ValueError or TypeError.
+
+    A float may be written as a whole number, and is finite.
+    """
     if is_dataclass(kind):
         row = dict(zip(kind.__annotations__, value, strict=True)) if isinstance(value, list) else value
         return kind(**{name: convert(item, kind.__annotations__[name]) for name, item in row.items()})
@@ -245,6 +254,8 @@ def convert(value, kind):
         return tuple(convert(item, kind) for item, kind in zip(value, kinds, strict=True))
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(value)
+    if kind is float and not abs(value) < 1e300:
+        raise ValueError(value)
     return value
 
 def parse_value(name: str, text: str, kind):
@@ -293,7 +304,9 @@ def check_config(cfg: Hyperparameters):
          "momentum_warmup", "must not be negative or huge")
     need(lambda value: 0 <= value <= 1, "cooldown momentum_cooldown lr_floor untie", "must be in 0..1")
     need(lambda value: 0 < value < math.inf, "lr attn_scale rope_base", "must be positive")
-    need(lambda pair: len(pair) == 2 and min(pair) >= 1, "final_windows", "must be two positive numbers")
+    need(lambda tokens: tokens <= MAX_TOKENS, "val_stream_tokens slot_tokens", f"must be at most {MAX_TOKENS}")
+    need(lambda pair: len(pair) == 2 and 1 <= min(pair) and max(pair) <= MAX_TOKENS, "final_windows",
+         f"must be two numbers in 1..{MAX_TOKENS}")
     need(lambda pair: len(pair) == 2 and all(0 <= item < 1 for item in pair), "momentum", "must be two numbers in 0..1")
     for name, known in (("device", "auto cuda cpu mps"), ("precision", "bf16 fp32"), ("attention", "auto flex plain")):
         need(lambda value: value in known.split(), name, f"is unknown; choose from {known}")
@@ -306,10 +319,11 @@ def check_config(cfg: Hyperparameters):
          f"must be a multiple of --slot_tokens={cfg.slot_tokens}")
     for i, stage in enumerate(cfg.stages):
         before, rest = cfg.stages[i - 1].until if i else 0, (stage.max_doc_tokens, stage.short, stage.long)
-        if (not before < stage.until < math.inf or stage.batch_tokens % cfg.slot_tokens or not stage.lr > 0
-                or min(stage.batch_tokens, *rest) < 1):
-            raise UserError(f"stage {i}: until={stage.until} must be above the row before, the rest positive, and "
-                            f"batch_tokens={stage.batch_tokens} a multiple of --slot_tokens={cfg.slot_tokens}")
+        if (not before < stage.until < 2**31 or stage.batch_tokens % cfg.slot_tokens or not stage.lr > 0
+                or min(stage.batch_tokens, *rest) < 1 or max(rest) > MAX_TOKENS or stage.batch_tokens >= 2**63):
+            raise UserError(f"stage {i}: until={stage.until} must be above the row before, the rest positive, "
+                            f"documents and windows at most {MAX_TOKENS} tokens, and batch_tokens={stage.batch_tokens} "
+                            f"a multiple of --slot_tokens={cfg.slot_tokens}")
     if not cfg.stages or cfg.total_steps < cfg.num_iterations:
         raise UserError("the stage table ends before the run: its last row must have until >= 1")
     layers, rows = cfg.layers, list(enumerate(cfg.layers))
@@ -347,6 +361,7 @@ def help_text() -> str:
 # Data (same in every train_*.py)
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+TOKENIZER_BYTES = 1 << 26                # a larger tokenizer.json is none
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
 
 @dataclass(frozen=True)
@@ -372,6 +387,8 @@ class Shard:
 def read_header(path: str) -> Shard:
     """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
     again = "make or download it again (python data/fineweb.py or python data/text.py)"
+    if not os.path.isfile(path):         # reading a pipe would wait for its writer
+        raise UserError(f"{path} is not a file; {again}")
     try:
         size, header = os.path.getsize(path), np.fromfile(path, "<i4", HEADER_BYTES // 4)
     except OSError as error:
@@ -385,8 +402,11 @@ def read_header(path: str) -> Shard:
     if num_tokens < 1 or size != HEADER_BYTES + num_tokens * width:
         raise UserError(f"{path} promises {num_tokens} tokens but holds {(size - HEADER_BYTES) // width}; {again}")
     tokenizer = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
-    return Shard(path, num_tokens, int(header[3]) or 50257, int(header[4]) or 50256, width, tokenizer,
-                 os.stat(path).st_mtime_ns)
+    vocab_size, bos_id = int(header[3]) or 50257, int(header[4]) or 50256
+    if not 0 <= bos_id < vocab_size <= 256 ** width:
+        raise UserError(f"{path} claims {vocab_size} ids of {width} bytes, the begin-of-document id being {bos_id}, "
+                        f"which cannot be; {again}")
+    return Shard(path, num_tokens, vocab_size, bos_id, width, tokenizer, os.stat(path).st_mtime_ns)
 
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
@@ -405,10 +425,21 @@ def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Sha
 def read_tokenizer(shard: Shard) -> bytes:
     """The tokenizer.json beside a shard; raises UserError if it is absent or not the one the shard was made with."""
     path = Path(shard.path).parent / "tokenizer.json"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path} is missing; python data/fineweb.py or python data/text.py puts it there")
-    if path.stat().st_size > 1 << 26 or hashlib.sha256(text := path.read_bytes()).hexdigest() != shard.tokenizer:
+    try:
+        text = path.read_bytes() if path.stat().st_size <= TOKENIZER_BYTES else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+    if hashlib.sha256(text).hexdigest() != shard.tokenizer:
         raise UserError(f"{path} is not the tokenizer of {shard.path} ({shard.tokenizer[:12]}); put that one there")
+    try:                                 # the hash says whose it is, not that it is sound
+        data = json.loads(text)
+        ids = len([base64.b64decode(rank, validate=True) for rank in data["ranks"]]) + len(data["special_tokens"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        ids = 0
+    if ids != shard.vocab_size or data.get("bos_id") != shard.bos_id:
+        raise UserError(f"{path} is no tokenizer of {shard.vocab_size} ids, as {shard.path} claims; make both again")
     return text
 
 def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
@@ -479,7 +510,8 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
 
 def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> str:
     """The sentence on tokens needed and found; raises UserError if there are too few."""
-    needed = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps))
+    ends = [0, *(min(round(stage.until * cfg.num_iterations), num_steps) for stage in cfg.stages)]
+    needed = sum((end - begin) * stage.batch_tokens for stage, begin, end in zip(cfg.stages, ends, ends[1:]))
     found = sum(shard.num_tokens for shard in shards)
     if found < needed:
         raise UserError(f"--train_files={cfg.train_files} holds {found} tokens, {num_steps} steps need {needed}; add "
@@ -1636,7 +1668,7 @@ def config_from_dict(values: dict) -> Hyperparameters:
     try:
         cfg = convert(values, Hyperparameters)
         check_config(cfg)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"the checkpoint's config cannot be read ({error}); use the script that made it") from None
     return cfg
 

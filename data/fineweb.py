@@ -46,6 +46,7 @@ VOCAB_SIZE, BOS_ID = 50257, 50256
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"  # of tokenizer.json
 BLOCK_BYTES = 1 << 16  # received at a time, and so the most that a broken connection loses
 READ_BYTES = 1 << 23
+SMALL_BYTES = 1 << 24  # a larger manifest.json or tokenizer.json is none
 TIMEOUT_SECONDS = (10, 30)  # to connect, and between two packets
 RETRY_WAITS = (0.5, 1, 2, 4)  # seconds between the five tries; progress starts the count anew
 INSTEAD = "without a network: python data/text.py (the text on this machine) or --from=DIR_OR_URL (a copy of the files)"
@@ -71,9 +72,15 @@ class Stopped(Exception):
     """Another thread failed or the user stopped the run: leave things as they are."""
 
 
+def one_line(message):
+    """The message as a line that a terminal only shows, whatever a file or a flag put into it."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(message).split()))
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
+
 def fail(message):
     """Print one line to stderr and end with exit code 2."""
-    print(f"fineweb.py: {message}", file=sys.stderr)
+    print(f"fineweb.py: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -328,6 +335,8 @@ def download(name, folder, source, pins, progress, stop):
     pins: name -> (sha256 it must have, who says so). Refused when it cannot be had, Stopped when `stop` is set.
     """
     part = folder / f".{name}.part"
+    if part.is_symlink() or part.is_fifo():  # writing would follow the one and wait for the other
+        part.unlink()
 
     def attempt():
         resuming = part.exists()
@@ -432,8 +441,8 @@ def look(path, entry, pin, rehash, stop):
 
     entry: what the manifest has on it, or None: then the file was put there by other means and is taken when sound.
     """
-    if not path.exists():
-        return None, ""
+    if not path.is_file():
+        return None, f"{path.name} is not a file" if path.exists() else ""
     try:
         if entry and not rehash:
             with open(path, "rb") as file:
@@ -483,7 +492,8 @@ def write_file(path, data):
     """Write bytes to `path` so that it has either the old or the new content, also after a crash."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # left by a run that was killed, or a link, which writing would follow
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -500,24 +510,27 @@ def write_manifest(folder, manifest):
 def read_manifest(folder):
     """manifest.json of a shard folder, or a new one; Refused when it is damaged or of another tokenizer."""
     path = folder / "manifest.json"
-    if not path.exists():
+    if not path.is_file():
         return {"format": 1, "files": {}, "made_by": {"script": "data/fineweb.py"}, "tokenizer": {
             "name": "gpt2", "sha256": GPT2_TOKENIZER_SHA256, "vocab_size": VOCAB_SIZE, "bos_id": BOS_ID}}
     try:
-        manifest = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            manifest = json.loads(file.read(SMALL_BYTES))
         name, sha256, made_by = manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"], manifest["made_by"]
-        complete = all({"sha256", "size", "tokens"} <= entry.keys() for entry in manifest["files"].values())
-        if manifest["format"] != 1 or not isinstance(made_by, dict) or not complete:
+        kinds = {"sha256": str, "size": int, "tokens": int}
+        sound = all(re.fullmatch(r"\w[\w.-]*", file) and all(type(entry[key]) is kind for key, kind in kinds.items())
+                    and min(entry["size"], entry["tokens"]) >= 0 for file, entry in manifest["files"].items())
+        if manifest["format"] != 1 or not isinstance(made_by, dict) or not sound:
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"{shown(path)} is damaged: remove it, the same command makes a new one from the files"
         raise Refused(message) from error
     if sha256 != GPT2_TOKENIZER_SHA256:
-        raise Refused(f"{shown(folder)} holds shards of the tokenizer {name}, not gpt2: choose another --out")
+        raise Refused(f"{shown(folder)} holds shards of the tokenizer {name!s:.40}, not gpt2: choose another --out")
     return manifest
 
 
-def small_file(source, name, limit=1 << 24):
+def small_file(source, name, limit=SMALL_BYTES):
     """Bytes of a small file of the source; FileNotFoundError when it has none, Refused when it is over 16 MiB."""
     def read():
         data = bytearray()
@@ -534,8 +547,8 @@ def source_pins(source):
     """name -> (sha256, who says so) from the manifest.json that a --from source may have beside its files."""
     try:
         files = json.loads(small_file(source, "manifest.json"))["files"]
-        return {name: (entry["sha256"], f"{source.address}/manifest.json says") for name, entry in files.items()}
-    except (FileNotFoundError, Refused, ValueError, KeyError, TypeError, AttributeError):
+        return {name: (str(entry["sha256"]), f"{source.address}/manifest.json says") for name, entry in files.items()}
+    except (FileNotFoundError, Refused, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         if not source.reached:
             raise
         return {}
@@ -568,7 +581,7 @@ def put_tokenizer(folder, given):
         return hashlib.sha256(data).hexdigest() == GPT2_TOKENIZER_SHA256
 
     path, data = folder / "tokenizer.json", b""
-    if path.exists() and sound(path.read_bytes()):
+    if path.is_file() and path.stat().st_size <= SMALL_BYTES and sound(path.read_bytes()):
         return
     if given:
         with contextlib.suppress(FileNotFoundError, Refused):
@@ -579,8 +592,8 @@ def put_tokenizer(folder, given):
                 data, _ = gpt2_tokenizer(Path(scratch))
         write_file(path, data)
     except LookupError as error:
-        print(f"fineweb.py: warning: no tokenizer.json for {shown(folder)} ({error}); the shards are complete, the "
-              "same command tries again", file=sys.stderr)
+        print(f"fineweb.py: warning: no tokenizer.json for {shown(folder)} ({one_line(error)}); the shards are "
+              "complete, the same command tries again", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -611,6 +624,8 @@ def get_parquet(args, out, variant):
             raise Refused(f"N={args.shards} parquet files were asked for, {args.source} has {len(paths)}")
         return paths, 0
     folder, names = out / "parquet", [f"{i:03d}_00000.parquet" for i in range(args.shards)]
+    if folder.is_symlink():
+        raise Refused(f"{shown(folder)} is a link, and files go nowhere but into --out: remove it")
     folder.mkdir(exist_ok=True)
     source = given or hub_source(variant.parquet_repo, "dataset", PARQUET_FOLDER)
     return [folder / name for name in names], fetch(names, folder, source, {}, {}, args)
@@ -696,6 +711,9 @@ def parse_arguments(argv):
     parser.add_argument("--jobs", type=int, metavar="N", default=8, help="downloads at a time (default 8)")
     parser.add_argument("--verify", action="store_true", help="compare every byte on disk with the manifest's sha256")
     parser.add_argument("--tokenize", action="store_true", help="make the shards here, from FineWeb's parquet files")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
+        fail(f"{empty[0]} has no value")
     args = parser.parse_args(argv)
     variant = VARIANTS[args.variant]
     if args.tokenize and not variant.parquet_repo:

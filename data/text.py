@@ -35,6 +35,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 import zlib
 from collections import namedtuple
 from itertools import pairwise
@@ -48,6 +49,8 @@ LAYOUT = 1  # raise it when the same input and options would give other shards
 TASK_BYTES = 4 << 20  # input one task reads; a block of decompressed lines has this size too
 DOC_BYTES = 8 << 20  # a longer text file counts as several documents, so that no file has to fit in memory
 WINDOW = 1 << 16  # bytes searched for a paragraph end when a long text file is cut
+MANIFEST_BYTES = 1 << 26  # a larger manifest.json is none
+LINE_BYTES = 1 << 26  # a longer line of .jsonl is left out
 CHUNK_TOKENS = 1024  # --stream: longest chunk, when --max_doc_tokens does not say
 SORT_ROWS = 4_000_000  # document records sorted at a time, 40 bytes each
 MAX_GATHERERS = 8  # processes that each hold one shard in memory
@@ -256,11 +259,22 @@ def _unpack(path, skipped):
         lines, damage = _open_packed(packed, path)
         try:
             while block := lines.read(TASK_BYTES):
-                block += lines.readline()
+                block = _whole_lines(block, lines, path, skipped)
                 yield packed.tell() - at, block
                 at = packed.tell()
         except (EOFError, OSError, damage) as e:
             note(skipped, "damaged compressed file, its rest lost", f"{path.name}: {e}")
+
+
+def _whole_lines(block, file, path, skipped):
+    """The block with the rest of its last line, after which the file then stands; without a line over LINE_BYTES."""
+    rest = b"" if block.endswith(b"\n") else file.readline(LINE_BYTES)
+    if len(rest) < LINE_BYTES or rest.endswith(b"\n"):
+        return block + rest
+    while (more := file.readline(LINE_BYTES)) and not more.endswith(b"\n"):
+        pass
+    note(skipped, f"line of more than {LINE_BYTES >> 20} MiB", path.name)
+    return block[:block.rfind(b"\n") + 1]
 
 
 def _open_packed(file, path):
@@ -322,7 +336,7 @@ def read_documents(unit, column, skipped):
         elif kind == "parquet":
             texts = _read_row_group(path, unit[2], column, skipped)
         else:
-            block = unit[2] if kind == "lines" else _read_lines(path, *unit[2:])
+            block = unit[2] if kind == "lines" else _read_lines(path, *unit[2:], skipped)
             texts = _parse_lines(path, block, column, skipped)
         for raw, text in texts:
             if raw.isspace() or not raw:
@@ -372,14 +386,15 @@ def _cut_near(file, at, size):
     return at + next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), 0)
 
 
-def _read_lines(path, start, end):
+def _read_lines(path, start, end, skipped):
     """The whole lines that begin in [start, end)."""
     with open(path, "rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()
+            while (before := file.readline(TASK_BYTES)) and not before.endswith(b"\n"):
+                pass
         block = file.read(max(end - file.tell(), 0))
-        return block + file.readline() if block and not block.endswith(b"\n") else block
+        return _whole_lines(block, file, path, skipped) if block else block
 
 
 def _parse_lines(path, block, column, skipped):
@@ -629,8 +644,9 @@ def check_options(options):
         if not fine:
             raise InputError(f"--{name}={options[name]}: must be {rule}")
     try:
-        re.compile(options["exclude"])
-    except re.error as e:
+        with warnings.catch_warnings(action="ignore"):  # of sets that may mean something else some day
+            re.compile(options["exclude"])
+    except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"--exclude={options['exclude']}: not a regular expression ({e})") from None
 
 
@@ -678,7 +694,7 @@ def _temporary_folder(out_dir):
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for old in out_dir.glob(".building-*"):  # left by a run that was killed outright
-            if time.time() - max(p.stat().st_mtime for p in (old, *old.iterdir())) > 3600:
+            if not old.is_symlink() and time.time() - max(p.lstat().st_mtime for p in (old, *old.glob("*"))) > 3600:
                 shutil.rmtree(old, ignore_errors=True)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=out_dir))
         yield building
@@ -787,9 +803,15 @@ def _publish(building, out_dir, manifest):
 # Command line
 
 
+def one_line(message):
+    """The message as a line that a terminal only shows, whatever a file or a flag put into it."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(message).split()))
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
+
 def fail(message):
     """Prints one line to stderr and ends with exit code 2."""
-    print(f"text.py: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"text.py: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -825,6 +847,9 @@ def parse_args(argv=None):
     add("--exclude", default="", metavar="REGEX", help="leave out files whose path contains this regular expression")
     add("--drop_duplicates", action="store_true", help="keep only one of identical documents")
     add("--force", action="store_true", help="build even if the result is there, or beside shards of another origin")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
+        fail(f"{empty[0]} has no value")
     args = parser.parse_args(argv)
     if args.processes is not None and args.processes < 1:
         fail(f"--processes={args.processes}: must be at least 1")
@@ -853,18 +878,20 @@ def choose_tokenizer(args):
 def check_out_dir(out_dir, job, force):
     """The manifest in `out_dir` if it already holds what `job` describes, else None; fails on other people's shards."""
     try:
-        old = json.loads((out_dir / "manifest.json").read_text())
-        names = {*old["files"]}
+        if not (out_dir / "manifest.json").is_file():  # reading a pipe would wait for its writer
+            raise FileNotFoundError
+        with open(out_dir / "manifest.json", "rb") as file:
+            old = json.loads(file.read(MANIFEST_BYTES))
+        names, sizes = {*old["files"].keys()}, {name: entry["size"] for name, entry in old["files"].items()}
         same = {key: old["made_by"].get(key) for key in job} == job
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         old, names, same = None, {p.name for p in out_dir.glob("*.bin")}, False
     if force:
         return None
     if (old is None and names) or any(not OUR_NAMES.fullmatch(name) for name in names):
         fail(f"--out={out_dir}: holds shards of another origin ({min(names)}); choose another folder, or --force")
     complete = same and (out_dir / "tokenizer.json").is_file() and all(
-        (out_dir / name).is_file() and (out_dir / name).stat().st_size == entry["size"]
-        for name, entry in old["files"].items())
+        (out_dir / name).is_file() and (out_dir / name).stat().st_size == size for name, size in sizes.items())
     return old if complete else None
 
 

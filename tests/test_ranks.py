@@ -29,7 +29,7 @@ def recorded_main(argv, out):
 
     def recorded_batches(*args):
         for batch in original(*args):
-            batches.append(batch[0])
+            batches.append([tuple(map(torch.from_numpy, part)) for part in batch[0]])     # NumPy's arrays are pickles
             yield batch
 
     def recorded_step(self, number, apply):
@@ -54,7 +54,7 @@ def runs(data, forkserver, tmp_path_factory):
             logs, out = folder / f"logs_{world_size}", str(folder / f"record_{world_size}")
             processes = start(world_size, recorded_main, small_flags(data, out_dir=logs), out)
             assert join(processes) == [0] * world_size, [process.output.read_text() for process in processes]
-            records = [torch.load(f"{out}_{rank}.pt", weights_only=False) for rank in range(world_size)]
+            records = [torch.load(f"{out}_{rank}.pt", weights_only=True) for rank in range(world_size)]
             found[world_size] = (records, json.loads((only_folder(logs) / "run.json").read_text()),
                                  [process.output.read_text() for process in processes])
     return found

@@ -484,8 +484,8 @@ def test_a_changed_source_is_noted(capsys, broken):
 @pytest.mark.parametrize("change, parts", [
     (lambda weights: weights.pop("embed"), ["missing embed"]),
     (lambda weights: weights.update(wte=torch.zeros(2)), ["extra wte"]),
-    (lambda weights: weights.update(mlp=torch.zeros(2, 3)), ["mlp is float32 (2, 3), not (10, 96, 96)"]),
-    (lambda weights: weights.update(gate_bias=weights["gate_bias"].int()), ["gate_bias is int32"]),
+    (lambda weights: weights.update(mlp=torch.zeros(2, 3)), ["mlp is F32 (2, 3), not (10, 96, 96)"]),
+    (lambda weights: weights.update(gate_bias=weights["gate_bias"].int()), ["gate_bias is I32"]),
     (lambda weights: weights.clear(), ["missing embed", " more; "]),
 ])
 def test_weights_that_do_not_fit_are_named(capsys, broken, change, parts):
@@ -515,7 +515,7 @@ def test_meta_with_bad_values_is_refused(capsys, broken, changes, part):
     ("meta.json", b"[1]", "not a JSON object"), ("meta.json", b"\xff\xfe{", "not a JSON object"),
     ("meta.json", b"[" * 100_000, "not a JSON object"),
     ("meta.json", b" " * ((1 << 20) + 1), "more than 1048576 bytes"), ("tokenizer.json", None, "is missing"),
-    ("tokenizer.json", b"{}", "not the tokenizer"), ("model.safetensors", None, "cannot be read"),
+    ("tokenizer.json", b"{}", "not the tokenizer"), ("model.safetensors", None, "is missing"),
     ("model.safetensors", b"", "cannot be read"), ("model.safetensors", b"\xff" * 100, "cannot be read"),
 ])
 def test_files_that_are_absent_or_damaged_are_named(capsys, broken, name, content, part):

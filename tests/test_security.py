@@ -1,0 +1,453 @@
+"""No code comes in with data, and no name in a file decides where something is written.
+
+The first part reads every Python file of the project as a syntax tree, so that comments, strings, aliases and renamed
+imports make no difference, and looks for what loads code from data (pickle and its kin, eval, torch.load without
+weights_only=True), hands text to a shell, or unpacks archives wholesale. ALLOWED lists the places where it is right,
+with the reason. The second part plants hostile names and links (`..`, absolute, to elsewhere) in checkpoints, shards'
+folders, manifests, archives and records, next to a file that must stay as it is. Needs no network.
+
+Run: python -m pytest tests/test_security.py
+"""
+import ast
+import hashlib
+import importlib
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BOS, ROOT, VOCAB, make_text, tokenizer_json, write_shard
+from safetensors.torch import save_file
+
+import sample
+import train_gpt
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "data")
+    import fineweb
+    import text
+    evals = importlib.import_module("evals") if (ROOT / "data" / "evals.py").is_file() else None
+    patch.syspath_prepend(ROOT / "records")
+    runs = importlib.import_module("runs") if (ROOT / "records" / "runs.py").is_file() else None
+    records = importlib.import_module("records") if runs else None
+
+# -----------------------------------------------------------------------------
+# What the source may not say
+
+MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle", "code",
+           "codeop", "imp", "xmlrpc", "telnetlib", "torch.package", "torch.hub"}       # not even imported
+NAMES = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "builtins.compile",
+         "builtins.__import__", "importlib.import_module", "runpy.run_path", "runpy.run_module", "os.system",
+         "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader", "shutil.unpack_archive",
+         "tempfile.mktemp", "numpy.lib.format.read_array", "pandas.read_pickle", "torch.jit.load", "torch.load",
+         "torch.utils.model_zoo.load_url", "torch.utils.cpp_extension.load", "ssl._create_unverified_context",
+         *(f"os.exec{kind}" for kind in "l le lp lpe v ve vp vpe".split()),
+         *(f"os.spawn{kind}" for kind in "l le lp lpe v ve vp vpe".split()),
+         *(f"torch.distributed.{name}" for name in "all_gather_object gather_object broadcast_object_list "
+           "scatter_object_list send_object_list recv_object_list".split())}                  # pickle between ranks
+METHODS = {"extractall", "extract", "exec_module", "load_module"}       # of objects whose class nobody knows here
+KEYWORDS = {"shell": False, "allow_pickle": False, "weights_only": True, "trust_remote_code": False, "verify": True}
+
+FIRST = "records/track_0_dev/2026-11-21_FirstRuns/train_gpt.py"
+# (file, what) -> why it is right there
+ALLOWED = {
+    ("sample.py", "exec_module"): "the training script beside sample.py, or the one that --script names",
+    ("records/guard.py", "exec_module"): "the script that the guard is asked to examine",
+    ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
+    ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
+    ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
+    ("train_gpt.py", "torch.distributed.broadcast_object_list"): "the run's name for the ranks of one run, as above",
+    (FIRST, "torch.distributed.broadcast_object_list"): "a frozen record: as it ran",
+}
+LOADERS = re.compile(r"pickle|_pickle|marshal|shelve")      # tests may make hostile pickles, and may not load them
+LOADING = {"load", "loads", "Unpickler", "open"}
+
+
+class Scan(ast.NodeVisitor):
+    """Collects (line, what) of a syntax tree; names are followed through imports and simple assignments."""
+
+    def __init__(self, tree, tests=False):
+        self.names, self.found, self.calls, self.tests, self.arguments = {}, [], set(), tests, []
+        for node in ast.walk(tree):             # before anything is looked at: functions use what stands below them
+            if isinstance(node, ast.Import):
+                for name in node.names:
+                    self.names[name.asname or name.name.split(".")[0]] = name.name if name.asname else \
+                        name.name.split(".")[0]
+            elif isinstance(node, ast.ImportFrom):
+                for name in node.names:
+                    self.names[name.asname or name.name] = f"{node.module}.{name.name}"
+        for _ in range(3):                      # an alias of an alias
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Name, ast.Attribute, ast.Call)):
+                    value = self.full_name(node.value)
+                    for target in node.targets:
+                        if isinstance(target, ast.Name) and value:
+                            self.names.setdefault(target.id, value)
+        self.visit(tree)
+
+    def full_name(self, node):
+        """The name with its modules that an expression stands for, or ""; getattr with a constant is one, too."""
+        if isinstance(node, ast.Name):
+            plain = node.id if node.id in NAMES and not any(node.id in names for names in self.arguments) else ""
+            return self.names.get(node.id, plain)
+        if isinstance(node, ast.Attribute) and (base := self.full_name(node.value)):
+            return f"{base}.{node.attr}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+            words = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            if node.func.id == "getattr" and words and (base := self.full_name(node.args[0])):
+                return f"{base}.{words[0]}"
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) and self.full_name(
+                node.func) in ("__import__", "builtins.__import__", "importlib.import_module"):
+            return str(node.args[0].value)
+        return ""
+
+    def note(self, node, what):
+        self.found.append((node.lineno, what))
+
+    def judge(self, node, name):
+        """Notes a name that may not be used, unless its call was looked at already."""
+        if self.tests:
+            module, _, function = name.rpartition(".")
+            if LOADERS.fullmatch(module) and function in LOADING:
+                self.note(node, name)
+        elif any((name + ".").startswith(module + ".") for module in MODULES):
+            self.note(node, name)
+        if name in NAMES and not (self.tests and name in ("compile", "exec", "importlib.import_module")):
+            self.note(node, name)
+
+    def visit_Import(self, node):
+        for name in node.names:
+            if not self.tests:
+                self.judge(node, name.name)
+
+    def visit_ImportFrom(self, node):
+        for name in node.names:
+            self.judge(node, f"{node.module}.{name.name}")
+
+    def visit_FunctionDef(self, node):
+        """An argument may have the name of a builtin function; what it is by default is looked at outside."""
+        for part in [*getattr(node, "decorator_list", ()), *node.args.defaults, *filter(None, node.args.kw_defaults)]:
+            self.visit(part)
+        args = node.args
+        self.arguments.append({arg.arg for arg in [*args.posonlyargs, *args.args, *args.kwonlyargs]})
+        for part in node.body if isinstance(node.body, list) else [node.body]:
+            self.visit(part)
+        self.arguments.pop()
+
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Load) and id(node) not in self.calls:
+            self.judge(node, self.full_name(node))
+
+    def visit_Attribute(self, node):
+        if id(node) not in self.calls:
+            self.judge(node, self.full_name(node))
+        self.generic_visit(node) if not self.full_name(node) else None
+
+    def visit_Call(self, node):
+        name, said = self.full_name(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+        weights = said.get("weights_only")
+        if name == "torch.load" and isinstance(weights, ast.Constant) and weights.value is True:
+            self.calls.add(id(node.func))
+        if name in ("importlib.import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+            self.judge(node, node.args[0].value)
+            self.calls.add(id(node.func))
+        if (whole := self.full_name(node)) and whole != name:           # getattr(torch, "load")
+            self.judge(node, whole)
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS and not (
+                self.tests and node.func.attr == "exec_module"):
+            self.note(node, node.func.attr)
+        for keyword, right in KEYWORDS.items():
+            value = said.get(keyword)
+            if value is not None and not (isinstance(value, ast.Constant) and value.value is right):
+                self.note(node, f"{keyword}={ast.unparse(value)}")
+        careful = name in ("torch.load", "numpy.load", "subprocess.run", "subprocess.Popen")
+        if careful and None in said and not self.tests:
+            self.note(node, f"{name}(**{ast.unparse(said[None])})")     # who knows what is in there
+        self.generic_visit(node)
+
+
+def violations(source, name="x.py"):
+    """(line, what) of each violation in the text of a Python file that is not in ALLOWED."""
+    found = Scan(ast.parse(source), tests=name.startswith("tests/")).found
+    return sorted({(line, what) for line, what in found if (name, what) not in ALLOWED})
+
+
+def sources():
+    """The Python files of the project: all but what is hidden, made by a run, or data."""
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not re.match(r"(logs|local_assets)/|(.*/)?[._]", name) and not re.match(r"data/.*/", name):
+            yield name
+
+
+@pytest.mark.parametrize("name", [*sources()])
+def test_source_loads_no_code_from_data(name):
+    assert violations((ROOT / name).read_bytes(), name) == []
+
+
+def test_the_scan_sees_every_script():
+    assert {"train_gpt.py", "sample.py", "data/text.py", "data/fineweb.py", "tests/test_security.py"} <= {*sources()}
+    unused = {place for place in ALLOWED if (ROOT / place[0]).is_file() and place[1] not in {
+        what for _, what in Scan(ast.parse((ROOT / place[0]).read_bytes())).found}}
+    assert not unused                           # a reason for something that is not there any more
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle", "import pickle as p\np.load(f)", "from pickle import loads as read\nread(b)", "import os, marshal",
+    "def f():\n    import shelve", "__import__('pickle').loads(b)", "import importlib\nimportlib.import_module('dill')",
+    "from torch import load\nload(p)", "import torch\ntorch.load(p)", 
+    "import torch as t\nt.load(p, weights_only=False)",
+    "import torch\ntorch.load(p, weights_only=flag)", "import torch\ntorch.load(p, **options)",
+    "import torch\nread = torch.load\nread(p, weights_only=True)", "import torch\ngetattr(torch, 'load')(p)",
+    "import torch\nx = {'read': torch.load}", "import torch\nm = torch\nm.load(p)",
+    "import torch\nmap(torch.load, paths)", "eval(text)", "e = eval\ne(text)", "exec(text)",
+    "import builtins\nbuiltins.eval(t)",
+    "exec(compile(text, '', 'exec'))", "import importlib\nimportlib.import_module(name)",
+    "import runpy\nrunpy.run_path(p)",
+    "import numpy as np\nnp.load(p, allow_pickle=True)", "from numpy import load\nload(p, allow_pickle=flag)",
+    "import subprocess\nsubprocess.run(words, shell=True)", "from subprocess import Popen\nPopen(c, shell=x)",
+    "import os\nos.system(c)", "from os import popen\npopen(c)", "import os\nos.execvp(c, [])",
+    "import tarfile\ntarfile.open(p).extractall(d)",
+    "import zipfile\nwith zipfile.ZipFile(p) as z:\n    z.extract(n, d)",
+    "import shutil\nshutil.unpack_archive(p)", "import yaml\nyaml.load(t)", "from yaml import unsafe_load",
+    "import torch.distributed as dist\ndist.broadcast_object_list(x)", "import requests\nrequests.get(u, verify=False)",
+    "from torch import hub\nhub.load(x)", "def f(eval=eval):\n    return eval", 
+    "read = lambda text, f=exec: f(text)", "import tempfile\ntempfile.mktemp()", "import torch\ntorch.jit.load(p)"])
+def test_the_scan_finds(source):
+    assert violations(source)
+
+
+@pytest.mark.parametrize("source", [
+    "# pickle.load(f), eval(x)", "'torch.load(p)'", '"""import pickle"""',
+    "import torch\ntorch.load(p, weights_only=True)",
+    "model.eval()", "import re\nre.compile('x')", "import torch\ntorch.compile(f)", "import numpy as np\nnp.load(p)",
+    "import subprocess\nsubprocess.run(['ls'], shell=False)", "import yaml\nyaml.safe_load(t)",
+    "import json\njson.load(f)",
+    "from safetensors.torch import load_file\nload_file(p)", "self.load(p)", "def load(p):\n    return 1\nload(2)",
+    "import importlib\nimportlib.import_module('json')", 
+    "def f(compile):\n    return compile(1)", "code = 1\ncode.x()"])
+def test_the_scan_lets_pass(source):
+    assert violations(source) == []
+
+
+def test_tests_may_write_pickles_and_not_read_them():
+    assert violations("import pickle\npickle.dumps(1)", "tests/x.py") == []
+    assert violations("import pickle as p\np.loads(b)", "tests/x.py") == [(2, "pickle.loads")]
+    assert violations("from pickle import load", "tests/x.py") and violations("eval(x)", "tests/x.py")
+
+
+# -----------------------------------------------------------------------------
+# Planted names and links
+
+@pytest.fixture
+def victim(tmp_path):
+    """A file and a folder that nobody may touch, outside of the folder that is loaded."""
+    (tmp_path / "home").mkdir()
+    path = tmp_path / "home" / "victim"
+    path.write_bytes(b"precious")
+    before = path.stat().st_mtime_ns
+    yield path
+    assert path.read_bytes() == b"precious" and path.stat().st_mtime_ns == before
+    assert [file.name for file in path.parent.iterdir()] == ["victim"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """The folder of a sound checkpoint."""
+    flags = dict(vocab_size=VOCAB, bos_id=BOS, attention="plain", compile=False, model_dim=32, head_dim=16, mlp_dim=16,
+                 gate_dim=4, bigram_rows=16, bigram_signs=8)
+    cfg = train_gpt.replace(train_gpt.PRESETS["tiny"], **flags)
+    path = tmp_path / "logs" / "run" / "checkpoint" / "step_000001"
+    path.mkdir(parents=True)
+    save_file(train_gpt.GPT(cfg).state_dict(), path / "model.safetensors")
+    (path / "tokenizer.json").write_bytes(tokenizer_json())
+    (path.parent / "latest").write_text(path.name)
+    (path / "meta.json").write_text(json.dumps({
+        "format": 1, "script": "train_gpt", "source_sha256": train_gpt.file_sha256(ROOT / "train_gpt.py"),
+        "config": train_gpt.asdict(cfg), "step": 1, "stage": 0,
+        "tokenizer_sha256": hashlib.sha256(tokenizer_json()).hexdigest()}))
+    return path
+
+
+class Spy:
+    """Pickles to a call that leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_a_sound_checkpoint_loads_and_writes_nothing(checkpoint, victim):
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in checkpoint.parents[2].rglob("*"))
+    sample.load_checkpoint(sample.find_checkpoint(checkpoint.parents[2]), "cpu")
+    assert sorted((str(path), path.stat().st_mtime_ns) for path in checkpoint.parents[2].rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ("model.safetensors", "meta.json", "tokenizer.json"))
+def test_no_file_of_a_checkpoint_runs_code(name, checkpoint, victim):
+    """Neither a pickle nor a file that torch.save wrote, in the place of each file."""
+    trace = victim.with_name("trace")
+    for write in (lambda path: path.write_bytes(pickle.dumps(Spy(trace))), lambda path: torch.save(Spy(trace), path)):
+        write(checkpoint / name)
+        with pytest.raises(sample.UserError):
+            sample.load_checkpoint(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize("script", ("../train_gpt", "/tmp/train_gpt", "train_evil", "os", "tests/conftest",
+                                    "train_gpt.py", "train_gpt\0", ""))
+def test_only_a_script_beside_sample_runs(script, checkpoint, victim):
+    evil = f"from pathlib import Path\nPath({str(victim.with_name('trace'))!r}).touch()\n"
+    for place in (checkpoint, checkpoint.parent.parent, victim.parents[1]):
+        (place / "train_evil.py").write_text(evil)
+        (place / "train_gpt.py").write_text(evil)
+    meta = json.loads((checkpoint / "meta.json").read_text()) | {"script": script}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(sample.UserError, match="made by the script"):
+        sample.load_checkpoint(checkpoint, "cpu")
+
+
+@pytest.mark.parametrize("name", ("model.safetensors", "meta.json", "tokenizer.json", "../latest"))
+def test_links_in_a_checkpoint_are_refused(name, checkpoint, victim):
+    path = (checkpoint / name).resolve()
+    copy = victim.parents[1] / "copy"
+    shutil.move(path, copy)
+    path.symlink_to(copy)
+    with pytest.raises(sample.UserError, match="is a link"):
+        sample.load_checkpoint(sample.follow_latest(checkpoint.parent), "cpu")
+
+
+@pytest.mark.parametrize("name", ("../elsewhere", "/ABSOLUTE", "link", "step_000001/../../elsewhere", ".", "..",
+                                  "step_000001\\0"))
+def test_latest_names_a_folder_beside_it(name, checkpoint, victim):
+    elsewhere = checkpoint.parents[1] / "elsewhere"
+    shutil.copytree(checkpoint, elsewhere)
+    (checkpoint.parent / "link").symlink_to(elsewhere)
+    (checkpoint.parent / "latest").write_text(name.replace("/ABSOLUTE", str(elsewhere)).replace("\\0", "\0"))
+    for find in (lambda: sample.find_checkpoint(checkpoint.parents[2]), lambda: sample.resolve_checkpoint(
+            checkpoint.parents[1])):
+        with pytest.raises(sample.UserError, match="no folder beside it"):
+            find()
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder with published shards, as --from takes it, and an empty one for --out."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    for name in ("val_000000", "train_000001"):
+        write_shard(source / f"fineweb_{name}.bin", make_text(3000, seed=1), w3=0, w4=0, w5=0, sha256=bytes(32))
+    (source / "tokenizer.json").write_bytes(b"{}")
+    return source, out
+
+
+@pytest.mark.parametrize("name", (".fineweb_val_000000.bin.part", "fineweb_val_000000.bin", ".manifest.json.tmp",
+                                  "manifest.json", ".tokenizer.json.tmp", "tokenizer.json"))
+def test_fetching_never_writes_through_a_link(name, published, victim, monkeypatch):
+    source, out = published
+    monkeypatch.setattr(fineweb, "gpt2_tokenizer", lambda scratch: (tokenizer_json(), None))
+    (out / name).symlink_to(victim)
+    monkeypatch.setattr(fineweb, "GPT2_TOKENIZER_SHA256", hashlib.sha256(tokenizer_json()).hexdigest())
+    if name == "manifest.json":                     # the victim is no manifest, and is not mended
+        with pytest.raises(SystemExit):
+            fineweb.main(["1", f"--from={source}", f"--out={out}"])
+        return
+    fineweb.main(["1", f"--from={source}", f"--out={out}"])
+    assert (out / "fineweb_val_000000.bin").read_bytes() == (source / "fineweb_val_000000.bin").read_bytes()
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_a_folder_for_parquet_files_is_no_link(tmp_path, victim):
+    (tmp_path / "parquet").symlink_to(victim.parent)
+    args = fineweb.parse_arguments(["1", "--tokenize", f"--out={tmp_path}"])
+    with pytest.raises(fineweb.Refused, match="is a link"):
+        fineweb.get_parquet(args, tmp_path, fineweb.VARIANTS["10B"])
+
+
+@pytest.mark.parametrize("name", ("../home/victim", "ABSOLUTE", "train_/../../home/victim", "a\nb"))
+def test_names_in_a_manifest_stay_names(name, published, victim):
+    source, out = published
+    name = name.replace("ABSOLUTE", str(victim))
+    entry = {"sha256": "0" * 64, "size": 8, "tokens": 1, "documents": 1, "text_bytes": None}
+    manifest = {"format": 1, "files": {name: entry}, "made_by": {}, "tokenizer": {
+        "name": "gpt2", "sha256": fineweb.GPT2_TOKENIZER_SHA256}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(fineweb.Refused, match="damaged"):
+        fineweb.read_manifest(out)
+    with pytest.raises(SystemExit):
+        text.check_out_dir(out, {}, False)
+    (source / "manifest.json").write_text(json.dumps(manifest))         # from a source: nobody asks for such a name
+    assert fineweb.source_pins(fineweb.Folder(source)).keys() == {name}
+
+
+@pytest.mark.parametrize("name", ("train_000000.bin", "tokenizer.json", "manifest.json"))
+def test_building_shards_replaces_links(name, tmp_path, victim):
+    out = tmp_path / "shards"
+    out.mkdir()
+    (out / name).symlink_to(victim)
+    (out / ".building-x").symlink_to(victim.parent)
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree\n" * 100)
+    text.build_shards([tmp_path / "a.txt"], out, tokenizer="bytes", processes=1)
+    assert (out / name).is_file() and not (out / name).is_symlink()
+
+
+@pytest.mark.parametrize("uri", ("../../home/victim", "/etc/x.jsonl", "a/../../b.jsonl", "a/b/c.jsonl",
+                                 "a\\..\\b.jsonl", "~/b.jsonl"))
+def test_names_in_an_archive_of_questions_are_refused(uri, tmp_path, victim):
+    if not evals:
+        pytest.skip("data/evals.py is not there")
+    source, out = tmp_path / "source", tmp_path / "evals"
+    source.mkdir()
+    with zipfile.ZipFile(source / "eval_bundle.zip", "w") as bundle:
+        bundle.writestr("core.yaml", f"- dataset_uri: {uri}\n")
+        bundle.writestr(f"eval_data/{uri}", "{}\n")
+        bundle.writestr("../home/victim", "overwritten")
+    with pytest.raises(SystemExit):
+        evals.main([f"--from={source}", f"--out={out}"])
+    assert not out.exists()
+
+
+def test_an_archive_that_unfolds_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    if not evals:
+        pytest.skip("data/evals.py is not there")
+    monkeypatch.setattr(evals, "MAX_FILE", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as bundle:
+        bundle.writestr("core.yaml", b" " * (2 << 20))
+    with pytest.raises(evals.Refused, match="more than"):
+        evals.unzip(tmp_path / "bomb.zip", tmp_path / "work")
+    assert not any(path.stat().st_size > 2 << 20 for path in (tmp_path / "work").rglob("*"))
+
+
+@pytest.mark.parametrize("change", ({"folder": "../home"}, {"folder": "/ABSOLUTE"}, {"folder": "link"},
+                                    {"script": "../x.py"}, {"script": "/x.py"}, {"script": "a/../../x.py"}))
+def test_names_in_a_record_are_refused(change, tmp_path, victim):
+    if not runs:
+        pytest.skip("records/ has no tool yet")
+    record = tmp_path / "record"
+    (record / "run").mkdir(parents=True)
+    (record / "run" / "run.json").write_text("{}")
+    (record / "link").symlink_to(victim.parent)
+    folder = change.get("folder", "run").replace("/ABSOLUTE", str(victim.parent))
+    arm = {"script": change.get("script", "x.py"), "flags": []}
+    ledger = {"format": 1, "kind": "record", "arms": {"x": arm}, "runs": [
+        {"folder": folder, "arm": "x", "seed": 0, "status": "finished", "counted": True, "why": ""}]}
+    (record / "runs.json").write_text(json.dumps(ledger))
+    with pytest.raises(runs.UserError, match="must be a folder|no file of the folder|not there"):
+        runs.read_record(record)
+
+
+@pytest.mark.parametrize("name", (".README.md.tmp", "README.md"))
+def test_tables_are_never_written_through_a_link(name, tmp_path, victim):
+    if not runs:
+        pytest.skip("records/ has no tool yet")
+    (tmp_path / name).symlink_to(victim)
+    runs.write_text(tmp_path / "README.md", "tables")
+    assert (tmp_path / "README.md").read_text() == "tables"
