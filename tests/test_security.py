@@ -42,7 +42,8 @@ MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpi
            "codeop", "imp", "xmlrpc", "telnetlib", "torch.package", "torch.hub"}       # not even imported
 NAMES = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "builtins.compile",
          "builtins.__import__", "importlib.import_module", "runpy.run_path", "runpy.run_module", "os.system",
-         "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader", "shutil.unpack_archive",
+         "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "yaml.load", "yaml.load_all",
+         "yaml.unsafe_load", "yaml.full_load", "yaml.Loader", "yaml.UnsafeLoader", "shutil.unpack_archive",
          "tempfile.mktemp", "numpy.lib.format.read_array", "pandas.read_pickle", "torch.jit.load", "torch.load",
          "torch.utils.model_zoo.load_url", "torch.utils.cpp_extension.load", "ssl._create_unverified_context",
          *(f"os.exec{kind}" for kind in "l le lp lpe v ve vp vpe".split()),
