@@ -137,20 +137,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """The one checkpoint folder that the flags mean; raises UserError for none and for several."""
-    path = args.checkpoint
-    if path is None:
-        runs = sorted(run.parent.parent for run in args.out_dir.glob("*/checkpoint/latest"))
-        path = runs[0] if len(runs) == 1 else sample.find_checkpoint(args.out_dir) if not runs else args.out_dir
+    several = not args.checkpoint and len(list(args.out_dir.glob("*/checkpoint/latest"))) > 1
+    path = args.checkpoint or (args.out_dir if several else sample.find_checkpoint(args.out_dir))
     folder = sample.resolve_checkpoint(path)
-    if (folder / "meta.json").is_file():
-        return folder
-    found = sorted(meta.parent for pattern in ("step_*", "checkpoint/step_*", "*/checkpoint/step_*")
-                   for meta in folder.glob(f"{pattern}/meta.json"))
-    if len(found) != 1:
-        names = ", ".join(str(name) for name in found[:4]) + ", ..." * (len(found) > 4)
-        raise UserError(f"{folder} holds {len(found)} checkpoints{' (' * bool(found)}{names}{')' * bool(found)}; name "
-                        "one with --checkpoint=")
-    return found[0]
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} holds no checkpoint; name one with --checkpoint=")
+    return folder
 
 # -----------------------------------------------------------------------------
 # Prompts

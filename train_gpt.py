@@ -5,19 +5,25 @@
     python train_gpt.py --preset=tiny                                     # three minutes on a laptop CPU
     cp train_gpt.py my_idea.py                                            # edit a table row, run both, compare the logs
 
-Result: 3.891 in 49.6 s on one H200 (development text, 121 steps, torch 2.11, n=3,
-records/track_0_dev/2026-11-21_FirstRuns). No run on eight GPUs or on FineWeb has been made yet.
+Result on one H200, development text (torch 2.11, records/track_0_dev): 3.897 in 27.3 s (--preset=single
+--num_iterations=250 --candidates=0, n=1), 3.917 in 24.3 s (with its sampled softmax, n=3), 3.891 in 49.6 s
+(--num_iterations=120, n=3). No run on eight GPUs or on FineWeb has been made yet.
 The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
 embeddings) beside a small transformer, NorMuon for matrices and Adam for tables, everything growing in stages.
 Facts and figures come from the public NanoGPT speedrun (KellerJordan/modded-nanogpt, record 89; "#n" below is its
-record n, "PR n" its pull request n). Read in this order: the tables, GPT.forward, Optimizer.step, train.
+record n, "PR n" its pull request n). Read in this order: the tables, GPT.hidden, Optimizer.step, train.
 
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
+# -----------------------------------------------------------------------------
+# Imports (same in every train_*.py)
+
 import base64
+import contextlib
 import errno
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -37,7 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint as recompute
@@ -194,6 +200,11 @@ class Hyperparameters:
     compile_cache: str = ""              # folder that keeps what was compiled; "": torch's own in the temporary files
     seed: int = 0
     out_dir: str = "logs"                # each run makes a folder in it
+    # checkpoints; one with everything that a run needs to go on is also made when a signal ends it
+    save_every: str = ""                 # 500: steps (on the next even one); 10min: minutes; "": only at the end
+    keep: int = 2                        # so many remain
+    resume: str = ""                     # go on with a run or a checkpoint (its folder) or with the "latest" in out_dir
+    resume_override: str = ""            # names of what may then be other than it was, separated by commas
 
     @property
     def num_heads(self) -> int:
@@ -206,7 +217,8 @@ class Hyperparameters:
 
 PRESETS = {
     "speedrun": Hyperparameters(),       # track 1, on eight GPUs
-    "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5),     # on one
+    "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5,      # on one
+                              candidates=16_384),
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=131_072,
         val_stream_tokens=8192, slot_tokens=1024, num_iterations=110, val_every=50, stages=TINY_STAGES,
@@ -215,7 +227,7 @@ PRESETS = {
 }
 
 # -----------------------------------------------------------------------------
-# Command line
+# Command line (same in every train_*.py)
 
 MAX_TOKENS = 1 << 24                     # of a slot, a stream, a window: more is a slip of the pen
 
@@ -285,7 +297,9 @@ def check_config(cfg: Hyperparameters):
             if not good(getattr(cfg, name)):
                 raise UserError(f"--{name}={str(getattr(cfg, name)).strip('()')} {remedy}")
     need(lambda value: 1 <= value < 2**63, "num_iterations val_tokens val_stream_tokens slot_tokens model_dim head_dim "
-         "mlp_dim gate_dim bigram_rows bigram_signs vocab_multiple", "must be at least 1")
+         "mlp_dim gate_dim bigram_rows bigram_signs vocab_multiple keep", "must be at least 1")
+    need(lambda value: not value or value.removesuffix("min").isdecimal(), "save_every",
+         "is neither steps, like 500, nor minutes, like 10min")
     need(lambda value: 0 <= value < 2**63, "stop_after val_every micro_batch_tokens candidates vocab_size seed "
          "momentum_warmup", "must not be negative or huge")
     need(lambda value: 0 <= value <= 1, "cooldown momentum_cooldown lr_floor untie", "must be in 0..1")
@@ -299,6 +313,8 @@ def check_config(cfg: Hyperparameters):
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
     need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
          f"must be at least 12 and hold an even number of heads of --head_dim={cfg.head_dim}")
+    need(lambda count: count == 0 or count >= cfg.slot_tokens, "candidates",
+         f"must be 0 or at least --slot_tokens={cfg.slot_tokens}, so that all targets fit")
     need(lambda tokens: tokens % cfg.slot_tokens == 0, "micro_batch_tokens",
          f"must be a multiple of --slot_tokens={cfg.slot_tokens}")
     for i, stage in enumerate(cfg.stages):
@@ -342,7 +358,7 @@ def help_text() -> str:
     return "\n".join(text)
 
 # -----------------------------------------------------------------------------
-# Data
+# Data (same in every train_*.py)
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 TOKENIZER_BYTES = 1 << 26                # a larger tokenizer.json is none
@@ -357,13 +373,16 @@ class Shard:
     bos_id: int
     width: int                           # bytes per token
     tokenizer: str                       # sha256 of its tokenizer.json
+    modified: int                        # when it was last written to
 
     def read(self) -> np.ndarray:
-        """(num_tokens,) uint16 or uint32, mapped from the file."""
+        """(num_tokens,) uint16 or uint32, mapped from the file; raises RankError if it is not what it was."""
         try:
+            if os.stat(self.path).st_mtime_ns != self.modified:
+                raise ValueError("it was written to")
             return np.memmap(self.path, f"<u{self.width}", "r", offset=HEADER_BYTES, shape=(self.num_tokens,))
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} changed or disappeared while in use ({error}); make it again") from None
+            raise RankError(f"{self.path} changed or disappeared while in use ({error}); make it again") from None
 
 def read_header(path: str) -> Shard:
     """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
@@ -387,7 +406,7 @@ def read_header(path: str) -> Shard:
     if not 0 <= bos_id < vocab_size <= 256 ** width:
         raise UserError(f"{path} claims {vocab_size} ids of {width} bytes, the begin-of-document id being {bos_id}, "
                         f"which cannot be; {again}")
-    return Shard(path, num_tokens, vocab_size, bos_id, width, tokenizer)
+    return Shard(path, num_tokens, vocab_size, bos_id, width, tokenizer, os.stat(path).st_mtime_ns)
 
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
@@ -434,11 +453,12 @@ def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
         ancestors.append((text, token))
     return longest
 
-def documents(shards: list[Shard]):
-    """Yields (ids, start, end) of every document in order; of one cut by a shard border the rest is left out."""
+def documents(shards: list[Shard], token: int = 0):
+    """Yields (ids, start, end) of every document in order, from a token of the first shard on; of one cut by a shard
+    border the rest is left out."""
     for shard in shards:
-        ids, start = shard.read(), None
-        for low in range(0, len(ids), 1 << 22):                     # indexes a few million tokens at a time
+        ids, start, begin, token = shard.read(), None, token, 0
+        for low in range(begin, len(ids), 1 << 22):                 # indexes a few million tokens at a time
             for bos in np.flatnonzero(ids[low:low + (1 << 22)] == shard.bos_id) + low:
                 if start is not None:
                     yield ids, start, bos
@@ -460,27 +480,33 @@ def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> t
                         f"{vocab_size}; make the shard again")
     return inputs, targets
 
-def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world_size: int, micro_slots: int):
-    """Yields for each step this rank's share of its slots, as a list of (inputs, targets) of micro_slots slots each."""
-    docs, kind = documents(shards), (cfg.slot_tokens, shards[0].bos_id, shards[0].vocab_size)
-    for step in range(cfg.total_steps):  # the same slots for any number of ranks, who take contiguous shares
+def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world_size: int, micro_slots: int,
+                     first_step: int = 0, place: tuple[int, int] = (0, 0)):
+    """Yields for each step this rank's share of its slots, as a list of (inputs, targets) of micro_slots slots each,
+    and the place where the next step reads on: (shard, token). `place` is that of first_step.
+    """
+    kind, (first, token) = (cfg.slot_tokens, shards[0].bos_id, shards[0].vocab_size), place
+    docs = ((i, *document) for i in range(first, len(shards))
+            for document in documents([shards[i]], token if i == first else 0))
+    for step in range(first_step, cfg.total_steps):     # the same slots for any number of ranks; contiguous shares
         stage, mine = cfg.stages[stage_index(cfg, step)], []
+        shards[place[0]].read()          # notices that the file was written to since
         num_slots = stage.batch_tokens // cfg.slot_tokens
         for slot in range(num_slots):
             pieces, room = [], cfg.slot_tokens
             while room:
-                ids, start, end = next(docs, (None, 0, 0))
+                shard, ids, start, end = next(docs, (0, None, 0, 0))
                 if ids is None:
                     raise UserError(f"the training text ran out at step {step} of {cfg.total_steps} (what is cut from "
                                     f"documents is lost); add shards or lower --num_iterations={cfg.num_iterations}")
                 pieces.append((ids, start, length := min(end - start, stage.max_doc_tokens, room)))
-                room -= length
+                room, place = room - length, (shard, int(end))
             if rank * num_slots // world_size <= slot < (rank + 1) * num_slots // world_size:
                 mine.append(fill_slot(pieces, *kind))
         # every rank runs the same number of equal micro-steps
         mine += [fill_slot([], *kind)] * (micro_steps(cfg, stage, world_size, micro_slots) * micro_slots - len(mine))
         yield [tuple(np.concatenate(part) for part in zip(*mine[i:i + micro_slots]))
-               for i in range(0, len(mine), micro_slots)]
+               for i in range(0, len(mine), micro_slots)], place
 
 def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> str:
     """The sentence on tokens needed and found; raises UserError if there are too few."""
@@ -532,7 +558,7 @@ def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 # -----------------------------------------------------------------------------
-# Model
+# Model (same in every train_*.py)
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last axis, without gain."""
@@ -872,7 +898,7 @@ class GPT(nn.Module):
         return sum(bank.numel() for bank in banks)
 
 # -----------------------------------------------------------------------------
-# Decoding
+# Decoding (same in every train_*.py)
 
 class Cache:
     """What the next token of each row needs of those before it; made by GPT.new_cache, changed by GPT.decode.
@@ -890,7 +916,8 @@ class Cache:
         self.rows = torch.arange(batch, device=like.device)[:, None]
         self.position = torch.zeros(batch, dtype=torch.int64, device=like.device)   # of each row's next token
         self.start = torch.zeros_like(self.position)                                # of its document
-        head = cfg.num_heads, cfg.head_dim
+        head, power = (cfg.num_heads, cfg.head_dim), cfg.head_dim & (cfg.head_dim - 1) == 0
+        self.kernels = cfg.kernels and like.is_cuda and triton_kernels is not None and power
         self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
         self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
         for i, matrices in model.matrices().items():
@@ -934,9 +961,9 @@ class Rows:
         starts = torch.where(tokens_BT == cache.bos_id, position, 0).cummax(1).values
         starts = torch.maximum(starts, cache.start[:, None])
         self.starts, self.position = starts.flatten(), (position - starts).flatten()
-        self.fresh = self.position == 0
-        self.slots, self.visible = {}, {}
-        for name, window in cache.windows.items():
+        self.fresh, self.kernel = self.position == 0, cache.kernels and T == 1
+        self.place, self.slots, self.visible = position, {}, {}
+        for name, window in () if self.kernel else cache.windows.items():
             held, first = cache.held(cache.rings[name], position[:, -1]), torch.maximum(starts, position - window)
             self.slots[name] = position % cache.rings[name]
             self.visible[name] = (held[:, None] <= position[:, :, None]) & (held[:, None] >= first[:, :, None])
@@ -955,25 +982,19 @@ class Rows:
 
     def attend(self, i: int, window: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output (B * T, H, D) of layer i, whose ring takes in the new keys and values."""
-        keys, values, visible = self.cache.keys[i], self.cache.values[i], self.visible[window]
+        keys, values = self.cache.keys[i], self.cache.values[i]
+        if self.kernel:
+            return triton_kernels.decode_attention(q, k, v, keys, values, self.place[:, 0], self.starts,
+                                                   self.cache.windows[window])
         q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))
         keys[self.cache.rows, self.slots[window]] = k
         values[self.cache.rows, self.slots[window]] = v
-        if self.shape[1] == 1 and torch.compiler.is_compiling():
-            return attend_one(q[:, 0], keys, values, visible[:, 0])
         q, k, v = (x.transpose(1, 2) for x in (q, keys, values))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=1.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.visible[window][:, None], scale=1.0)
         return y.transpose(1, 2).flatten(0, 1)
 
-def attend_one(q_BHD: Tensor, k_BRHD: Tensor, v_BRHD: Tensor, visible_BR: Tensor) -> Tensor:
-    """Attention output (B, H, D) of one query a row: sums that torch.compile turns into one pass over keys and one over
-    values, spread over the whole GPU. A fused kernel gives each head of a row one multiprocessor."""
-    scores = (q_BHD.float()[:, :, None] * k_BRHD.float().transpose(1, 2)).sum(-1)
-    weights = scores.masked_fill(~visible_BR[:, None], -math.inf).softmax(-1)
-    return (weights[..., None] * v_BRHD.float().transpose(1, 2)).sum(2).to(q_BHD.dtype)
-
 # -----------------------------------------------------------------------------
-# Optimizer
+# Optimizer (same in every train_*.py)
 
 # Polar Express (arXiv 2505.16932): five quintic steps towards the nearest orthogonal matrix, safety factor 0.02
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -1141,7 +1162,7 @@ class Optimizer:
 ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
 
 # -----------------------------------------------------------------------------
-# Schedule (pure functions of the step)
+# Schedule: pure functions of the step (same in every train_*.py)
 
 def stage_index(cfg: Hyperparameters, step: int) -> int:
     """Row of the stage table that a step belongs to."""
@@ -1178,7 +1199,7 @@ def is_tied(cfg: Hyperparameters, step: int) -> bool:
     return step <= round(cfg.untie * cfg.num_iterations) // 2 * 2 + 1
 
 # -----------------------------------------------------------------------------
-# Setup and logging
+# Setup and logging (same in every train_*.py)
 
 # dense bf16 peaks in FLOP/s by a part of the device's name, from the vendor's datasheets; MFU is n/a for others
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
@@ -1259,58 +1280,92 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
                    f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {(static + slots * slot) / 2**30:.1f} of "
                    f"{have / 2**30:.1f} GiB")
 
-class Run:
-    """The run folder: log.txt, run.json, the source, the curve, the checkpoint. Written as the run goes, by rank 0."""
+def everyone(machine: Machine, value) -> list:
+    """The value that each rank has, in their order."""
+    values = [value] * machine.world_size
+    if machine.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
-    def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str]):
+def first_rank(machine: Machine, function):
+    """What the function returns on the first rank, for all ranks; so with its UserError."""
+    outcome = None
+    if machine.rank == 0:
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = everyone(machine, outcome)[0]
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+class Run:
+    """The run folder: log.txt, run.json, the source, the curve, checkpoints. Written as the run goes, by rank 0.
+
+    A run that goes on from a checkpoint (folder and meta.json) keeps its folder.
+    """
+
+    def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str], checkpoint: Path | None, meta: dict):
         self.cfg, self.machine, self.master, self.live = cfg, machine, machine.rank == 0, False
-        self.history, self.train_losses, self.tokens_seen, self.wrote, self.info = [], [], 0, 0.0, {}
-        script, errors = Path(__file__), [None]
-        if self.master:
-            name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{os.urandom(3).hex()}"
-            self.folder = Path(cfg.out_dir) / name
-            try:
-                self.folder.mkdir(parents=True)
-                sources = [script] + ([Path(triton_kernels.__file__)] if cfg.kernels else [])
-                for source in sources:
-                    shutil.copy(source, self.folder / source.name)
-                self.log_file = open(self.folder / "log.txt", "w", buffering=1)
-            except OSError as error:
-                errors = [f"--out_dir={cfg.out_dir} cannot be written ({error.strerror}); choose another"]
-        if machine.world_size > 1:
-            dist.broadcast_object_list(errors, 0)
-        if errors[0]:
-            raise UserError(errors[0])
+        self.history, self.tokens_seen = [tuple(point) for point in meta.get("history", ())], meta.get("tokens_seen", 0)
+        self.train_losses, self.wrote, self.writer, self.saved = [], 0.0, ThreadPoolExecutor(1), checkpoint
+        self.writing = self.writer.submit(lambda: None)             # the last checkpoint, or one being written
+        script, now = Path(__file__), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script.stem}_{os.urandom(3).hex()}"
+        self.folder = checkpoint.parent.parent if checkpoint else Path(cfg.out_dir) / name
+        first_rank(machine, self.open_folder)
         if not self.master:
             return
-        for source in sources:
-            self.log_file.write(source.read_text() + "\n" + "=" * 100 + "\n")
-        self.save(format=1, status="running", script=script.name, argv=argv, config=asdict(cfg), seed=cfg.seed,
-                  source_sha256=hashlib.sha256(script.read_bytes()).hexdigest(),
+        self.info = read_json(self.folder / "run.json")
+        self.info.pop("error", None)
+        if checkpoint:
+            write_atomically(self.folder / "checkpoint" / "latest", checkpoint.name.encode())
+            self.info["resumed"] = self.info.get("resumed", []) + [{"step": meta["step"], "at": now, "argv": argv}]
+        self.save(format=1, status="running", script=script.name, argv=argv, job=os.environ.get("TORCHELASTIC_RUN_ID"),
+                  config=asdict(cfg), seed=cfg.seed, source_sha256=file_sha256(script),
                   git={"commit": command_output("git", "rev-parse", "HEAD"),
                        "dirty": bool(command_output("git", "status", "--porcelain"))},
                   versions={"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda,
                             "numpy": np.__version__}, device=machine.name, world_size=machine.world_size,
                   gpu=command_output("nvidia-smi", "--format=csv", "--query-gpu=name,driver_version,memory.total,"
-                                     "clocks.sm,clocks.mem,power.limit"),
-                  started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), val_losses=[])
+                                     "clocks.sm,clocks.mem,power.limit"), started=self.info.get("started", now))
+
+    def open_folder(self):
+        """Makes what is not there yet of the folder, the log and the copies of the source; raises UserError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.folder / "log.txt", "a", buffering=1)
+            for source in [Path(__file__)] + ([Path(triton_kernels.__file__)] if self.cfg.kernels else []):
+                copy = self.folder / source.name
+                if not copy.exists() or copy.read_bytes() != source.read_bytes():
+                    shutil.copy(source, copy)
+                    self.log_file.write(source.read_text() + "\n" + "=" * 100 + "\n")
+        except OSError as error:
+            raise UserError(f"--out_dir={self.cfg.out_dir} cannot be written ({error}); choose another") from None
 
     def save(self, **changes):
-        """Updates run.json, so that it is whole at any moment."""
+        """Updates run.json, so that it is whole at any moment; a full disk does not end the run."""
         if self.master:
-            self.info |= changes
-            write_atomically(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
+            self.info |= changes | {"tokens_seen": self.tokens_seen, "val_losses": [
+                {"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6), "tokens": self.cfg.val_tokens}
+                for s, t, v in self.history]}
+            try:
+                write_atomically(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
+            except OSError as error:
+                self.print(f"warning: run.json is not up to date ({error})")
 
     def print(self, text: str, console: bool = True):
         """A line to the log, and to the console unless told otherwise."""
         if self.master:
-            self.log_file.write(text + "\n")
+            with contextlib.suppress(OSError):                      # a full disk: later lines take it along
+                self.log_file.write(text + "\n")
             if console:
                 print(("\r\033[K" if self.live else "") + text, flush=True)
                 self.live = False
 
-    def step(self, step: int, clock, loss: float, stop: float, model) -> bool:
-        """Logs a finished step, on a terminal as a live line, else a line now and then. Returns whether to stop."""
+    def step(self, step: int, clock, model, loss: float, *wishes: float) -> tuple[float, ...]:
+        """Logs a finished step, on a terminal as a live line, else a line now and then. Returns the ranks' wishes."""
         cfg, seconds, terminal = self.cfg, clock.seconds, sys.stdout.isatty()
         batch = cfg.stages[stage_index(cfg, step - 1)].batch_tokens
         self.tokens_seen += batch
@@ -1328,7 +1383,7 @@ class Run:
             text += f"  {rate / 1000:.1f}k tokens/s  mfu {mfu}  {left:.0f} s left"
             print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
             self.live, self.wrote = terminal, time.time()
-        return stop > 0
+        return wishes
 
     def need_finite(self, loss: float, what: str, model):
         """Raises FloatingPointError, which names the first bad parameter of the table, if a loss is NaN or infinite."""
@@ -1336,20 +1391,27 @@ class Run:
             return
         named = dict(model.named_parameters())
         bad = next((name for name in PARAMETERS if not torch.isfinite(named[name]).all()), "none: only the loss")
-        text = f"{what} is {loss}; first bad parameter: {bad}; lower --lr={self.cfg.lr} or look at the last change"
-        self.save(status="diverged", error=text, tokens_seen=self.tokens_seen)
+        self.give_up(f"{what} is {loss}; first bad parameter: {bad}; lower --lr={self.cfg.lr} or look at the last "
+                     "change")
+
+    def give_up(self, text: str):
+        """Raises FloatingPointError with the text and the last good checkpoint, after taking them down in run.json."""
+        self.writing.result()
+        text += f"; last good checkpoint: {self.saved or 'none'}"
+        self.save(status="diverged", error=text)
         raise FloatingPointError(text)
 
     def validated(self, step: int, clock, val_loss: float, model):
-        """Logs a validation, which is also when run.json is brought up to date."""
+        """Logs a validation, which is also when run.json is brought up to date and the ranks compare parameters."""
         self.need_finite(val_loss, f"the validation loss of step {step}", model)
+        sums = everyone(self.machine, digest(dict(model.named_parameters())) if self.machine.world_size > 1 else {})
+        if other := [(name, rank) for name in sums[0] for rank, own in enumerate(sums) if own[name] != sums[0][name]]:
+            self.give_up("after step {}, {} of rank {} is not that of rank 0; suspect that GPU".format(step, *other[0]))
         self.history.append((step, clock.seconds, val_loss))
         self.print(f"step:{step}/{self.cfg.total_steps} val_loss:{val_loss:.6f} {train_time(clock.seconds, step)}")
-        self.save(tokens_seen=self.tokens_seen, train_time_ms=round(1000 * clock.seconds), val_losses=[
-            {"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6), "tokens": self.cfg.val_tokens}
-            for s, t, v in self.history])
+        self.save(train_time_ms=round(1000 * clock.seconds))
 
-    def finish(self, status: str, step: int, clock, checkpoint: Path | None, shards: list[Shard]):
+    def finish(self, status: str, step: int, clock, shards: list[Shard]):
         """The last lines of the log, the curve, and the final run.json."""
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.machine.device.type == "cuda" else 0
         data = {shard.path: shard.num_tokens for shard in shards}
@@ -1361,7 +1423,8 @@ class Run:
                        f"compilation {self.info['compile_seconds']} s, {self.info['recompiles']} recompiles"
                        + (f", peak memory {memory:.1f} GiB" if memory else ""))
             self.print(f"log, curve and checkpoint are in {self.folder}")
-            self.print(f"next: python sample.py --checkpoint={checkpoint}")
+            self.print(f"next: python sample.py --checkpoint={self.saved}" if status == "finished" else
+                       f"next: the same command with --resume={self.folder}")
 
     def plot(self):
         """curve.svg: training and validation loss over steps and over training time."""
@@ -1370,7 +1433,8 @@ class Run:
             from matplotlib.figure import Figure
         except ImportError:
             return self.print("no curve.svg: matplotlib is not installed (pip install matplotlib)")
-        figure, train, val = Figure((11, 4), layout="constrained"), np.array(self.train_losses), np.array(self.history)
+        figure, val = Figure((11, 4), layout="constrained"), np.array(self.history)
+        train = np.array(self.train_losses).reshape(-1, 3)
         for column, axis in enumerate(figure.subplots(1, 2, sharey=True)):
             axis.plot(train[:, column], train[:, 2], color="0.65", linewidth=0.8, label="training (weighted)")
             axis.plot(val[:, column], val[:, 2], "o-", color="black", markersize=4, label="validation")
@@ -1397,6 +1461,14 @@ def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; empty if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
+
 def write_atomically(path: Path, content: bytes):
     """Writes under a temporary name, then renames, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -1407,30 +1479,185 @@ def write_atomically(path: Path, content: bytes):
     os.replace(temporary, path)
 
 # -----------------------------------------------------------------------------
-# Checkpoint
+# Checkpoint (same in every train_*.py)
 
-def save_checkpoint(run: Run, model: GPT, step: int, tokenizer: bytes) -> Path | None:
-    """Writes checkpoint/step_<n> of the run (model.safetensors, meta.json, tokenizer.json), then the file `latest`."""
-    if not run.master:
-        return None
-    root = run.folder / "checkpoint"
-    final, temporary = root / f"step_{step:06d}", root / f".step_{step:06d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+FILES = ("model.safetensors", "optimizer.safetensors")
+# what may be another one when a run goes on: it changes no more than rounding, what is written, or where the run ends
+FREE = ("micro_batch_tokens", "stop_after", "val_every", "device", "attention", "kernels", "compile", "compile_cache",
+        "out_dir", "save_every", "keep", "resume", "resume_override")
+
+def run_identity(cfg: Hyperparameters, tokenizer: bytes, **shards: list[Shard]) -> dict:
+    """What makes the run the run it is, as plain JSON: flags, shards by name and tokens, tokenizer and source."""
+    flags = {name: value for name, value in asdict(cfg).items() if name not in FREE}
+    files = {flag: [(Path(shard.path).name, shard.num_tokens) for shard in group] for flag, group in shards.items()}
+    return json.loads(json.dumps(flags | files | {
+        "source": file_sha256(__file__), "tokenizer": hashlib.sha256(tokenizer).hexdigest(),
+        "shard_times": [shard.modified for group in shards.values() for shard in group]}))
+
+def share_rows(optimizer: Optimizer, name: str) -> int:
+    """Rows of a tensor of run_state of which each rank holds a share; 0 if each rank holds all of it."""
+    param, _, key = name.partition(".")
+    if key in ("", "count") or optimizer.world_size == 1 or PARAMETERS[param].shared == "all":
+        return 0
+    return optimizer.params[param].numel() // optimizer.whole[param][0].numel()
+
+def gather_state(model: GPT, optimizer: Optimizer, machine: Machine, everything: bool) -> dict[str, Tensor]:
+    """The model's tensors, or everything that training changes, whole, in CPU memory of the first rank."""
+    found, pin = {}, machine.device.type == "cuda"
+    for name, tensor in (run_state(model, optimizer, machine) if everything else model.state_dict()).items():
+        if rows := share_rows(optimizer, name):
+            whole = tensor.new_empty(machine.world_size * len(tensor), *tensor.shape[1:])
+            ALL_GATHER(whole, tensor)
+            tensor = whole[:rows]
+        if machine.rank == 0:
+            found[name] = torch.empty_like(tensor, device="cpu", pin_memory=pin).copy_(tensor, non_blocking=pin)
+    if pin:
+        torch.cuda.synchronize()
+    return found
+
+@torch.no_grad()
+def restore_state(folder: Path, meta: dict, model: GPT, optimizer: Optimizer, machine: Machine) -> list:
+    """Gives every tensor its value in a checkpoint, which only the first rank reads; returns the training losses."""
+    everything, found = FILES[1] in meta["files"], {}
+    if machine.rank == 0:
+        for name in meta["files"]:
+            found |= load_file(folder / name)
+    for name, tensor in (run_state(model, optimizer, machine) if everything else model.state_dict()).items():
+        rows, random = share_rows(optimizer, name), name.endswith("rng")
+        shape = (machine.world_size * len(tensor), *tensor.shape[1:]) if rows else tensor.shape
+        whole = torch.zeros(shape, dtype=tensor.dtype, device=machine.device)
+        if machine.rank == 0:
+            target, value = whole[:rows] if rows else whole, found.get(name, tensor if random else None)
+            if value is None or value.shape != target.shape:
+                raise RankError(f"{folder} holds no {name} of shape {tuple(target.shape)}; a model of another shape "
+                                "cannot go on from it")
+            target.copy_(value)
+        if machine.world_size > 1:
+            dist.broadcast(whole, 0)
+        tensor.copy_(whole.chunk(machine.world_size)[machine.rank] if rows else whole)
+        if random:
+            torch.cuda.set_rng_state(tensor, machine.device) if name.startswith("cuda") else torch.set_rng_state(tensor)
+    return found.get("train_losses", torch.empty(0)).tolist()
+
+def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]], tokenizer: bytes, keep: int) -> Path:
+    """Writes the folder step_<n> in `root`, then `latest`, then removes all but the newest `keep`.
+
+    Killed at any moment or without room, it leaves in place what was there; the next call clears up.
+    """
+    final = root / f"step_{meta['step']:06d}"
+    temporary, old = root / f".{final.name}.tmp", lambda path: root / f".{path.name}.old"
+    def clear():
+        for path in root.glob(".step_*"):
+            shutil.rmtree(path, ignore_errors=True)
+    clear()
     temporary.mkdir(parents=True)
     try:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()},
-                  temporary / "model.safetensors")
-    except SafetensorError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{temporary} cannot be written ({error}); free space or choose another --out_dir") from None
-    meta = {"format": 1, "script": Path(__file__).stem, "source_sha256": run.info["source_sha256"],
-            "config": asdict(model.cfg), "step": step, "stage": stage_index(model.cfg, step - 1), "val_loss": None,
-            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest()}
-    write_atomically(temporary / "tokenizer.json", tokenizer)
-    write_atomically(temporary / "meta.json", json.dumps(meta, indent=1).encode())
-    os.replace(temporary, final)
-    write_atomically(root / "latest", final.name.encode())
+        for name, tensors in files.items():
+            save_file(tensors, temporary / name)
+            with open(temporary / name, "rb+") as file:
+                os.fsync(file.fileno())
+        sums = {name: file_sha256(temporary / name) for name in files}
+        write_atomically(temporary / "tokenizer.json", tokenizer)
+        write_atomically(temporary / "meta.json", json.dumps(meta | {"files": sums}, indent=1).encode())
+        if final.exists():               # of before the run went back to an earlier one; `latest` does not name it
+            os.replace(final, old(final))
+        os.replace(temporary, final)
+        write_atomically(root / "latest", final.name.encode())
+        for path in sorted(root.glob("step_*"), key=lambda path: path.stat().st_mtime_ns)[:-keep]:
+            os.replace(path, old(path))
+    finally:
+        clear()
     return final
+
+def save_checkpoint(run: Run, model: GPT, optimizer: Optimizer, step: int, clock, tokenizer: bytes, everything: bool,
+                    **more):
+    """Copies the state of all ranks to CPU memory and starts a thread on the first that writes checkpoint/step_<n>.
+
+    everything: also what going on needs, unless a gradient waits for Adam's next step. more: goes into meta.json.
+    """
+    clock.synchronize()
+    begin = time.perf_counter()
+    run.writing.result()                 # never two at a time
+    finite = all(torch.isfinite(param).all() for param in model.parameters())
+    run.need_finite(0.0 if finite else math.nan, f"a parameter after step {step}", model)
+    everything = everything and all(param.grad is None for param in model.parameters())
+    tensors = gather_state(model, optimizer, run.machine, everything)
+    held = time.perf_counter() - begin if clock.started else 0
+    if not run.master:
+        return
+    files = {FILES[0]: {name: tensors.pop(name) for name in model.state_dict()}}
+    if everything:
+        files[FILES[1]] = tensors | {"train_losses": torch.tensor(run.train_losses, dtype=torch.float64)}
+    meta = {"format": 1, "script": Path(__file__).stem, "source_sha256": run.info["source_sha256"],
+            "config": asdict(model.cfg), "step": step, "stage": stage_index(model.cfg, step - 1),
+            "val_loss": run.history[-1][2] if run.history[-1][0] == step else None,
+            "best_val_loss": min(loss for _, _, loss in run.history), "history": run.history,
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(), "train_time": clock.seconds,
+            "tokens_seen": run.tokens_seen} | more
+
+    def write():
+        begin, before = time.perf_counter(), run.saved
+        try:
+            run.saved = write_checkpoint(run.folder / "checkpoint", meta, files, tokenizer, run.cfg.keep)
+            run.print(f"checkpoint of step {step}: {1000 * held:.0f} ms of training time, written in "
+                      f"{time.perf_counter() - begin:.1f} s")
+        except (OSError, SafetensorError) as error:
+            run.print(f"warning: no checkpoint of step {step} ({error}); the last one: {before or 'none'}")
+    run.writing = run.writer.submit(write)
+
+def find_run(cfg: Hyperparameters, argv: list[str], restarted: bool) -> Path | None:
+    """What --resume means, None: a new run; for a job that torchrun has started again the run it was at."""
+    if not restarted and cfg.resume != "latest":
+        return Path(cfg.resume) if cfg.resume else None
+    files = sorted(Path(cfg.out_dir).glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    infos = {file.parent: info for file in files if (info := read_json(file)).get("script") == Path(__file__).name}
+    job = os.environ.get("TORCHELASTIC_RUN_ID"), argv
+    own = [run for run, info in infos.items() if restarted and (info.get("job"), info.get("argv")) == job]
+    run = next((run for run in own[:1] or infos if list(run.glob("checkpoint/step_*"))), None)
+    if own or cfg.resume == "latest":
+        return run if run and (own or infos[run].get("status") != "finished") else None
+    return Path(cfg.resume) if cfg.resume else None
+
+def find_fault(folder: Path, meta: dict, num_steps: int) -> str:
+    """Why a run cannot go on from a checkpoint; empty if it can."""
+    kinds = {"files": dict, "identity": dict, "step": int, "place": list, "history": list, "train_time": float,
+             "tokens_seen": int}
+    if any(type(meta.get(name)) is not kind for name, kind in kinds.items()) or not meta["files"].keys() <= set(FILES):
+        return "its meta.json is damaged"
+    for name, content in meta["files"].items():
+        if not (folder / name).is_file() or file_sha256(folder / name) != content:
+            return f"its {name} is damaged"
+    if FILES[1] not in meta["files"] and meta["step"] < num_steps:
+        return f"it has no {FILES[1]}, which needs --save_every and an even step, or a signal"
+    return "" if (folder.parent.parent / "run.json").is_file() else "it is not in the folder of a run"
+
+def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, identity: dict, restarted: bool
+                    ) -> tuple[Path | None, dict, list[str]]:
+    """(folder, its meta.json, lines for the log) of the checkpoint to go on from; (None, {}, lines) for a new run.
+
+    Raises UserError if there is none, or if flags, shards or source are not those of its run.
+    """
+    run, notes, flag = find_run(cfg, argv, restarted), [], f"--resume={cfg.resume}"
+    if run is None:
+        return None, {}, [f"{flag}: no unfinished run with a checkpoint in {cfg.out_dir}; a new run"] * bool(cfg.resume)
+    latest = run / "checkpoint" / "latest"
+    newest = latest.is_file() and latest.read_text(errors="replace") or "step_~"    # comes after all numbers
+    folders = [run] if run.parent.name == "checkpoint" else run.glob("checkpoint/step_*")
+    for folder in sorted((folder for folder in folders if folder.name <= newest), reverse=True):
+        meta = read_json(folder / "meta.json")
+        if not (fault := find_fault(folder, meta, num_steps)):
+            break
+        notes.append(f"{folder} is not used: {fault}")
+    else:
+        raise UserError("; ".join([f"{flag}: {run} has no checkpoint to go on from", *notes]))
+    before = meta["identity"]
+    changed = {name: f"{name} was {before.get(name)!s:.80}, now {identity.get(name)!s:.80}"
+               for name in sorted(before.keys() | identity.keys()) if before.get(name) != identity.get(name)}
+    allowed = {*cfg.resume_override.split(","), "shard_times"}      # they may have been copied
+    if refused := [text for name, text in changed.items() if name not in allowed]:
+        raise UserError(f"{flag}: {folder} is of another run: {'; '.join(refused)}; put it back or add "
+                        f"--resume_override={','.join(sorted(changed.keys() - {'shard_times'}))}")
+    return folder, meta, notes + [f"changed: {text}" for text in changed.values()]
 
 def config_from_dict(values: dict) -> Hyperparameters:
     """Hyperparameters from the `config` of a checkpoint's meta.json; raises UserError on unknown or missing fields."""
@@ -1446,7 +1673,7 @@ def config_from_dict(values: dict) -> Hyperparameters:
     return cfg
 
 # -----------------------------------------------------------------------------
-# Training and validation
+# Training and validation (same in every train_*.py)
 
 def digest(tensors: dict[str, Tensor]) -> dict[str, int]:
     """A 64-bit sum per tensor that changes with any bit of it, computed where the tensor lies."""
@@ -1465,10 +1692,10 @@ def run_state(model: GPT, optimizer: Optimizer, machine: Machine) -> dict[str, T
         state["cuda rng"] = torch.cuda.get_rng_state(machine.device)
     return state | {f"{name}.{key}": t for name, part in optimizer.state.items() for key, t in part.items()}
 
-def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, stop=False) -> Tensor:
-    """Trains on one batch; returns (its summed loss, number of ranks asked to stop) of all ranks, on the device."""
+def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, *wishes: bool) -> Tensor:
+    """Trains on one batch; (its summed loss, how many ranks have each wish) over all ranks, on the device."""
     weights = torch.tensor(loss_weights(optimizer.model.cfg, step)).to(machine.device, non_blocking=True)
-    total = torch.tensor([0.0, float(stop)]).to(machine.device, non_blocking=True)
+    total = torch.tensor([0.0, *map(float, wishes)]).to(machine.device, non_blocking=True)
     for batch in batches:
         loss = model(*to_device(batch, machine.device), weights)
         loss.backward()
@@ -1554,12 +1781,14 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     streams = validation_streams(cfg, val_shards)
     micro_slots, plan = memory_plan(cfg, machine)
 
-    run = Run(cfg, machine, argv)
+    identity = run_identity(cfg, tokenizer, train_files=train_shards, val_files=val_shards)
+    restarted = max(everyone(machine, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0
+    origin, meta, notes = first_rank(machine, lambda: find_checkpoint(cfg, argv, num_steps, identity, restarted))
+
+    run = Run(cfg, machine, argv, origin, meta)
     if run.master:                       # so that a record can be held to its track's validation data
         run.save(data_sha256={shard.path: file_sha256(shard.path) for shard in val_shards})
-    stopping = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopping.set())
+    stopping, agreed = watch_signals(run)
     with torch.device(machine.device):
         model = GPT(cfg)
     share_parameters(model, machine)
@@ -1570,56 +1799,125 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     run.print(f"parameters: {sum(param.numel() for param in model.parameters()) / 1e6:.1f} M, of which "
               f"{model.matmul_parameters / 1e6:.1f} M in matrix products")
     run.print(f"{tokens}; validation on {cfg.val_tokens:,}")
-    run.print(f"{plan}; {micro_slots * cfg.slot_tokens:,} tokens per forward")
+    run.print("\n".join([f"{plan}; {micro_slots * cfg.slot_tokens:,} tokens per forward", *notes]))
 
     clock = Clock(machine)
     clock.start()
     if cfg.compile:
         warm_up(forward, optimizer, machine, micro_slots)
         run.print(f"compiled and warmed up in {clock.seconds:.1f} s; the initial state is back, bit for bit")
+    importlib.import_module("torch._dynamo")    # recomputation needs it, and would load it, in seconds, on the clock
     clock.stop()
     run.save(compile_seconds=round(clock.seconds, 1))
     graphs, clock = compiled_graphs(), Clock(machine)
     if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run.validated(0, clock, validate(forward, cfg, streams, machine), model)
-
+    done = saved = meta.get("step", 0)
+    model.set_stage(stage := stage_index(cfg, max(done - 1, 0)))
+    if origin:
+        clock.before, run.train_losses = meta["train_time"], restore_state(origin, meta, model, optimizer, machine)
+        run.print(f"goes on from {origin} after {clock.seconds:.1f} s of training")
+    else:
+        run.validated(0, clock, validate(forward, cfg, streams, machine), model)
+    every, unit = int(cfg.save_every.removesuffix("min") or 0), "minutes" if cfg.save_every.endswith("min") else "steps"
+    if every:
+        gather_state(model, optimizer, machine, True)               # finding pinned memory takes seconds the first time
     clock.start()                        # training time counts from the first look at the data
     model.prefix_of.copy_(torch.from_numpy(prefix_tokens(json.loads(tokenizer), cfg.vocab_size)))
-    loader = prefetch(training_batches(cfg, train_shards, machine.rank, machine.world_size, micro_slots))
-    stage, done, pending = 0, 0, None    # pending: the loss of the last step, read one step late so that nothing waits
-    for step, batches in zip(range(num_steps), loader):
-        if stage != (stage := stage_index(cfg, step)):
+    place = meta.get("place", (0, 0))
+    loader = prefetch(training_batches(cfg, train_shards, machine.rank, machine.world_size, micro_slots, done, place))
+
+    def save(everything):
+        save_checkpoint(run, model, optimizer, done, clock, tokenizer, everything, place=place, identity=identity)
+    stop, due, last_save = False, False, time.monotonic()
+    pending = None                       # the loss of the last step, read one step late so that nothing waits
+    while done < num_steps and not (stop and done % 2 == 0):        # even: no gradient waits for Adam's next step
+        batches, place = next(loader)
+        if stage != (stage := stage_index(cfg, done)):
             model.set_stage(stage)
-        loss = training_step(forward, optimizer, batches, step, machine, stopping.is_set())
-        done, validating = step + 1, cfg.val_every and (step + 1) % cfg.val_every == 0 and step + 1 < num_steps
-        stop = pending is not None and run.step(done - 1, clock, *pending.tolist(), model)
+        overdue = unit == "minutes" and machine.rank == 0 and time.monotonic() - last_save > 60 * every
+        loss = training_step(forward, optimizer, batches, done, machine, stopping.is_set(), overdue)
+        done += 1
+        if pending is not None:
+            stop, due = run.step(done - 1, clock, model, *pending.tolist())
         pending = loss
-        if stop or validating:
+        validating = cfg.val_every and done % cfg.val_every == 0 and done < num_steps
+        saving = done % 2 == 0 and done < num_steps and (due or unit == "steps" and every and done % every < 2)
+        if validating or saving:         # not before all losses so far are known to be finite
+            stop, due = run.step(done, clock, model, *pending.tolist())
+            pending = None
+        if validating:
             clock.stop()
-            if stop:
-                break
             run.validated(done, clock, validate(forward, cfg, streams, machine), model)
             clock.start()
-    if clock.started:
-        clock.stop()
-    run.step(done, clock, *pending.tolist(), model)
-    milliseconds = round(1000 * clock.seconds)
-    run.save(recompiles=compiled_graphs() - graphs, tokens_seen=run.tokens_seen, train_time_ms=milliseconds)
-    folder = save_checkpoint(run, model, done, tokenizer)           # before the evaluation can fail
+        if saving:
+            save(everything=True)
+            saved, last_save = done, time.monotonic()
+    agreed.set()
+    clock.stop()
+    if pending is not None:
+        run.step(done, clock, model, *pending.tolist())
+    run.save(recompiles=compiled_graphs() - graphs, train_time_ms=round(1000 * clock.seconds))
     finished = done == num_steps
+    if saved != done:                    # before the evaluation can fail
+        save(everything=not finished or every > 0)
+    run.writing.result()
+    written = not run.master or run.saved is not None and run.saved.name == f"step_{done:06d}"
     if finished:
         if done == cfg.total_steps:
             model.set_stage(stage, final=True)
         run.validated(done, clock, validate(forward, cfg, streams, machine), model)
-        if run.master:
-            meta = json.loads((folder / "meta.json").read_text()) | {"val_loss": run.history[-1][2]}
-            write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
-    run.finish("finished" if finished else "interrupted", done, clock, folder, train_shards + val_shards)
+        if run.master and written:
+            meta = read_json(run.saved / "meta.json") | {"val_loss": run.history[-1][2]}
+            write_atomically(run.saved / "meta.json", json.dumps(meta, indent=1).encode())
+    run.finish("finished" if finished else "interrupted", done, clock, train_shards + val_shards)
+    if not written:
+        raise UserError(f"the checkpoint of step {done} could not be written, {run.folder / 'log.txt'} says why; free "
+                        f"space or choose another --out_dir")
     return 0 if finished else 130
 
+GRACE_SECONDS = 20                       # torchrun kills its ranks 30 s after it has sent them SIGTERM
+
+def watch_signals(run: Run) -> tuple[threading.Event, threading.Event]:
+    """(an event that SIGINT and SIGTERM set, one to set when the ranks have agreed to stop).
+
+    When a rank dies torchrun sends SIGTERM to the others, whose main threads may wait for it in a collective forever;
+    so a thread of its own takes the signals, and ends the process if there is no agreement in time.
+    """
+    stopping, agreed, (reader, writer) = threading.Event(), threading.Event(), os.pipe()
+
+    def watch():
+        os.read(reader, 1)
+        stopping.set()
+        if run.machine.world_size > 1 and not agreed.wait(GRACE_SECONDS):
+            name_lost_ranks()
+            run.writing.result()
+            os._exit(1)
+    os.set_blocking(writer, False)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=watch, daemon=True).start()
+    return stopping, agreed
+
+def name_lost_ranks():
+    """Says on the first of the remaining ranks which ones are gone: those that do not answer within two seconds."""
+    keys = [f"rank {rank} is here" for rank in range(dist.get_world_size())]
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(keys[dist.get_rank()], "")
+        time.sleep(2)
+        here = [store.check([key]) for key in keys]
+    except RuntimeError:                 # the first rank keeps the store, unless torchrun does
+        here = [rank > 0 for rank in range(len(keys))]
+    if here.index(True) == dist.get_rank():
+        gone = ", ".join(str(rank) for rank, answered in enumerate(here) if not answered) or "(none)"
+        print(f"{Path(__file__).name}: no answer from rank {gone}, so the others end; go on from the last checkpoint "
+              "with --resume=latest", file=sys.stderr)
+
 def main() -> int:
-    """Runs the command line. Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
+    """Runs the command line. Exit code: 0 done, 1 another rank died, 2 the user can put it right, 3 diverged, 130
+    interrupted."""
     argv, rank = sys.argv[1:], int(os.environ.get("RANK", 0))
     if "--help" in argv or "-h" in argv:
         print(help_text())
@@ -1635,6 +1933,11 @@ def main() -> int:
             raise
         print(f"{Path(__file__).name}: {error}; free space or choose another --out_dir", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        name_lost_ranks()
+        return 1
     except KeyboardInterrupt:
         if rank == 0:
             print(f"{Path(__file__).name}: interrupted before the first step; nothing to save", file=sys.stderr)
@@ -1644,7 +1947,7 @@ def main() -> int:
             dist.destroy_process_group()
 
 # -----------------------------------------------------------------------------
-# Kernels (appendix)
+# Kernels: appendix (same in every train_*.py)
 
 BLOCK = 128                              # FlexAttention skips or computes tiles of BLOCK x BLOCK
 

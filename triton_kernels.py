@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# float8 scales are fixed: rows of x are RMS-normalised, so no entry exceeds sqrt(C) < 28; head weights up to 1.75 fit
+# float8 scales are fixed: rows of x are RMS-normalised, so no entry exceeds sqrt(C), and 28 fits; head weights to 1.75
 # (the public record allows 1.6), larger ones saturate; with target weights up to 2 in sum a logit gradient is at most
 # 2 x 11.5/15 = 1.54 in size, and e5m2 reaches 57344
 X_SCALE, WEIGHT_SCALE, GRAD_SCALE = 16.0, 256.0, 16384.0
@@ -231,3 +231,60 @@ def float8_linear(u_TC: Tensor, weight_FC: Tensor) -> Tensor:
 def float8_mlp(u_TC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
     """relu(u @ up.T)^2 @ down (T, C), both products in float8; u bf16 with RMS-normalised rows, up and down bf16."""
     return Float8MLP.apply(u_TC, up_FC, down_FC)
+
+# -----------------------------------------------------------------------------
+# Decoding: attention of one query a row over a ring of keys and values
+
+@triton.jit
+def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, position_B, start_B, sum_BHSD, total_BHS,
+                            max_BHS, R, window, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One part of a ring a program: maximum and sum of its exponentials, and the values weighted with them."""
+    row, head, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    position, start = tl.load(position_B + row), tl.load(start_B + row)
+    first, newest = tl.maximum(start, position - window), position % R
+    channel = tl.arange(0, D)
+    own = (row * H + head) * D + channel
+    q = tl.load(q_BHD + own).to(tl.float32)
+    k, v = tl.load(k_BHD + own), tl.load(v_BHD + own)
+    ring = row.to(tl.int64) * R * H * D + head * D + channel
+    # the first part begins with the new token and puts it into the ring; nobody reads it from there
+    most = tl.where(part == 0, tl.sum(q * k.to(tl.float32)), float("-inf"))
+    total = tl.where(part == 0, 1.0, 0.0)
+    sums = tl.where(part == 0, v.to(tl.float32), 0.0)
+    if part == 0:
+        tl.store(keys_BRHD + ring + newest * H * D, k)
+        tl.store(values_BRHD + ring + newest * H * D, v)
+    for block in range(part, tl.cdiv(R, BLOCK), parts):
+        slot = block * BLOCK + tl.arange(0, BLOCK)
+        age = (newest - slot + R) % R
+        seen = (slot < R) & (age > 0) & (position - age >= first)
+        place = ring[None, :] + slot[:, None] * H * D
+        score = tl.sum(tl.load(keys_BRHD + place, mask=seen[:, None], other=0.0).to(tl.float32) * q[None, :], 1)
+        score = tl.where(seen, score, float("-inf"))
+        newmost = tl.maximum(most, tl.max(score))
+        base = tl.where(newmost == float("-inf"), 0.0, newmost)     # nothing seen so far
+        weight, fade = tl.exp(score - base), tl.exp(most - base)
+        value = tl.load(values_BRHD + place, mask=seen[:, None], other=0.0).to(tl.float32)
+        sums = sums * fade + tl.sum(weight[:, None] * value, 0)
+        total, most = total * fade + tl.sum(weight), newmost
+    out = (row * H + head) * parts + part
+    tl.store(sum_BHSD + out * D + channel, sums)
+    tl.store(total_BHS + out, total)
+    tl.store(max_BHS + out, most)
+
+def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Tensor, values_BRHD: Tensor,
+                     position_B: Tensor, start_B: Tensor, window: int) -> Tensor:
+    """Attention output (B, H, D) of the token at position_B of each row, which enters the rings at slot position % R.
+
+    A query sees itself and what the ring holds from position max(start, position - window) on; the softmax scale is
+    already in q. D is a power of two. As GPT.decode does it without kernels.
+    """
+    (B, R, H, D), block = keys_BRHD.shape, 64
+    parts = min(triton.cdiv(R, block), triton.cdiv(256, B * H))     # enough programs for every multiprocessor
+    sums, (total, most) = q_BHD.new_empty(B, H, parts, D, dtype=torch.float32), (
+        q_BHD.new_empty(B, H, parts, dtype=torch.float32) for _ in range(2))
+    decode_attention_kernel[(B, H, parts)](
+        q_BHD.contiguous(), k_BHD.contiguous(), v_BHD.contiguous(), keys_BRHD, values_BRHD, position_B, start_B, sums,
+        total, most, R, window, H=H, D=D, BLOCK=block, num_warps=4)
+    scale = torch.exp(most - most.amax(dim=2, keepdim=True))
+    return ((sums * scale[..., None]).sum(2) / (total * scale).sum(2)[..., None]).to(q_BHD.dtype)

@@ -1,9 +1,10 @@
-"""Where a training step spends its time on the GPU, by kind of kernel.
+"""Where a training step spends its time on the GPU.
 
     python dev/profile_step.py --train_files=... --val_files=... [flags of train_gpt.py] [--stage=0]
 
-Compiles as the script does, runs a few steps of a stage on synthetic tokens under PyTorch's profiler and prints
-milliseconds per step for attention, matrix products, optimizer and so on, then the 30 longest kernels.
+Compiles as the script does, runs a few steps of a stage on real tokens under PyTorch's profiler and prints milliseconds
+per step: of the whole step by kind of kernel, then of the head with its loss and of the optimizer, each run alone, and
+of the loader, which works ahead on the CPU; last the 30 longest kernels.
 """
 import sys
 import time
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
 
 STEPS = 4
-KINDS = (("attention", ("flex", "tem_fused_flex")), ("matmul", ("gemm", "cutlass", "nvjet", "cublas", "xmma")),
+KINDS = (("attention", ("flex", "tem_fused")), ("matrix products", ("gemm", "cutlass", "nvjet", "cublas", "xmma")),
          ("cross-entropy", ("cross_entropy", "target_grad")), ("copies", ("memcpy", "memset", "direct_copy")),
          ("communication", ("nccl",)), ("elementwise and reductions", ("triton",)))
 
@@ -24,6 +25,28 @@ KINDS = (("attention", ("flex", "tem_fused_flex")), ("matmul", ("gemm", "cutlass
 def kind_of(name: str) -> str:
     """The first kind one of whose words occurs in the kernel's name."""
     return next((kind for kind, words in KINDS if any(word in name.lower() for word in words)), "other")
+
+
+def profile(function) -> tuple[dict, dict]:
+    """Milliseconds per call by kind of kernel, and (milliseconds, launches) by kernel, over STEPS calls."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            function()
+        torch.cuda.synchronize()
+    kinds, kernels = defaultdict(float), defaultdict(lambda: [0.0, 0.0])
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            ms = event.self_device_time_total / 1000 / STEPS
+            kinds[kind_of(event.name)] += ms
+            kernels[event.name][0] += ms
+            kernels[event.name][1] += 1 / STEPS
+    return kinds, kernels
+
+
+def show(title: str, kinds: dict):
+    print(f"{sum(kinds.values()):9.2f} ms  {title}: " + ", ".join(
+        f"{kind} {ms:.2f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])))
 
 
 def main():
@@ -40,37 +63,50 @@ def main():
     optimizer = train_gpt.Optimizer(model)
     forward = torch.compile(model, dynamic=False, fullgraph=True)
     model.set_stage(stage)
-    step = round(cfg.stages[stage].until * cfg.num_iterations) - STEPS
+    step = (round(cfg.stages[stage].until * cfg.num_iterations) - 8) // 2 * 2
+    started = time.perf_counter()
     loader = train_gpt.training_batches(cfg, shards, 0, 1, slots)
-    batches = next(loader)
-    batches = (batches * 8)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
+    batches = [next(loader) for _ in range(4)]
+    loader_ms = 1000 * (time.perf_counter() - started) / 4          # of first-stage batches
+    batches = (batches[0][0] * 16)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
+
+    def train(i):                        # Adam works at odd steps
+        train_gpt.training_step(forward, optimizer, batches, step + i, machine)
     started = time.perf_counter()
     for i in range(4):
-        train_gpt.training_step(forward, optimizer, batches, step + i, machine)
+        train(i)
     torch.cuda.synchronize()
     print(f"compiled in {time.perf_counter() - started:.1f} s")
     started = time.perf_counter()
     for i in range(STEPS):
-        train_gpt.training_step(forward, optimizer, batches, step + i, machine)
+        train(i)
     torch.cuda.synchronize()
     print(f"stage {stage}: {1000 * (time.perf_counter() - started) / STEPS:.1f} ms per step of "
           f"{cfg.stages[stage].batch_tokens} tokens, without the profiler")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(STEPS):
-            train_gpt.training_step(forward, optimizer, batches, step + i, machine)
-        torch.cuda.synchronize()
-    kinds, kernels = defaultdict(float), defaultdict(lambda: [0.0, 0])
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            ms = event.self_device_time_total / 1000 / STEPS
-            kinds[kind_of(event.name)] += ms
-            kernels[event.name][0] += ms
-            kernels[event.name][1] += 1
-    for kind, ms in sorted(kinds.items(), key=lambda item: -item[1]):
-        print(f"{ms:9.2f} ms  {kind}")
-    print(f"{sum(kinds.values()):9.2f} ms  all kernels")
-    for name, (ms, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:45]:
-        print(f"{ms:9.3f} ms  {count / STEPS:6.1f} x  {name[:110]}")
+    count = iter(range(1 << 20))
+    kinds, kernels = profile(lambda: train(next(count) % 4))
+    show("the whole step", kinds)
+
+    targets = torch.randint(0, cfg.vocab_size, (slots * cfg.slot_tokens, 4), device="cuda")
+    weights = torch.tensor(train_gpt.loss_weights(cfg, step), device="cuda")
+    x = train_gpt.norm(torch.randn(len(targets), cfg.model_dim, device="cuda")).bfloat16().requires_grad_()
+
+    def head():
+        train_gpt.triton_kernels.head_loss(x, model.lm_head, targets, weights, None, cfg.float8).backward()
+    if cfg.kernels:
+        kinds, _ = profile(head)
+        show("head and loss over the whole vocabulary, forward and backward, of the whole step",
+             {kind: ms * len(batches) for kind, ms in kinds.items()})
+
+    def update():
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        optimizer.step(step + next(count) % 4)
+    kinds, _ = profile(update)
+    show("optimizer, with the filling of gradients with zeros", kinds)
+    print(f"{loader_ms:9.2f} ms  loader, for a batch of {cfg.stages[0].batch_tokens} tokens, ahead on the CPU")
+    for name, (ms, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:30]:
+        print(f"{ms:9.3f} ms  {launches:6.1f} x  {name[:110]}")
 
 
 if __name__ == "__main__":

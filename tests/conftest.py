@@ -6,6 +6,7 @@ can also write damaged and foreign ones.
 import base64
 import contextlib
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small products are slower with more
 
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))        # train_gpt comes first
 BOS, VOCAB = 256, 257
 WORDS = "the a old new cat dog house river stone sees finds keeps under over near and then slowly never again".split()
 
@@ -101,28 +103,31 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"), train_tokens=200_000)
 
 
-@pytest.fixture
-def small_config(data):
-    """Function of changed fields that returns the small configuration, resolved for the shards of `data`."""
-    import train_gpt
+@pytest.fixture(scope="session")
+def script():
+    """The training script under test. A file that tests all of them has a fixture of this name, with parameters."""
+    return importlib.import_module("train_gpt")
 
+
+@pytest.fixture
+def small_config(data, script):
+    """Function of changed fields that returns the small configuration, resolved for the shards of `data`."""
     def config(**changes):
-        cfg = train_gpt.parse_config(small_flags(data, **changes))
-        machine = train_gpt.Machine(train_gpt.torch.device("cpu"), 0, 1, "cpu")
-        return train_gpt.resolve_config(cfg, machine, train_gpt.open_shards(cfg.train_files, cfg.val_files)[0][0])
+        cfg = script.parse_config(small_flags(data, **changes))
+        machine = script.Machine(script.torch.device("cpu"), 0, 1, "cpu")
+        return script.resolve_config(cfg, machine, script.open_shards(cfg.train_files, cfg.val_files)[0][0])
     return config
 
 
 @pytest.fixture
-def run_main(monkeypatch, capsys):
+def run_main(script, monkeypatch, capsys):
     """Function of command line arguments that calls main(), and returns exit code, output and errors."""
-    import train_gpt
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *argv])
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
         capsys.readouterr()
-        code = train_gpt.main()
+        code = script.main()
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
     yield run
@@ -131,13 +136,13 @@ def run_main(monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(run_main, tmp_path):
+def refused(script, run_main, tmp_path):
     """Function that expects a command line to be refused: exit code 2, one line with all the words, nothing made."""
     def check(*argv, words=()):
         logs = tmp_path / "refused_logs"
         done = run_main(*([] if any(arg.startswith("--out_dir") for arg in argv) else [f"--out_dir={logs}"]), *argv)
         assert done.code == 2, done
-        assert re.fullmatch(r"train_gpt\.py: [^\n]+\n", done.err), done.err
+        assert re.fullmatch(rf"{script.__name__}\.py: [^\n]+\n", done.err), done.err
         for word in words:
             assert str(word) in done.err, (word, done.err)
         assert not logs.exists()

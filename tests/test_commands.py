@@ -309,4 +309,5 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
     done = machine.start(*arguments, script=script)
     assert done.returncode == 0, done.stderr
     assert done.calls[:2] == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt"]
-    assert done.calls[2:] == [" ".join(("python: -m pytest -q", *arguments))]
+    assert done.calls[2:] == ["python: -m pip install --no-input --quiet -r tests/requirements.txt",
+                              " ".join(("python: -m pytest -q -n 2", *arguments))]

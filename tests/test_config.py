@@ -29,11 +29,11 @@ FLAGS = {
     "num_iterations": 300, "stop_after": 7, "val_every": 0, "stages": [STAGE], "final_windows": (100, 200),
     "cooldown": 0.5, "lr_floor": 0.0, "untie": 1.0,
     "layers": LAYERS, "model_dim": 1536, "head_dim": 64, "mlp_dim": 100, "gate_dim": 3, "bigram_rows": 77,
-    "bigram_signs": 5, "candidates": 900, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2,
+    "bigram_signs": 5, "candidates": 20_000, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3, "attn_scale": 0.2,
     "rope_base": 10_000.0,
     "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 10, "momentum_cooldown": 0.2,
     "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "compile": False, "compile_cache": "kept",
-    "seed": 5, "out_dir": "else where",
+    "seed": 5, "out_dir": "else where", "save_every": "10min", "keep": 5, "resume": "a/run", "resume_override": "lr,seed",
 }
 
 
@@ -135,7 +135,7 @@ def test_values_of_the_wrong_type(refused, flag, words):
     "--momentum_cooldown=-1", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--attn_scale=0", "--attn_scale=nan",
     "--rope_base=0", "--rope_base=inf", "--momentum=0.9", "--momentum=0.8,0.9,1", "--momentum=0.9,1.5",
     "--momentum=nan,nan", "--final_windows=0,5", "--final_windows=5", "--final_windows=5,0", "--final_windows=1,2,3",
-    "--device=tpu", "--precision=fp8", "--attention=flash", "--seed=-1", "--seed=100000000000000000000",
+    "--save_every=often", "--save_every=min", "--save_every=-3", "--keep=0", "--device=tpu", "--precision=fp8", "--attention=flash", "--seed=-1", "--seed=100000000000000000000",
 ])
 def test_values_out_of_range(refused, flag):
     name, _, value = flag.partition("=")

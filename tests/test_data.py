@@ -1,4 +1,4 @@
-"""Shards, documents, packing and the validation set of train_gpt.py, against streams made here by hand.
+"""Shards, documents, packing and the validation set of every training script, against streams made here by hand.
 
 Proves: only whole, consistent shards are accepted and published ones are read as GPT-2's; every rank sees its own part
 of one plan; a document is never cut silently (the true next token stays the target); validation holds each of the first
@@ -6,43 +6,46 @@ val_tokens targets once, whatever the length of its streams. Run: python -m pyte
 """
 import base64
 import hashlib
+import importlib
 import json
 import threading
 
 import numpy as np
 import pytest
-from conftest import BOS, ROOT, VOCAB, make_data, make_text, small_flags, tokenizer_json, write_shard
-
-import train_gpt
-from train_gpt import UserError, documents, fill_slot, open_shards, prefix_tokens, read_header, read_tokenizer
+from conftest import BOS, ROOT, SCRIPTS, VOCAB, make_data, make_text, small_flags, tokenizer_json, write_shard
 
 GPT2_BPE = ROOT.parent / "shared" / "data" / "gpt2_bpe"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return importlib.import_module(request.param)
+
+
 # -----------------------------------------------------------------------------
 # Shards
 
-def test_a_shard_of_our_own(tmp_path):
+def test_a_shard_of_our_own(script, tmp_path):
     tokens = [BOS, 1, 2, 3, BOS, 4]
-    shard = read_header(write_shard(tmp_path / "a.bin", tokens))
+    shard = script.read_header(write_shard(tmp_path / "a.bin", tokens))
     assert (shard.num_tokens, shard.vocab_size, shard.bos_id, shard.width) == (6, VOCAB, BOS, 2)
     assert shard.tokenizer == hashlib.sha256(tokenizer_json()).hexdigest()
     assert shard.read().tolist() == tokens
 
 
-def test_a_published_shard_has_zeros_that_mean_gpt2(tmp_path):
+def test_a_published_shard_has_zeros_that_mean_gpt2(script, tmp_path):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, 4
     (tmp_path / "fineweb.bin").write_bytes(header.tobytes() + np.array([50256, 15496, 995, 50256], "<u2").tobytes())
-    shard = read_header(str(tmp_path / "fineweb.bin"))
+    shard = script.read_header(str(tmp_path / "fineweb.bin"))
     assert (shard.num_tokens, shard.vocab_size, shard.bos_id, shard.width) == (4, 50257, 50256, 2)
-    assert shard.tokenizer == train_gpt.GPT2_TOKENIZER_SHA256
+    assert shard.tokenizer == script.GPT2_TOKENIZER_SHA256
     assert shard.read().tolist() == [50256, 15496, 995, 50256]
 
 
-def test_a_shard_of_wide_tokens(tmp_path):
-    shard = read_header(write_shard(tmp_path / "a.bin", [99_999, 70_000, 65_536], w3=100_000, w4=99_999, w5=4))
+def test_a_shard_of_wide_tokens(script, tmp_path):
+    shard = script.read_header(write_shard(tmp_path / "a.bin", [99_999, 70_000, 65_536], w3=100_000, w4=99_999, w5=4))
     assert shard.width == 4 and shard.read().tolist() == [99_999, 70_000, 65_536]
 
 
@@ -123,9 +126,9 @@ def test_the_tokenizer_must_be_the_one_of_the_shards(refused, tmp_path, content,
     refused(*small_flags(folder), words=["tokenizer.json", *words])
 
 
-def test_the_tokenizer_is_read_and_checked(data):
-    shard = open_shards(f"{data}/train_*.bin", f"{data}/val_*.bin")[0][0]
-    assert read_tokenizer(shard) == tokenizer_json()
+def test_the_tokenizer_is_read_and_checked(script, data):
+    shard = script.open_shards(f"{data}/train_*.bin", f"{data}/val_*.bin")[0][0]
+    assert script.read_tokenizer(shard) == tokenizer_json()
 
 
 @pytest.mark.parametrize("name, position", [("train_000000.bin", 20), ("val_000000.bin", 1000)])
@@ -139,10 +142,10 @@ def test_an_id_outside_the_vocabulary_is_refused(run_main, tmp_path, name, posit
     assert name in done.err and str(VOCAB) in done.err and "again" in done.err
 
 
-def test_ids_too_large_for_a_signed_number_are_refused(tmp_path):
-    shard = read_header(write_shard(tmp_path / "a.bin", [BOS, 5, 2**31 + 5, 7], w5=4))
-    with pytest.raises(UserError, match="outside the vocabulary"):
-        fill_slot([(shard.read(), 0, 4)], 8, BOS, VOCAB)
+def test_ids_too_large_for_a_signed_number_are_refused(script, tmp_path):
+    shard = script.read_header(write_shard(tmp_path / "a.bin", [BOS, 5, 2**31 + 5, 7], w5=4))
+    with pytest.raises(script.UserError, match="outside the vocabulary"):
+        script.fill_slot([(shard.read(), 0, 4)], 8, BOS, VOCAB)
 
 
 def test_too_few_tokens_for_the_schedule_are_noticed_at_the_start(refused, tmp_path):
@@ -175,38 +178,38 @@ def test_running_out_during_training(run_main, tmp_path):
 # -----------------------------------------------------------------------------
 # Documents and slots
 
-def test_documents_of_several_shards(tmp_path):
-    first = read_header(write_shard(tmp_path / "a.bin", [7, 8, BOS, 1, 2, BOS, BOS, 3]))  # begins amid a document
-    second = read_header(write_shard(tmp_path / "b.bin", [BOS, 4]))
-    third = read_header(write_shard(tmp_path / "c.bin", [9, 9]))
-    found = [ids[start:end].tolist() for ids, start, end in documents([first, second, third])]
+def test_documents_of_several_shards(script, tmp_path):
+    first = script.read_header(write_shard(tmp_path / "a.bin", [7, 8, BOS, 1, 2, BOS, BOS, 3]))  # begins amid one
+    second = script.read_header(write_shard(tmp_path / "b.bin", [BOS, 4]))
+    third = script.read_header(write_shard(tmp_path / "c.bin", [9, 9]))
+    found = [ids[start:end].tolist() for ids, start, end in script.documents([first, second, third])]
     assert found == [[BOS, 1, 2], [BOS], [BOS, 3], [BOS, 4]]
 
 
-def test_documents_of_a_long_shard_lose_nothing(tmp_path):
+def test_documents_of_a_long_shard_lose_nothing(script, tmp_path):
     tokens = np.full(5_000_000, 97, np.uint16)
     starts = np.sort(np.random.default_rng(0).choice(5_000_000, 500, replace=False))
     starts = np.union1d(starts, [0, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])  # where a search in pieces may go wrong
     tokens[starts] = BOS
-    shard = read_header(write_shard(tmp_path / "a.bin", tokens))
-    found = [(int(start), int(end)) for _, start, end in documents([shard])]
+    shard = script.read_header(write_shard(tmp_path / "a.bin", tokens))
+    found = [(int(start), int(end)) for _, start, end in script.documents([shard])]
     assert found == list(zip(starts.tolist(), [*starts.tolist()[1:], 5_000_000]))
 
 
-def test_a_slot_has_the_true_next_token_at_a_cut_and_no_target_in_the_padding():
+def test_a_slot_has_the_true_next_token_at_a_cut_and_no_target_in_the_padding(script):
     ids = np.array([BOS, 1, 2, 3, 4, BOS, 5, 6], np.uint16)
-    inputs, targets = fill_slot([(ids, 0, 3), (ids, 5, 3)], 8, BOS, VOCAB)
+    inputs, targets = script.fill_slot([(ids, 0, 3), (ids, 5, 3)], 8, BOS, VOCAB)
     assert inputs.tolist() == [BOS, 1, 2, BOS, 5, 6, BOS, BOS]
     assert targets.tolist() == [1, 2, 3, 5, 6, BOS, -1, -1]  # 3 follows the cut, a new document follows the last
     assert inputs.dtype == np.int32 and targets.dtype == np.int64
 
 
-def test_an_empty_slot_is_padding():
-    inputs, targets = fill_slot([], 5, BOS, VOCAB)
+def test_an_empty_slot_is_padding(script):
+    inputs, targets = script.fill_slot([], 5, BOS, VOCAB)
     assert inputs.tolist() == [BOS] * 5 and targets.tolist() == [-1] * 5
 
 
-def numbered_shards(folder, sizes, per_shard=2):
+def numbered_shards(script, folder, sizes, per_shard=2):
     """Shards of documents in which every token is another number, so that each can be found again; BOS is 0 ... 1."""
     bos, tokens, shards = 1, [], []
     number = 2
@@ -216,20 +219,22 @@ def numbered_shards(folder, sizes, per_shard=2):
     folder.mkdir(exist_ok=True)
     for i in range(per_shard):
         part = tokens[i * len(tokens) // per_shard:(i + 1) * len(tokens) // per_shard]
-        shards.append(read_header(write_shard(folder / f"{i}.bin", np.concatenate(part), w3=number, w4=bos, w5=4)))
+        path = write_shard(folder / f"{i}.bin", np.concatenate(part), w3=number, w4=bos, w5=4)
+        shards.append(script.read_header(path))
     return shards, tokens
 
 
-def plan(cfg, shards, world_size, micro_slots):
+def plan(script, cfg, shards, world_size, micro_slots):
     """steps -> ranks -> micro-batches of (inputs, targets)."""
-    ranks = [list(train_gpt.training_batches(cfg, shards, rank, world_size, micro_slots)) for rank in range(world_size)]
+    ranks = [[batches for batches, _ in script.training_batches(cfg, shards, rank, world_size, micro_slots)]
+             for rank in range(world_size)]
     return list(zip(*ranks, strict=True))
 
 
 @pytest.fixture
-def packing(small_config, tmp_path):
+def packing(script, small_config, tmp_path):
     sizes = np.random.default_rng(0).integers(1, 300, 400)
-    shards, docs = numbered_shards(tmp_path / "numbered", sizes)
+    shards, docs = numbered_shards(script, tmp_path / "numbered", sizes)
     return small_config(), shards, docs
 
 
@@ -242,13 +247,13 @@ def slots_of(cfg, batches):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_slots", [1, 2, 3])
-def test_ranks_share_one_plan(packing, world_size, micro_slots):
+def test_ranks_share_one_plan(script, packing, world_size, micro_slots):
     cfg, shards, _ = packing
-    whole = plan(cfg, shards, 1, 1)
+    whole = plan(script, cfg, shards, 1, 1)
     assert len(whole) == cfg.total_steps == 20
-    for step, (ranks, (one,)) in enumerate(zip(plan(cfg, shards, world_size, micro_slots), whole, strict=True)):
+    for step, (ranks, (one,)) in enumerate(zip(plan(script, cfg, shards, world_size, micro_slots), whole, strict=True)):
         want = slots_of(cfg, one)
-        assert len(want) == cfg.stages[train_gpt.stage_index(cfg, step)].batch_tokens // cfg.slot_tokens
+        assert len(want) == cfg.stages[script.stage_index(cfg, step)].batch_tokens // cfg.slot_tokens
         assert sum((slots_of(cfg, batches) for batches in ranks), []) == want  # disjoint, complete and in order
         assert len({len(batches) for batches in ranks}) == 1
         assert all(len(inputs) == len(targets) == micro_slots * cfg.slot_tokens
@@ -257,12 +262,12 @@ def test_ranks_share_one_plan(packing, world_size, micro_slots):
         assert min(counts) >= 1 and max(counts) - min(counts) <= 1
 
 
-def test_packing_follows_the_rule(packing):
+def test_packing_follows_the_rule(script, packing):
     """Documents in order, each begun once, cut at the longest length and at the end of a slot, the rest left out."""
     cfg, shards, docs = packing
     remaining = iter(docs)
-    for step, (batches,) in enumerate(plan(cfg, shards, 1, 1)):
-        longest = cfg.stages[train_gpt.stage_index(cfg, step)].max_doc_tokens
+    for step, (batches,) in enumerate(plan(script, cfg, shards, 1, 1)):
+        longest = cfg.stages[script.stage_index(cfg, step)].max_doc_tokens
         for inputs, targets in slots_of(cfg, batches):
             want_inputs, want_targets = [], []
             while len(want_inputs) < cfg.slot_tokens:
@@ -274,10 +279,10 @@ def test_packing_follows_the_rule(packing):
             assert inputs[0] == 1
 
 
-def test_training_and_stopping_early_read_the_same(packing):
+def test_training_and_stopping_early_read_the_same(script, packing):
     cfg, shards, _ = packing
-    first = [batch[0].tolist() for batch in next(train_gpt.training_batches(cfg, shards, 0, 1, 2))]
-    again = [batch[0].tolist() for batch in next(train_gpt.training_batches(cfg, shards, 0, 1, 2))]
+    first = [batch[0].tolist() for batch in next(script.training_batches(cfg, shards, 0, 1, 2))[0]]
+    again = [batch[0].tolist() for batch in next(script.training_batches(cfg, shards, 0, 1, 2))[0]]
     assert first == again
 
 
@@ -285,14 +290,14 @@ def test_training_and_stopping_early_read_the_same(packing):
 # Validation
 
 @pytest.mark.parametrize("stream", [50, 128, 256, 1000, 5000])
-def test_validation_holds_every_target_once_in_whole_documents(small_config, tmp_path, stream):
+def test_validation_holds_every_target_once_in_whole_documents(script, small_config, tmp_path, stream):
     sizes = np.random.default_rng(1).integers(1, 200, 40)
-    shards, docs = numbered_shards(tmp_path / "numbered", sizes)
+    shards, docs = numbered_shards(script, tmp_path / "numbered", sizes)
     cfg = small_config(val_stream_tokens=stream, val_tokens=2500)
     every = np.concatenate(docs)
     after = np.append(every[1:], 1)
     seen = []
-    for inputs, targets in train_gpt.validation_streams(cfg, shards):
+    for inputs, targets in script.validation_streams(cfg, shards):
         assert len(inputs) == len(targets) == stream and max(targets) >= 0
         real = targets >= 0
         assert not np.any(real[1:] & ~real[:-1])  # padding only at the end
@@ -305,9 +310,9 @@ def test_validation_holds_every_target_once_in_whole_documents(small_config, tmp
     assert sorted(seen) == sorted(want)
 
 
-def test_a_validation_document_longer_than_a_stream_keeps_its_order(small_config, tmp_path):
-    shards, docs = numbered_shards(tmp_path / "numbered", [10, 70, 20], per_shard=1)
-    streams = train_gpt.validation_streams(small_config(val_stream_tokens=32, val_tokens=99), shards)
+def test_a_validation_document_longer_than_a_stream_keeps_its_order(script, small_config, tmp_path):
+    shards, docs = numbered_shards(script, tmp_path / "numbered", [10, 70, 20], per_shard=1)
+    streams = script.validation_streams(small_config(val_stream_tokens=32, val_tokens=99), shards)
     inputs = [inputs[targets >= 0].tolist() for inputs, targets in streams]
     assert inputs == [docs[0], docs[1][:32], docs[1][32:64], docs[1][64:] + docs[2][:19]]
 
@@ -315,23 +320,23 @@ def test_a_validation_document_longer_than_a_stream_keeps_its_order(small_config
 # -----------------------------------------------------------------------------
 # Prefixes
 
-def test_the_prefix_of_a_token_is_the_longest_other_token_that_begins_it():
+def test_the_prefix_of_a_token_is_the_longest_other_token_that_begins_it(script):
     ranks = [b"a", b"ab", b"abc", b"b", b"bc", b"abd", b"abcde", b"\xff", b"c"]
     tokenizer = json.loads(tokenizer_json(ranks))
-    assert prefix_tokens(tokenizer, 12).tolist() == [-1, 0, 1, -1, 3, 1, 2, -1, -1, -1, -1, -1]
+    assert script.prefix_tokens(tokenizer, 12).tolist() == [-1, 0, 1, -1, 3, 1, 2, -1, -1, -1, -1, -1]
 
 
-def test_prefixes_against_a_search_through_all_pairs():
+def test_prefixes_against_a_search_through_all_pairs(script):
     rng = np.random.default_rng(0)
     ranks = list({bytes(rng.integers(0, 3, rng.integers(1, 8)).astype(np.uint8)) for _ in range(300)})
-    found = prefix_tokens(json.loads(tokenizer_json(ranks)), len(ranks) + 1)
+    found = script.prefix_tokens(json.loads(tokenizer_json(ranks)), len(ranks) + 1)
     for token, text in enumerate(ranks):
         shorter = [other for other in ranks if text.startswith(other) and other != text]
         assert found[token] == (ranks.index(max(shorter, key=len)) if shorter else -1)
     assert found[-1] == -1 and (found >= 0).sum() > 100
 
 
-def test_the_constant_is_the_hash_of_gpt2s_tokenizer():
+def test_the_constant_is_the_hash_of_gpt2s_tokenizer(script):
     if not (GPT2_BPE / "vocab.bpe").exists():
         pytest.skip("needs GPT-2's vocabulary in ../shared/data/gpt2_bpe")
     # the published encoder writes bytes as printable characters: those that are printable stand for themselves
@@ -344,41 +349,41 @@ def test_the_constant_is_the_hash_of_gpt2s_tokenizer():
     content = {"name": "gpt2", "pattern": GPT2_PATTERN, "ranks": ranks,
                "special_tokens": {"<|endoftext|>": 50256}, "bos_id": 50256}
     text = json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n"
-    assert hashlib.sha256(text.encode("ascii")).hexdigest() == train_gpt.GPT2_TOKENIZER_SHA256
+    assert hashlib.sha256(text.encode("ascii")).hexdigest() == script.GPT2_TOKENIZER_SHA256
 
 
 # -----------------------------------------------------------------------------
 # Prefetching
 
-def test_prefetching_keeps_the_order_and_works_ahead():
+def test_prefetching_keeps_the_order_and_works_ahead(script):
     made, consumed = [], []
 
     def items():
         for i in range(20):
             made.append((i, threading.current_thread() is threading.main_thread()))
             yield [i]
-    for item in train_gpt.prefetch(items()):
+    for item in script.prefetch(items()):
         consumed.append(item)
         assert len(made) - len(consumed) <= 3
     assert consumed == [[i] for i in range(20)]
     assert not any(main for _, main in made)
 
 
-def test_prefetching_passes_an_error_on_after_what_came_before_it():
+def test_prefetching_passes_an_error_on_after_what_came_before_it(script):
     def items():
         yield 1
         yield 2
-        raise UserError("no more")
-    received, loader = [], train_gpt.prefetch(items())
-    with pytest.raises(UserError, match="no more"):
+        raise script.UserError("no more")
+    received, loader = [], script.prefetch(items())
+    with pytest.raises(script.UserError, match="no more"):
         for item in loader:
             received.append(item)
     assert received == [1, 2]
 
 
-def test_prefetching_that_is_given_up_leaves_no_thread():
+def test_prefetching_that_is_given_up_leaves_no_thread(script):
     before = threading.active_count()
-    loader = train_gpt.prefetch(iter([[i] for i in range(100)]))
+    loader = script.prefetch(iter([[i] for i in range(100)]))
     assert next(loader) == [0]
     loader.close()
     assert threading.active_count() == before

@@ -4,19 +4,19 @@ The layer table of each preset, made narrow, with random values in every paramet
 GPU, in bf16. Run: python -m pytest tests/test_decode.py
 """
 import importlib
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import SCRIPTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
 
 BOS, VOCAB = 256, 257
-MODELS = [("train_gpt", "tiny"), ("train_gpt", "speedrun")]            # script, preset
+MODELS = [("train_gpt", "tiny"), *((script, "speedrun") for script in SCRIPTS)]     # script, preset
 NARROW = {"model_dim": 48, "head_dim": 12, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509, "bigram_signs": 32,
           "final_windows": (16, 64), "vocab_size": VOCAB, "bos_id": BOS, "attention": "plain", "compile": False,
           "precision": "fp32"}
@@ -153,19 +153,6 @@ def test_a_step_reads_no_more_than_windows_and_text(model):
         assert max(keys.size(1) for keys in cache.keys.values()) <= most + 16
 
 
-def test_attention_of_one_query_is_the_softmax_of_what_is_visible():
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 4, 8, generator=generator)
-    k, v = torch.randn(2, 3, 20, 4, 8, generator=generator)
-    visible = torch.rand(3, 20, generator=generator) < 0.5
-    visible[0] = torch.arange(20) == 3
-    y = importlib.import_module("train_gpt").attend_one(q, k, v, visible)
-    for b in range(3):
-        scores = torch.einsum("hd,rhd->hr", q[b].double(), k[b].double()).masked_fill(~visible[b], -math.inf)
-        expected = torch.einsum("hr,rhd->hd", scores.softmax(1), v[b].double())
-        torch.testing.assert_close(y[b].double(), expected, atol=1e-6, rtol=1e-6)
-
-
 def test_in_bf16_decoding_is_as_exact_as_forward(model):
     tokens = random_tokens(200)
     exact = model(tokens)
@@ -180,7 +167,7 @@ def test_in_bf16_decoding_is_as_exact_as_forward(model):
 
 @pytest.mark.parametrize("script", sorted({script for script, _ in MODELS}))
 def test_a_step_compiles_to_one_graph(script):
-    """By torch.compile's front end alone; the attention of one query is another function there."""
+    """By torch.compile's front end alone."""
     model, tokens = random_model(script, "tiny"), random_tokens(2, 60)
     cache, calls = model.new_cache(2, 60, 1), []
 
@@ -197,14 +184,16 @@ def test_a_step_compiles_to_one_graph(script):
 # -----------------------------------------------------------------------------
 # On a GPU, as wide as the model is
 
-WIDE = {"model_dim": 768, "head_dim": 128, "mlp_dim": 3072, "gate_dim": 64, "bigram_rows": 10_007, "bigram_signs": 512,
-        "final_windows": (48, 160), "vocab_size": 50_304, "bos_id": 50_256, "precision": "bf16"}
+WIDE = {"bigram_rows": 10_007, "bigram_signs": 512, "final_windows": (48, 160), "vocab_size": 50_304, "bos_id": 50_256,
+        "precision": "bf16"}
 PROMPTS = [[50_256, *random_tokens(3 + 11 * n, seed=n, high=50_000).tolist()[1:]] for n in range(20)]
 
 
 def wide_model(script, preset, precision):
     """The same numbers in either precision: those of bf16."""
-    model = random_model(script, preset, "cuda", head=0.2, **WIDE)
+    full = importlib.import_module(script).PRESETS["speedrun"]
+    width = {name: getattr(full, name) for name in ("model_dim", "head_dim", "mlp_dim", "gate_dim")}
+    model = random_model(script, preset, "cuda", head=0.2, **WIDE, **width)
     if precision == "bf16":
         return model
     exact = type(model)(replace(model.cfg, precision=precision)).requires_grad_(False)

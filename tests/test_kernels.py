@@ -4,6 +4,7 @@ Against: the same formulas in float64 with autograd, and the plain PyTorch versi
 bounds; a training step with kernels and float8 against one without. Skipped without CUDA or Triton; float8 also below
 compute capability 8.9. Run: python -m pytest tests/test_kernels.py
 """
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_head_loss_and_gradients(T, V, chunk, compiled, float8, monkeypatch, req
     plain_value = head_loss(*plain, targets, weights)
     our_value = maybe_compiled(kernels.head_loss, compiled)(*ours, targets, weights, None, float8)
     for loss in (exact_value, plain_value, our_value):
-        (3 * loss).backward()            # the factor must reach the gradients
+        (4 * loss).backward()            # the factor must reach the gradients, and not round them
     assert our_value.dtype == torch.float32
     assert our_value.item() == pytest.approx(exact_value.item(), rel=3e-3 if float8 else 1e-3)
     for name, good, usual, tensor in zip(("x", "weight"), exact, plain, ours):
@@ -182,6 +183,28 @@ def test_head_loss_with_columns_that_stand_for_several(float8, poisoned):
     for good, usual, tensor in zip(exact, plain, ours):
         bound = 0.08 if float8 else 1.1 * relative(usual.grad, good.grad) + 1e-4
         assert relative(tensor.grad, good.grad) <= bound
+
+
+# -----------------------------------------------------------------------------
+# Decoding
+
+@pytest.mark.parametrize("B, R, H, D, window", [(3, 48, 2, 16, 37), (1, 784, 6, 128, 768), (64, 272, 6, 64, 256)])
+def test_decode_attention(B, R, H, D, window, poisoned):
+    """Against a softmax in float64 over what each row sees; the new token must land in its slot, and nowhere else."""
+    q, k, v, keys, values = randn(B, H, D), randn(B, H, D), randn(B, H, D), randn(B, R, H, D), randn(B, R, H, D)
+    position = torch.randint(0, 3 * R, (B,), device=DEVICE)
+    position[0] = 0
+    start = torch.randint(0, 2 * R, (B,), device=DEVICE).clamp(max=position)
+    kept, rows = (keys.clone(), values.clone()), torch.arange(B, device=DEVICE)
+    for ring, new in zip(kept, (k, v)):
+        ring[rows, position % R] = new
+    y = kernels.decode_attention(q, k, v, keys, values, position, start, window)
+    assert torch.equal(keys, kept[0]) and torch.equal(values, kept[1])
+    held = position[:, None] - (position[:, None] - torch.arange(R, device=DEVICE)) % R
+    seen = held >= torch.maximum(start, position - window)[:, None]
+    scores = torch.einsum("bhd,brhd->bhr", q.double(), keys.double()).masked_fill(~seen[:, None], -math.inf)
+    exact = torch.einsum("bhr,brhd->bhd", scores.softmax(2), values.double())
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-3)
 
 
 # -----------------------------------------------------------------------------

@@ -1,23 +1,28 @@
-"""The model of train_gpt.py: what a token may see, the attention and loss kernels, and the initial state.
+"""The model of every training script: what a token may see, the attention and loss kernels, and the initial state.
 
 Against: the model run on each document alone, a dense softmax and plain cross-entropies in float64 with autograd, the
 figures of the NanoGPT speedrun. Run: python -m pytest tests/test_model.py
 """
+import importlib
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BOS, VOCAB
+from conftest import BOS, SCRIPTS, VOCAB
 
 import train_gpt
-from train_gpt import BLOCK, GPT, PRESETS, block_mask, choose_candidates, flex, head_loss, norm, plain_attention
+from train_gpt import BLOCK, block_mask, choose_candidates, flex, head_loss, norm, plain_attention
 
+MODELS = [("train_gpt", "tiny"), *((script, "speedrun") for script in SCRIPTS)]      # all tiny ones are of one kind
 STATIC_GATES = {"x0": 0, "bigram": 0.05, "xsa": 0, "out": 0.25, "skip": 0.5}  # at initialisation, by the recipe
 STATIC_MIXES = {"value": 0, "stream": 0, "value_gate": 2, "attn_x": math.sqrt(1.1), "attn": 1, "attn_x0": 0,
                 "attn_bigram": 0.05, "mlp_x": math.sqrt(1.1), "mlp": 1,
                 "x0": 0, "late": -0.5, "last": 0, "embed": 0, "skip": 0}
+GATED_LAYERS = {  # those with xsa, those with an output gate, and the one without attention
+    ("train_gpt", "tiny"): ((3,), (1, 4), 2), ("train_gpt", "speedrun"): ((1, 3, 4, 7), (3, 10), 6),
+    ("train_gpt_medium", "speedrun"): ((1, 4, 6, 8, 10), (0, 4, 11, 15), 9)}
 
 
 def disturb(model, scale=0.2, seed=1):
@@ -29,16 +34,26 @@ def disturb(model, scale=0.2, seed=1):
     return model
 
 
+@pytest.fixture(params=MODELS, ids=" ".join)
+def preset(request):
+    return request.param
+
+
 @pytest.fixture
-def speedrun_layers(small_config):
-    """The layer table of the speedrun, 48 channels wide."""
-    return small_config(layers=list(PRESETS["speedrun"].layers))
+def script(preset):
+    return importlib.import_module(preset[0])
 
 
-@pytest.fixture(params=["tiny", "speedrun"])
-def model(request, small_config):
+@pytest.fixture
+def cfg(small_config, script, preset):
+    """The small configuration with the layer table of a preset, 48 channels wide."""
+    return small_config(layers=list(script.PRESETS[preset[1]].layers))
+
+
+@pytest.fixture
+def model(cfg, script):
     """A model of each layer table, away from its initial state."""
-    return disturb(GPT(small_config(layers=list(PRESETS[request.param].layers))))
+    return disturb(script.GPT(cfg))
 
 
 def random_documents(lengths, seed=0):
@@ -89,10 +104,9 @@ def test_isolation_reaches_the_gradients(model):
         torch.testing.assert_close(packed[name], gradient, atol=small, rtol=1e-3, msg=name)
 
 
-def test_a_token_sees_as_far_back_as_all_windows_reach_together(small_config):
+def test_a_token_sees_as_far_back_as_all_windows_reach_together(cfg, script):
     """Every attention layer reaches its window back, a layer with a long window one more for the shifted keys."""
-    cfg = small_config(final_windows=(4, 9), stages=[[1.5, 512, 100, 4, 9, 1.0, [[1, 0, 0], [1, 0, 0]], [0, 0]]])
-    model = disturb(GPT(cfg))
+    model = disturb(script.GPT(replace(cfg, stages=(replace(cfg.stages[0], short=4, long=9),))))
     tokens = random_documents([120])[0]
     reach = sum(4 if layer.window == "short" else 10 for layer in cfg.layers if layer.attention) + 2  # smear, bigram
     base = logits_of(model, tokens)
@@ -244,25 +258,30 @@ def test_half_of_the_channels_have_no_position_and_lengths_are_kept():
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
 
 
-def test_frequencies_and_softmax_scale_of_the_speedrun():
-    model = GPT(replace(PRESETS["speedrun"], vocab_size=16, bos_id=0, model_dim=256, mlp_dim=8, bigram_rows=3,
-                        bigram_signs=2, gate_dim=2))
+@pytest.mark.parametrize("name, windows, scales, final", [
+    ("train_gpt", [384, 896, 1408, 1664], [0.1, 0.116946, 0.127518, 0.131778], [768, 2560]),
+    ("train_gpt_medium", [384, 896, 1408, 1664, 1920, 2176, 2432, 2688, 2944], [
+        0.1, 0.116946, 0.127518, 0.131778, 0.135549, 0.138943, 0.142033, 0.144876, 0.147512], [1408, 3456])])
+def test_frequencies_and_softmax_scale_of_the_speedrun(name, windows, scales, final):
+    script = importlib.import_module(name)
+    model = script.GPT(replace(script.PRESETS["speedrun"], vocab_size=16, bos_id=0, model_dim=256, mlp_dim=8,
+                               bigram_rows=3, bigram_signs=2, gate_dim=2))
     frequencies = [1024 ** (-j / 31) for j in range(32)]
     assert model.inv_freq.tolist() == pytest.approx(frequencies)
-    scales = []
-    for index, (old, new) in enumerate([(384, 384), (384, 896), (896, 1408), (1408, 1664)]):
+    found = []
+    for index, (old, new) in enumerate(zip([384, *windows], windows, strict=False)):
         for j, frequency in enumerate(frequencies):
             turns = old * frequency / (2 * math.pi)
             keep = min(1, max(0, (turns - 1) / 31))
             frequencies[j] = frequency * (old / new + keep * (1 - old / new))
         model.set_stage(index)
         assert model.inv_freq.tolist() == pytest.approx(frequencies, rel=1e-5)
-        scales.append(float(model.attn_scale))
-    assert scales == pytest.approx([0.1, 0.116946, 0.127518, 0.131778], abs=1e-6)
-    model.set_stage(3, final=True)
-    assert model.windows.tolist() == [768, 2560]
+        found.append(float(model.attn_scale))
+    assert found == pytest.approx(scales, abs=1e-6)
+    model.set_stage(index, final=True)
+    assert model.windows.tolist() == final
     assert model.inv_freq.tolist() == pytest.approx(frequencies, rel=1e-5)
-    assert float(model.attn_scale) == pytest.approx(scales[3])
+    assert float(model.attn_scale) == pytest.approx(found[-1])
     model.set_stage(0)  # and back, as after the warm-up
     assert float(model.attn_scale) == pytest.approx(0.1)
 
@@ -397,29 +416,31 @@ def test_logits_are_between_0_and_23(model):
 # -----------------------------------------------------------------------------
 # Initial state
 
-def test_initial_loss_is_that_of_a_uniform_guess(speedrun_layers):
-    model = GPT(replace(speedrun_layers, vocab_size=50_304))
+def test_initial_loss_is_that_of_a_uniform_guess(cfg, script):
+    model = script.GPT(replace(cfg, vocab_size=50_304))
     tokens = torch.randint(0, 50_304, (300,), generator=torch.Generator().manual_seed(0))
     loss = model(tokens, tokens.roll(-1)).item() / 300
     assert loss == pytest.approx(math.log(50_304), abs=0.02)
 
 
-def test_gates_and_mixes_begin_at_their_static_values(monkeypatch, speedrun_layers):
+def test_gates_and_mixes_begin_at_their_static_values(monkeypatch, cfg, script, preset):
     seen = {}
-    original = GPT.gate_net
+    original = script.GPT.gate_net
 
     def gate_net(self, kind, net, x):
         out = original(self, kind, net, x)
         seen.update({(kind, net, name): value for name, value in out.items()})
         return out
-    monkeypatch.setattr(GPT, "gate_net", gate_net)
-    logits_of(GPT(speedrun_layers), random_documents([50])[0])
+    monkeypatch.setattr(script.GPT, "gate_net", gate_net)
+    logits_of(script.GPT(cfg), random_documents([50])[0])
     gates = {name: value for (kind, _, name), value in seen.items() if kind == "gate"}
     mixes = {name: value for (kind, _, name), value in seen.items() if kind == "mix"}
-    attention = [i for i in range(10) if i != 6]
-    assert gates.keys() == ({f"xsa.{i}" for i in (1, 3, 4, 7)} | {"out.3", "out.10", "skip.6"}
+    xsa, out, skip = GATED_LAYERS[preset]
+    attention = [i for i in range(len(cfg.layers) - 1) if i != skip]
+    assert gates.keys() == ({f"xsa.{i}" for i in xsa} | {f"out.{i}" for i in out} | {f"skip.{skip}"}
                             | {f"{kind}.{i}" for kind in ("x0", "bigram") for i in attention})
-    assert sum(value.size(1) for value in gates.values()) == 18 + 6 * speedrun_layers.num_heads + 1
+    sizes = 2 * len(attention) + (len(xsa) + len(out)) * cfg.num_heads + 1
+    assert sum(value.size(1) for value in gates.values()) == sizes
     for name, value in gates.items():
         static = torch.full_like(value, STATIC_GATES[name.split(".")[0]])
         torch.testing.assert_close(value, static, atol=1e-6, rtol=1e-6)
@@ -429,8 +450,8 @@ def test_gates_and_mixes_begin_at_their_static_values(monkeypatch, speedrun_laye
 
 
 @torch.no_grad()
-def test_initial_parameters_of_the_recipe(speedrun_layers):
-    model = GPT(speedrun_layers)
+def test_initial_parameters_of_the_recipe(cfg, script):
+    model = script.GPT(cfg)
     bound = math.sqrt(3) * 0.5 * 48 ** -0.5
     assert torch.equal(model.embed, model.lm_head)
     assert float(model.lm_head.std()) == pytest.approx(0.005, rel=0.02)
@@ -443,8 +464,8 @@ def test_initial_parameters_of_the_recipe(speedrun_layers):
     assert torch.equal(model.attn_scales, torch.tensor([0.5, 1.0]).expand_as(model.attn_scales))
 
 
-def test_initial_parameters_follow_the_seed(speedrun_layers):
-    first, again, other = (GPT(replace(speedrun_layers, seed=seed)).state_dict() for seed in (5, 5, 6))
+def test_initial_parameters_follow_the_seed(cfg, script):
+    first, again, other = (script.GPT(replace(cfg, seed=seed)).state_dict() for seed in (5, 5, 6))
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     for name in ("lm_head", "value_embeds", "attn_qk", "attn_vo", "mlp", "gate_fc", "mix_fc", "bigram_signs"):
         assert not torch.equal(first[name], other[name]), name
@@ -461,10 +482,10 @@ def test_every_parameter_gets_a_gradient(model):
 # -----------------------------------------------------------------------------
 # Parts
 
-def attention_outputs(monkeypatch, model, alpha):
+def attention_outputs(monkeypatch, script, model, alpha):
     """layer -> (core attention y, values v, what enters the output matrix), with all XSA gates at alpha."""
     cores, outputs = [], {}
-    original, attention, gate_net = train_gpt.plain_attention, GPT.attention, GPT.gate_net
+    original, attention, gate_net = script.plain_attention, script.GPT.attention, script.GPT.gate_net
 
     def core(q, k, v, *rest):
         cores.append((original(q, k, v, *rest), v))
@@ -478,9 +499,9 @@ def attention_outputs(monkeypatch, model, alpha):
         found = gate_net(self, *args)
         return {name: torch.full_like(value, alpha) if name.startswith("xsa") else value
                 for name, value in found.items()}
-    monkeypatch.setattr(train_gpt, "plain_attention", core)
-    monkeypatch.setattr(GPT, "attention", recorded)
-    monkeypatch.setattr(GPT, "gate_net", gates)
+    monkeypatch.setattr(script, "plain_attention", core)
+    monkeypatch.setattr(script.GPT, "attention", recorded)
+    monkeypatch.setattr(script.GPT, "gate_net", gates)
     with torch.no_grad():
         model.attn_vo[1::2] = torch.eye(model.cfg.model_dim)
         model.attn_scales[:, 1] = 1
@@ -489,14 +510,14 @@ def attention_outputs(monkeypatch, model, alpha):
     return {i: (y, v, outputs[i].view_as(y)) for (i, _), (y, v) in zip(outputs.items(), cores, strict=True)}
 
 
-def test_xsa_removes_what_lies_along_the_value(monkeypatch, model):
+def test_xsa_removes_what_lies_along_the_value(monkeypatch, script, model):
     layers = [i for i, layer in enumerate(model.cfg.layers) if layer.xsa and not layer.gate]
-    for i, (y, v, out) in attention_outputs(monkeypatch, model, alpha=50.0).items():
+    for i, (y, v, out) in attention_outputs(monkeypatch, script, model, alpha=50.0).items():
         if i in layers:
             cosine = F.cosine_similarity(out, v, dim=-1)
             assert cosine[1:].abs().max() < 1e-4 < F.cosine_similarity(y, v, dim=-1)[1:].abs().max()
             assert out[0].norm() < 1e-3 * y[0].norm()  # the first token sees its own value alone
-    for i, (y, _, out) in attention_outputs(monkeypatch, model, alpha=0.0).items():
+    for i, (y, _, out) in attention_outputs(monkeypatch, script, model, alpha=0.0).items():
         if i in layers:
             torch.testing.assert_close(out, y, atol=1e-6, rtol=1e-6)
     assert layers
@@ -511,14 +532,12 @@ def test_no_token_of_a_bigram_comes_from_another_document(model):
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "speedrun"])
-def test_in_bf16_the_loss_stays_close(small_config, preset):
-    cfg = small_config(layers=list(PRESETS[preset].layers))
+def test_in_bf16_the_loss_stays_close(cfg, script):
     tokens = torch.cat(random_documents([100, 60]))
     losses = []
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
-        model = GPT(replace(cfg, precision=precision))
+        model = script.GPT(replace(cfg, precision=precision))
         if precision == "fp32":
             full = disturb(model, scale=0.05)
         else:

@@ -29,7 +29,7 @@ def recorded_main(argv, out):
 
     def recorded_batches(*args):
         for batch in original(*args):
-            batches.append([tuple(map(torch.from_numpy, part)) for part in batch])     # NumPy's arrays are pickles
+            batches.append([tuple(map(torch.from_numpy, part)) for part in batch[0]])     # NumPy's arrays are pickles
             yield batch
 
     def recorded_step(self, number, apply):

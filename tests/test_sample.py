@@ -407,9 +407,12 @@ def test_loaded_weights_and_stage_are_the_saved_ones(trained):
 
 def test_what_save_checkpoint_writes_loads(tmp_path):
     model = random_model(replace(CFG, precision="bf16"))
-    source = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
-    run = SimpleNamespace(master=True, folder=tmp_path / "run", info={"source_sha256": source})
-    folder = train_gpt.save_checkpoint(run, model, CFG.num_iterations, tokenizer_file())
+    machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
+    run = train_gpt.Run(replace(CFG, out_dir=str(tmp_path), kernels=False), machine, [], None, {})
+    run.history.append((0, 0.0, 5.5))
+    train_gpt.save_checkpoint(run, model, None, CFG.num_iterations, train_gpt.Clock(machine), tokenizer_file(), False)
+    run.writing.result()
+    folder = run.saved
     assert sample.find_checkpoint(tmp_path) == folder
     loaded, _, meta = sample.load_checkpoint(folder, "cpu")
     assert loaded.embed.dtype == torch.float32 and torch.equal(loaded.embed, model.embed.float())

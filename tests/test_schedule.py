@@ -1,13 +1,14 @@
-"""The schedule of the speedrun against the published figures, step by step, and its shape when it is scaled.
+"""The schedules of the speedruns against the published figures, step by step, and their shape when they are scaled.
 
 The numbers are those of the NanoGPT speedrun's record 89: 1270 scheduled steps in three equal stages, 15 more of
-extension, untied after step 847. Run: python -m pytest tests/test_schedule.py
+extension, untied after step 847; and of record 18 of its track 2. Run: python -m pytest tests/test_schedule.py
 """
 from dataclasses import replace
 
 import pytest
 
 import train_gpt
+import train_gpt_medium
 from train_gpt import PRESETS, is_tied, loss_weights, lr_factor, momentum, stage_index, stage_progress
 
 SPEEDRUN = PRESETS["speedrun"]
@@ -106,3 +107,39 @@ def test_progress_runs_from_0_towards_1_within_each_stage():
 def test_every_preset_reaches_its_last_stage():
     for cfg in train_gpt.PRESETS.values():
         assert stage_index(cfg, cfg.total_steps - 1) == len(cfg.stages) - 1
+
+
+# -----------------------------------------------------------------------------
+# Track 2: twelfths of 4700 steps, of which the last five are alike, and 40 steps of extension
+
+MEDIUM = train_gpt_medium.PRESETS["speedrun"]
+MEDIUM_BLOCKS = [3, 7, 11, 13, 15, 17, 19, 21, 23]  # of 128 tokens, in the long window
+
+
+@pytest.mark.parametrize("twelfth", range(12))
+def test_the_stages_of_track_2(twelfth):
+    for step in (round(twelfth / 12 * 4700), round((twelfth + 1) / 12 * 4700) - 1):
+        stage, blocks = MEDIUM.stages[train_gpt_medium.stage_index(MEDIUM, step)], MEDIUM_BLOCKS[min(twelfth, 8)]
+        batch, factor = [(131_072, 1.0), (262_144, 1.52), (393_216, 1.73), (524_288, 2.0)][min(twelfth, 3)]
+        assert (stage.batch_tokens, stage.max_doc_tokens) == (batch, 4096)
+        assert (stage.short, stage.long) == (128 * min(11, blocks // 2), 128 * blocks)
+        done = max(0, (step - 1410) / 3290)
+        assert train_gpt_medium.lr_factor(MEDIUM, step) == pytest.approx(factor * (1 - done) + 0.1 * done, rel=1e-12)
+
+
+def test_the_run_of_track_2():
+    assert MEDIUM.total_steps == 4740 and MEDIUM.final_windows == (1408, 3456)
+    extension = MEDIUM.stages[train_gpt_medium.stage_index(MEDIUM, 4739)]
+    assert (extension.batch_tokens, extension.short, extension.long) == (524_288, 1408, 2944)
+    assert train_gpt_medium.lr_factor(MEDIUM, 4739) == 0.1
+    assert [step for step in range(4740) if train_gpt_medium.is_tied(MEDIUM, step)] == list(range(784))
+    weights = [train_gpt_medium.loss_weights(MEDIUM, step) for step in (0, 391, 392, 783, 4739)]
+    assert weights[0] == [1, 0.5, 0.25, 0.25] and weights[1] == pytest.approx([1, 0.5, 0, 0.25], abs=1e-3)
+    assert weights[2] == [1, 0.5, 0, 0.25] and weights[3:] == [[1, 0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("script", [train_gpt, train_gpt_medium])
+def test_the_preset_for_one_gpu_reads_the_same_tokens(script):
+    tokens = [sum(cfg.stages[script.stage_index(cfg, step)].batch_tokens for step in range(cfg.total_steps))
+              for cfg in (script.PRESETS["speedrun"], script.PRESETS["single"])]
+    assert tokens[1] == pytest.approx(tokens[0], rel=1e-3)

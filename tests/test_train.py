@@ -1,9 +1,11 @@
-"""Whole runs of train_gpt.py on a CPU: what a run writes, how it ends, what remains when it is interrupted or killed.
+"""Whole runs on a CPU: what a run writes, how it ends, what remains when it is interrupted or killed.
 
 Against: files parsed with the standard library, losses computed again from the reloaded checkpoint. The runs take a
-second each; those that get signals are processes of their own. Run: python -m pytest tests/test_train.py
+second each; those that get signals are processes of their own. What a good run leaves behind is looked at for every
+script, bad ends for train_gpt.py, whose code the others share. Run: python -m pytest tests/test_train.py
 """
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -13,15 +15,17 @@ import sys
 import time
 import xml.etree.ElementTree
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import join, main_of, make_data, only_folder, small_flags, tokenizer_json
+from conftest import SCRIPTS, join, main_of, make_data, only_folder, small_flags, tokenizer_json
 from safetensors.torch import load_file
 
+import sample
 import train_gpt
-from train_gpt import GPT, PRESETS, UserError, config_from_dict
+from train_gpt import PRESETS, UserError, config_from_dict
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 STEP_LINE = rf"^step:(\d+)/(\d+) train_loss:({NUMBER}) train_time:({NUMBER})ms step_avg:{NUMBER}ms$"
@@ -39,7 +43,8 @@ def strict_json(path):
 def load_checkpoint(folder):
     """(model, meta) of a checkpoint folder, as a reader of the format would."""
     meta = strict_json(folder / "meta.json")
-    model = GPT(config_from_dict(meta["config"]))
+    script = importlib.import_module(meta["script"])
+    model = script.GPT(script.config_from_dict(meta["config"]))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model, meta
 
@@ -48,30 +53,32 @@ def training_lines(log):
     return re.findall(STEP_LINE, log, re.M)
 
 
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    """One finished run: its folder, exit code, console output, and its model's logits on some tokens at the end."""
-    logs, patch = tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished(request, data, tmp_path_factory):
+    """A finished run of each script: its folder, exit code, console output, and its model's logits on some tokens."""
+    script, logs, patch = importlib.import_module(request.param), tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
     tokens = torch.cat([torch.tensor([256]), torch.arange(97, 122)]).repeat(4)
-    captured, save, console = {}, train_gpt.save_checkpoint, []
+    captured, save, console = {}, script.save_checkpoint, []
 
-    def save_checkpoint(run, model, *rest):
+    def save_checkpoint(run, model, *rest, **more):
         with torch.no_grad():
             captured.update(logits=model(tokens), cfg=model.cfg)
-        return save(run, model, *rest)
-    patch.setattr(train_gpt, "save_checkpoint", save_checkpoint)
-    patch.setattr(sys, "argv", ["train_gpt.py", *small_flags(data, out_dir=logs, num_iterations=STEPS, val_every=20)])
+        return save(run, model, *rest, **more)
+    patch.setattr(script, "save_checkpoint", save_checkpoint)
+    flags = small_flags(data, out_dir=logs, num_iterations=STEPS, val_every=20)
+    patch.setattr(sys, "argv", [f"{request.param}.py", *flags])
     patch.setattr("builtins.print", lambda *args, **_: console.append(" ".join(map(str, args))))
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = train_gpt.main()
+        code = script.main()
     finally:
         patch.undo()
         for name, handler in handlers.items():
             signal.signal(name, handler)
     folder = only_folder(logs)
-    return SimpleNamespace(folder=folder, code=code, console=console, tokens=tokens, **captured,
-                           log=(folder / "log.txt").read_text(), info=strict_json(folder / "run.json"))
+    return SimpleNamespace(script=script, source=Path(script.__file__), folder=folder, code=code, console=console,
+                           tokens=tokens, log=(folder / "log.txt").read_text(), info=strict_json(folder / "run.json"),
+                           **captured)
 
 
 # -----------------------------------------------------------------------------
@@ -93,7 +100,7 @@ def test_the_loss_falls(finished):
 
 def test_the_log_begins_with_the_source_and_has_a_line_for_each_step(finished):
     source, _, rest = finished.log.partition("=" * 100 + "\n")
-    assert source.strip() == open(train_gpt.__file__).read().strip()
+    assert source.strip() == finished.source.read_text().strip()
     steps = training_lines(rest)
     assert [(int(step), int(total)) for step, total, *_ in steps] == [(i, STEPS) for i in range(1, STEPS + 1)]
     validations = re.findall(VAL_LINE, rest, re.M)
@@ -112,7 +119,7 @@ def test_validations_in_run_json_are_those_of_the_log(finished):
 
 def test_run_json_is_complete(finished):
     info = finished.info
-    assert info["status"] == "finished" and info["script"] == "train_gpt.py" and info["world_size"] == 1
+    assert info["status"] == "finished" and info["script"] == finished.source.name and info["world_size"] == 1
     assert info["config"] == json.loads(json.dumps(asdict(finished.cfg)))
     assert f"--num_iterations={STEPS}" in info["argv"]
     assert info["seed"] == 0 and info["tokens_seen"] == 13 * 512 + 27 * 1024
@@ -124,10 +131,10 @@ def test_run_json_is_complete(finished):
 
 
 def test_the_run_folder_holds_the_source_and_a_curve_and_nothing_unfinished(finished):
-    assert (finished.folder / "train_gpt.py").read_bytes() == open(train_gpt.__file__, "rb").read()
+    assert (finished.folder / finished.source.name).read_bytes() == finished.source.read_bytes()
     assert xml.etree.ElementTree.parse(finished.folder / "curve.svg").getroot().tag.endswith("svg")
     assert sorted(path.name for path in finished.folder.iterdir()) == ["checkpoint", "curve.svg", "log.txt", "run.json",
-                                                                        "train_gpt.py"]
+                                                                        finished.source.name]
 
 
 def test_the_checkpoint_is_complete(finished):
@@ -137,7 +144,7 @@ def test_the_checkpoint_is_complete(finished):
     assert sorted(path.name for path in root.iterdir()) == ["latest", name]
     assert sorted(path.name for path in (root / name).iterdir()) == ["meta.json", "model.safetensors", "tokenizer.json"]
     meta = strict_json(root / name / "meta.json")
-    assert (meta["step"], meta["stage"], meta["script"]) == (STEPS, 1, "train_gpt")
+    assert (meta["step"], meta["stage"], meta["script"]) == (STEPS, 1, finished.source.stem)
     assert meta["val_loss"] == pytest.approx(finished.info["val_losses"][-1]["val_loss"], abs=1e-6)
     assert meta["source_sha256"] == finished.info["source_sha256"]
     assert meta["tokenizer_sha256"] == hashlib.sha256(tokenizer_json()).hexdigest()
@@ -145,15 +152,18 @@ def test_the_checkpoint_is_complete(finished):
 
 
 def test_a_reloaded_checkpoint_gives_the_same_logits_and_the_same_validation_loss(finished, data):
-    model, meta = load_checkpoint(finished.folder / "checkpoint" / f"step_{STEPS:06d}")
+    script, folder = finished.script, finished.folder / "checkpoint" / f"step_{STEPS:06d}"
+    model, meta = load_checkpoint(folder)
     assert json.loads(json.dumps(asdict(model.cfg))) == meta["config"]
     model.set_stage(meta["stage"], final=True)
     with torch.no_grad():
         assert torch.equal(model(finished.tokens), finished.logits)
-    shards = train_gpt.open_shards(model.cfg.train_files, model.cfg.val_files)[1]
-    machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-    loss = train_gpt.validate(model, model.cfg, train_gpt.validation_streams(model.cfg, shards), machine)
+    shards = script.open_shards(model.cfg.train_files, model.cfg.val_files)[1]
+    machine = script.Machine(torch.device("cpu"), 0, 1, "cpu")
+    loss = script.validate(model, model.cfg, script.validation_streams(model.cfg, shards), machine)
     assert loss == pytest.approx(meta["val_loss"], abs=1e-6)
+    read, tokenizer, _ = sample.load_checkpoint(folder, "cpu")         # which also is how evaluate.py does it
+    assert torch.equal(read(finished.tokens), finished.logits) and tokenizer.bos_id == 256
 
 
 @pytest.mark.parametrize("name", PRESETS)

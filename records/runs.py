@@ -1,0 +1,442 @@
+"""What runs say: run folders and ledgers as they are on disk, and the tables and sentences made of them.
+
+A run folder holds run.json and log.txt. A folder with runs.json, the ledger of all runs that were started, is a record
+of a track, whose track.json lies in the folder above, or a comparison, which has no track. Everything here may come
+from strangers: files are read up to a size, types are checked, and raising UserError is all that bad ones achieve.
+"""
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from student import describe, detectable, interval, needed_n, t_test
+
+MAX_JSON, MAX_LOG, MAX_RUNS = 4 << 20, 64 << 20, 1000    # bytes, bytes, runs in a ledger
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder or file in a record
+REGION = re.compile(r"(<!-- records\.py: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+class UserError(Exception):
+    """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+def read_text(path: Path, limit: int) -> str:
+    """The text of a plain file of at most `limit` bytes; raises UserError."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path} is not there, or not a plain file")
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise UserError(f"{path} has more than {limit} bytes, which no such file needs")
+        return content.decode()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file, all of whose numbers are finite; raises UserError."""
+    def refuse(text):
+        raise ValueError(f"it holds {text}")
+
+    def finite(text):
+        return float(text) if math.isfinite(float(text)) else refuse(text)
+    try:
+        value = json.loads(read_text(path, MAX_JSON), parse_constant=refuse, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({str(error)[:80]})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
+def check_fields(values, fields: dict, where):
+    """Raises UserError unless each named field is there with its type; float takes whole numbers too, from 0 up."""
+    for name, kind in fields.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+        if not good or (kind in (int, float) and not 0 <= value < 1e15):
+            raise UserError(f"{where} has {name} {str(value)[:40]!r}, which should be of type {kind.__name__}")
+
+
+def write_text(path: Path, text: str):
+    """Writes under a temporary name, then renames, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Runs, and ledgers of runs
+
+ALWAYS = {"status": str, "script": str, "argv": list, "config": dict, "source_sha256": str, "seed": int, "device": str,
+          "versions": dict, "world_size": int, "gpu": str, "started": str, "val_losses": list}
+AT_THE_END = {"train_time_ms": int, "compile_seconds": float, "recompiles": int, "tokens_seen": int,
+              "peak_memory_gib": float, "data": dict}
+POINT = {"step": int, "train_time_ms": int, "val_loss": float, "tokens": int}
+ENTRY = {"arm": str, "seed": int, "status": str, "counted": bool, "why": str}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, and what the ledger says of it."""
+    folder: Path
+    info: dict                           # run.json
+    arm: str = ""
+    counted: bool = True
+    why: str = ""                        # why it is not counted
+
+    loss = property(lambda self: self.info["val_losses"][-1]["val_loss"])
+    steps = property(lambda self: self.info["val_losses"][-1]["step"])
+    seconds = property(lambda self: self.info["train_time_ms"] / 1000)
+    seed = property(lambda self: self.info["seed"])
+    finished = property(lambda self: self.info["status"] == "finished")
+    flags = property(lambda self: own_flags(self.info["argv"]))
+
+    def curve(self) -> np.ndarray:
+        """(validations, 4): step, training seconds, tokens, loss."""
+        points = self.info["val_losses"]
+        return np.array([(p["step"], p["train_time_ms"] / 1000, tokens_after(self.info["config"], p["step"]),
+                          p["val_loss"]) for p in points])
+
+
+def own_flags(argv: list) -> list[str]:
+    """The flags that the runs of an arm have in common."""
+    return [str(arg) for arg in argv if not str(arg).startswith(("--seed=", "--out_dir="))]
+
+
+def tokens_after(config: dict, step: int) -> int:
+    """Training tokens of the first `step` steps, by the stage table of a run."""
+    total, begin = 0, 0
+    for row in config.get("stages", []):
+        end = round(row["until"] * config["num_iterations"])
+        total, begin = total + max(0, min(step, end) - begin) * row["batch_tokens"], end
+    return total
+
+
+def read_run(folder: Path, **ledger) -> Run:
+    """The run in a folder; raises UserError if its run.json lacks what a table needs."""
+    path = folder / "run.json"
+    info = read_json(path)
+    check_fields(info, ALWAYS | (AT_THE_END if info.get("status") == "finished" else {}), path)
+    points = info["val_losses"]
+    for point in points:
+        check_fields(point, POINT, f"{path}, val_losses")
+    if not all(isinstance(arg, str) for arg in info["argv"]):
+        raise UserError(f"{path} has an argv that is not a list of words")
+    for name, kind in (("data", int), ("data_sha256", str)):
+        check_fields(info | {name: info.get(name, {})}, {name: dict}, path)
+        check_fields(info.get(name, {}), dict.fromkeys(info.get(name, {}), kind), f"{path}, {name}")
+    steps = [point["step"] for point in points]
+    if steps != sorted(set(steps)) or (info["status"] == "finished" and len(points) < 2):
+        raise UserError(f"{path} has validations at steps {str(steps)[:60]}; they must rise, and end the run")
+    try:
+        tokens_after(info["config"], 1)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        raise UserError(f"{path} has a config whose stage table cannot be read") from None
+    return Run(folder, info, **ledger)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A folder with a ledger: a record of a track, or a comparison, which has none."""
+    folder: Path
+    ledger: dict                         # runs.json
+    runs: list[Run]                      # in the ledger's order; only those that left a folder
+    track: dict = field(default_factory=dict)
+
+    def of_arm(self, arm: str) -> list[Run]:
+        """The runs of an arm that count."""
+        return [run for run in self.runs if run.arm == arm and run.counted]
+
+    def script(self, arm: str) -> Path:
+        return self.folder / self.ledger["arms"][arm]["script"]
+
+    @property
+    def main(self) -> str:
+        """The arm that the record is about: the first one."""
+        return next(iter(self.ledger["arms"]))
+
+
+def read_record(folder: Path) -> Record:
+    """The record or comparison in a folder; raises UserError if its ledger is not sound or a run is missing."""
+    path = folder / "runs.json"
+    ledger = read_json(path)
+    check_fields(ledger, {"kind": str, "arms": dict, "runs": list}, path)
+    if (ledger.get("format"), ledger["kind"]) not in ((1, "record"), (1, "comparison")):
+        raise UserError(f"{path} is of no format or kind that is known here")
+    if not ledger["arms"] or len(ledger["runs"]) > MAX_RUNS:
+        raise UserError(f"{path} has no arms, or more than {MAX_RUNS} runs")
+    if ledger["kind"] == "comparison":
+        check_fields(ledger, {"p": float, "looks": list}, path)
+        check_fields(ledger["arms"], {"A": dict, "B": dict}, path)
+    for name, arm in ledger["arms"].items():
+        check_fields(arm, {"script": str, "flags": list}, f"{path}, arm {name}")
+        parts = arm["script"].split("/")
+        if len(parts) > 2 or not all(map(NAME.fullmatch, parts)) or not all(isinstance(f, str) for f in arm["flags"]):
+            raise UserError(f"{path} has the script {arm['script'][:60]!r}, which is no file of the folder, or flags "
+                            "that are not words")
+    runs = []
+    for entry in ledger["runs"]:
+        check_fields(entry, ENTRY, f"{path}, runs")
+        if entry["arm"] not in ledger["arms"] or not (entry["counted"] or entry["why"].strip()):
+            raise UserError(f"{path}: a run of arm {entry['arm'][:40]!r}, seed {entry['seed']} has no such arm, or is "
+                            "not counted without saying why")
+        name = entry.get("folder")
+        if name is None and not entry["counted"]:
+            continue                     # it was started and left nothing
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UserError(f"{path} has a run folder {str(name)[:60]!r}; it must be a folder beside it")
+        if not (folder / name / "run.json").is_file():
+            raise UserError(f"{path} lists the run {name}, which is not there: a dropped run")
+        runs.append(read_run(folder / name, arm=entry["arm"], counted=entry["counted"], why=entry["why"]))
+        if entry["counted"] and not runs[-1].finished:
+            raise UserError(f"{path} counts the run {name}, which is {runs[-1].info['status'][:20]}")
+    record = Record(folder, ledger, runs, read_track(folder.resolve().parent) if ledger["kind"] == "record" else {})
+    if record.track and not record.of_arm(record.main):
+        raise UserError(f"{path} has no run of {record.main}, its first arm, that counts")
+    return record
+
+
+def read_track(folder: Path) -> dict:
+    """The track.json of a track folder; raises UserError."""
+    path = folder / "track.json"
+    track = read_json(path)
+    check_fields(track, {"title": str, "target": float, "p": float, "val_tokens": int, "val_data": dict, "ranks": int,
+                         "hardware": str, "text": str, "commands": list, "exempt": dict}, path)
+    for name, shard in track["val_data"].items():
+        check_fields(shard, {"sha256": str, "tokens": int}, f"{path}, {name}")
+    return track | {"name": folder.name}
+
+
+def collect(paths: list[Path]) -> list[Run]:
+    """The runs below some folders, each with the name of its arm; raises UserError if there are none."""
+    runs, loose = [], []
+    for path in paths:
+        if (path / "runs.json").is_file():
+            record = read_record(path)
+            runs += [replace(run, arm=arm_label(path, run.arm, paths)) for run in record.runs]
+        else:
+            found = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
+            loose += [read_run(folder) for folder in found[:MAX_RUNS]]
+    if not runs and not loose:
+        raise UserError(f"no run.json under {', '.join(map(str, paths))}; name run folders, as in logs/")
+    kinds = {run.folder: (Path(run.info["script"]).stem, run.info["source_sha256"], tuple(run.flags)) for run in loose}
+    shared = set.intersection(*(set(kind[2]) for kind in kinds.values())) if kinds else set()
+    sources = Counter(kind[0] for kind in {kind[:2] for kind in kinds.values()})
+    for run in loose:                    # named by what differs: script, source, flags
+        stem, source, flags = kinds[run.folder]
+        words = [stem, source[:6] if sources[stem] > 1 else "", *(flag for flag in flags if flag not in shared)]
+        why = "" if run.finished else f"{run.info['status']} {str(run.info.get('error', ''))[:150]}".strip()
+        runs.append(replace(run, arm=" ".join(filter(None, words)), counted=run.finished, why=why))
+    return runs
+
+
+def arm_label(path: Path, arm: str, paths: list[Path]) -> str:
+    """The name of an arm of the record `path` among several paths."""
+    return f"{path.resolve().name} {arm}" if len(paths) > 1 else arm
+
+
+def lost_runs(paths: list[Path]) -> list[dict]:
+    """The entries of ledgers among the paths whose runs were started and left nothing."""
+    return [entry | {"arm": arm_label(path, entry["arm"], paths)} for path in paths if (path / "runs.json").is_file()
+            for entry in read_record(path).ledger["runs"] if entry.get("folder") is None]
+
+
+# -----------------------------------------------------------------------------
+# Tables
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds >= 10 else f"{seconds:.3f}"
+
+
+def p_text(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def table(header: str, rows: list[list]) -> str:
+    """A Markdown table; header cells that end in ':' are aligned to the right."""
+    cells = header.split(" | ")
+    lines = [[cell.rstrip(":") for cell in cells], ["--:" if cell.endswith(":") else "---" for cell in cells], *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in lines)
+
+
+def arms_table(runs: list[Run], target: float = 0) -> str:
+    """One row an arm, over the runs that count."""
+    rows = []
+    for arm in dict.fromkeys(run.arm for run in runs):
+        counted = [run for run in runs if run.arm == arm and run.counted]
+        if not counted:
+            rows.append([arm, 0, *"-----", *"--"[:1 + bool(target)]])
+            continue
+        n, loss, loss_sd = describe(run.loss for run in counted)
+        low, high = interval([run.loss for run in counted], 0.95)
+        _, seconds, seconds_sd = describe(run.seconds for run in counted)
+        test = [p_text(t_test([run.loss for run in counted], target)) if n > 1 else "-"] if target else []
+        rows.append([arm, n, f"{loss:.4f}", f"{loss_sd:.4f}" if n > 1 else "-",
+                     f"{low:.4f} to {high:.4f}" if n > 1 else "-", *test, seconds_text(seconds),
+                     seconds_text(seconds_sd) if n > 1 else "-"])
+    test = f"below {target:g}?: | " if target else ""
+    return table(f"arm | n: | validation loss: | sd: | 95 % interval: | {test}training time, s: | sd:", rows)
+
+
+def runs_table(runs: list[Run], lost: list[dict] = ()) -> str:
+    """One row a run, also of those that are not counted."""
+    rows = []
+    for run in runs:
+        row = [run.folder.name, run.arm, run.seed]
+        if run.finished:
+            rate = run.info["tokens_seen"] / max(run.seconds, 1e-9)
+            row += [run.steps, f"{run.loss:.6f}", seconds_text(run.seconds), f"{rate:,.0f}",
+                    f"{run.info['compile_seconds']:.1f}", f"{run.info['peak_memory_gib']:.1f}"]
+        else:
+            row += [run.info["val_losses"][-1]["step"] if run.info["val_losses"] else "-", *"-----"]
+        rows.append(row + ["yes" if run.counted else f"no: {run.why}"])
+    rows += [["-", entry["arm"], entry["seed"], *"------", f"no: {entry['why']}"] for entry in lost]
+    return table("run | arm | seed: | steps: | validation loss: | training time, s: | tokens/s: | compilation, s: | "
+                 "memory, GiB: | counted", rows)
+
+
+def result_text(record: Record) -> str:
+    """The sentence a record is about."""
+    runs, track = record.of_arm(record.main), record.track
+    n, loss, sd = describe(run.loss for run in runs)
+    _, seconds, seconds_sd = describe(run.seconds for run in runs)
+    info, p = runs[0].info, t_test([run.loss for run in runs], track["target"])
+    text = (f"**{loss:.4f}** (sd {sd:.4f}, n = {n}) after {runs[0].steps} steps in **{seconds_text(seconds)} s** (sd "
+            f"{seconds_text(seconds_sd)}) of training on {info['world_size']} x {info['device']}.")
+    if p < track["p"] and n > 1:
+        return text + f" Mean loss below the target {track['target']:g}: {p_text(p)}."
+    more = needed_n((track["target"] - loss) / sd, track["p"], sides=1) if sd > 0 else None
+    more = f"about {more} runs with this mean and sd would show it" if more else "more runs of this kind would not help"
+    return text + (f" A reference, not a record: that the mean loss is below {track['target']:g} is not shown at p < "
+                   f"{track['p']:g} ({p_text(p) if n > 1 else 'n = 1'}); {more}.")
+
+
+def setup_text(record: Record) -> str:
+    """Hardware, versions, data and commands, from the logs."""
+    lines = []
+    for arm, plan in record.ledger["arms"].items():
+        runs = record.of_arm(arm) or [run for run in record.runs if run.arm == arm]
+        if not runs:
+            continue
+        info = runs[0].info
+        start = "python" if info["world_size"] == 1 else f"torchrun --standalone --nproc_per_node={info['world_size']}"
+        seeds = ", ".join(str(run.seed) for run in runs)
+        command = " ".join([start, plan["script"], *map(quoted, plan["flags"]), f"--seed=N    # N: {seeds}"])
+        versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+        gpus = sorted({run.info["gpu"].splitlines()[-1] for run in runs if run.info["gpu"]})
+        lines += [f"{arm}: {info['world_size']} x {info['device']}; {versions}."
+                  + f" GPU (name, driver, memory, clocks, power limit): {'; '.join(gpus)}." * bool(gpus),
+                  f"```\n{command}\n```"]
+    hashes = {name: digest for run in record.runs for name, digest in run.info.get("data_sha256", {}).items()}
+    shards = {name: size for run in record.runs for name, size in run.info.get("data", {}).items()}
+    lines += [f"- `{name}`: {size:,} tokens" + (f", sha256 `{hashes[name]}`" if name in hashes else "")
+              for name, size in sorted(shards.items())]
+    exempt = record.track.get("exempt", {}).get(record.folder.resolve().name, {})
+    return "\n".join(lines + [f"- not proven by the logs: {reason}" for reason in exempt.values()])
+
+
+def quoted(flag: str) -> str:
+    """A flag as one types it in a shell."""
+    return flag if re.fullmatch(r"[\w=.,/:+-]+", flag) else "'" + flag.replace("'", "'\\''") + "'"
+
+
+def verdict_text(record: Record) -> str:
+    """The paired verdicts of a comparison: one line for time, loss, and time at equal loss."""
+    p = record.ledger["p"]
+    arms = [{run.seed: run for run in record.of_arm(arm)} for arm in "AB"]
+    pairs = [(arms[0][seed], arms[1][seed]) for seed in sorted(arms[0].keys() & arms[1].keys())]
+    lines = []
+    for arm in "AB":
+        bad = [run for run in record.runs if run.arm == arm and run.info["status"] == "diverged"]
+        lines += [f"- **{arm} diverged** in {len(bad)} of {len(bad) + len(record.of_arm(arm))} runs; the verdicts are "
+                  "over the other pairs"] * bool(bad)
+    if len(pairs) < 2:
+        return "\n".join(lines + [f"- no verdict: {len(pairs)} finished pair(s), at least 2 are needed"])
+    times = [math.log(b.seconds / a.seconds) for a, b in pairs]
+    equal = [equal_loss_times(a, b) for a, b in pairs]
+    lines.append(verdict("time", times, True, p))
+    lines.append(verdict("loss", [b.loss - a.loss for a, b in pairs], False, p))
+    if None in equal:
+        lines.append("- time at equal loss: not defined, one ends above the loss that the other starts from")
+    else:
+        lines.append(verdict("time at equal loss", [math.log(b / a) for a, b in equal], True, p))
+    looks = record.ledger["looks"]
+    if len(looks) > 1:
+        lines.append(f"- looked at after {', '.join(map(str, looks))} pairs: going on because of what was seen makes "
+                     "chance findings likelier than p says")
+    return "\n".join(lines)
+
+
+def verdict(what: str, differences: list[float], relative: bool, p: float) -> str:
+    """One line on the differences B - A of pairs, of logarithms if `relative`; lower is better."""
+    def show(value):
+        if relative and value > math.log(10):
+            return f"{math.exp(value):.3g}-fold" if value < math.log(1e6) else "more than a million-fold"
+        return f"{100 * math.expm1(value):+.2f} %" if relative else f"{value:+.4f}"
+    n, mean, sd = describe(differences)
+    low, high = interval(differences, 1 - p)
+    found = t_test(differences, sides=2)
+    effect = (f"B - A = {show(mean)} ({100 * (1 - p):g} % interval {show(low)} to {show(high)}, {p_text(found)}, "
+              f"n = {n})")
+    if found < p:
+        return f"- **{what}: B is {'better' if mean < 0 else 'worse'}**, {effect}"
+    if sd == 0:
+        return f"- {what}: not distinguishable at n = {n}, the same in every pair"
+    more = needed_n(abs(mean) / sd, p)
+    more = f"{more} pairs" if more else "more than 1000 pairs"
+    return (f"- {what}: not distinguishable at n = {n}, {effect}; a difference of this size needs {more}, {n} pairs "
+            f"show {show(detectable(n, p) * sd)} or more (power 0.8)")
+
+
+def equal_loss_times(a: Run, b: Run) -> tuple[float, float] | None:
+    """Training seconds at which each run first reaches the higher of the two final losses.
+
+    Straight lines between validations; curves are convex, so the better run is granted too little rather than too much.
+    None if one is there before its first step.
+    """
+    level, times = max(a.loss, b.loss), []
+    for curve in (a.curve(), b.curve()):
+        i = int(np.argmax(curve[:, 3] <= level))
+        if i == 0:
+            return None
+        (_, t0, _, l0), (_, t1, _, l1) = curve[i - 1], curve[i]
+        times.append(t0 + (t1 - t0) * (l0 - level) / (l0 - l1))
+    return tuple(times)
+
+
+def regions(record: Record) -> dict[str, str]:
+    """The generated parts of a README, by the name of their markers."""
+    lost = [entry for entry in record.ledger["runs"] if entry.get("folder") is None]
+    target = record.track.get("target", 0)
+    tables = arms_table(record.runs, target) + "\n\n" + runs_table(record.runs, lost)
+    head = {"result": result_text(record)} if record.track else {"verdict": verdict_text(record)}
+    return head | {"tables": tables, "setup": setup_text(record)}
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """A README with its generated parts replaced."""
+    return REGION.sub(lambda match: f"{match[1]}{parts.get(match[2], '')}\n{match[4]}", text)
+
+
+def marked(name: str) -> str:
+    return f"<!-- records.py: {name} -->\n<!-- end -->"

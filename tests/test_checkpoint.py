@@ -1,0 +1,491 @@
+"""Runs of train_gpt.py that end before their time, by a signal, a fault or a full disk, and go on from a checkpoint.
+
+Against: runs that nobody disturbed, bit for bit on as many ranks. The runs take a second each and are processes of
+their own where they get killed; one test starts torchrun. Run: python -m pytest tests/test_checkpoint.py
+"""
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, join, main_of, make_data, only_folder, rank_starter, small_flags
+from safetensors.torch import load_file
+
+import sample
+import train_gpt
+from train_gpt import UserError, find_checkpoint, find_fault, read_json, write_checkpoint
+
+KILLED = -signal.SIGKILL
+
+
+def at_step(number, action):
+    """Makes train_gpt call action() before the training step with this number (the first is 0)."""
+    step = train_gpt.training_step
+
+    def disturbed(model, optimizer, batches, index, *rest):
+        if index == number:
+            action()
+        return step(model, optimizer, batches, index, *rest)
+    train_gpt.training_step = disturbed
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def latest(logs):
+    """The checkpoint that `latest` names in the one run under `logs`, None if there is none."""
+    file = next(Path(logs).glob("*/checkpoint/latest"), None)
+    return file and file.parent / file.read_text()
+
+
+def disturbed_main(argv, number, logs, rank, kind):
+    """main(), but this rank kills or stops itself at a step, once the checkpoint of step 10 is there."""
+    def action():
+        wait_for(lambda: latest(logs))
+        os.kill(os.getpid(), kind)
+    if int(os.environ["RANK"]) == rank and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        at_step(number, action)
+    train_gpt.Run.plot = lambda run: None  # saves a second
+    return main_of(argv)
+
+
+def result(folder):
+    """Validation losses by step, and the last checkpoint's tensors by file."""
+    losses = {point["step"]: point["val_loss"] for point in read_json(folder / "run.json")["val_losses"]}
+    return losses, {name: load_file(folder / "checkpoint" / "step_000020" / name) for name in train_gpt.FILES}
+
+
+def assert_same(folder, other):
+    (losses, files), (other_losses, other_files) = result(folder), result(other)
+    assert losses == other_losses and losses.keys() == {0, 10, 20}
+    for name, tensors in files.items():
+        assert tensors.keys() == other_files[name].keys()
+        for key in tensors.keys() - {"train_losses", "rng"}:  # each process begins with other random numbers
+            assert torch.equal(tensors[key], other_files[name][key]), key
+    # step and loss, not the time
+    assert torch.equal(files[train_gpt.FILES[1]]["train_losses"][:, ::2],
+                       other_files[train_gpt.FILES[1]]["train_losses"][:, ::2])
+
+
+@pytest.fixture(scope="module")
+def runs(data, forkserver, tmp_path_factory):
+    """Number of ranks -> (logs of a run that nobody disturbed, logs of one whose first rank was killed at step 14)."""
+    folder, found = tmp_path_factory.mktemp("checkpoint"), {}
+    with rank_starter(forkserver, folder) as start:
+        for world_size in (1, 2):
+            whole, killed = folder / f"whole_{world_size}", folder / f"killed_{world_size}"
+            processes = start(world_size, main_of, small_flags(data, out_dir=whole, save_every=10))
+            assert join(processes) == [0] * world_size, processes[0].output.read_text()
+            flags = small_flags(data, out_dir=killed, save_every=10)
+            processes = start(world_size, disturbed_main, flags, 13, killed, 0, signal.SIGKILL)
+            assert join(processes) == [KILLED] + [1] * (world_size - 1)
+            assert latest(killed).name == "step_000010"
+            found[world_size] = whole, killed
+    return found
+
+
+@pytest.fixture
+def killed(runs, tmp_path):
+    """Function of a number of ranks: a copy of the logs of the killed run."""
+    def copy(world_size):
+        return Path(shutil.copytree(runs[world_size][1], tmp_path / f"killed_{world_size}"))
+    return copy
+
+
+# -----------------------------------------------------------------------------
+# Going on
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs, killed, start_ranks, data, world_size):
+    logs = killed(world_size)
+    before = read_json(only_folder(logs) / "run.json")
+    assert join(start_ranks(world_size, main_of, small_flags(data, out_dir=logs, save_every=10, resume="latest"))) == \
+        [0] * world_size
+    folder = only_folder(logs)
+    assert_same(folder, only_folder(runs[world_size][0]))
+    info, log = read_json(folder / "run.json"), (folder / "log.txt").read_text()
+    assert info["status"] == "finished" and info["started"] == before["started"]
+    assert [entry["step"] for entry in info["resumed"]] == [10] and info["tokens_seen"] == 7 * 512 + 13 * 1024
+    assert log.count("\ngoes on from ") == 1 and log.count('"""Train a GPT-2-class model') == 1
+    steps = re.findall(r"^step:(\d+)/20 train_loss:\S+ train_time:(\d+)ms", log, re.M)
+    again = steps[[step for step, _ in steps].index("11", 11):]
+    assert [int(step) for step, _ in again] == list(range(11, 21))
+    times = [int(time) for _, time in again]
+    assert times == sorted(times) and times[0] > int(dict(steps[:10])["10"])  # the clock goes on
+    assert sample.load_checkpoint(sample.find_checkpoint(logs), "cpu")[2]["val_loss"] == pytest.approx(
+        result(folder)[0][20], abs=1e-6)
+
+
+def test_everything_that_training_changes_is_put_back(runs, data, small_config):
+    folder = only_folder(runs[1][1]) / "checkpoint" / "step_000010"
+    model = train_gpt.GPT(small_config(seed=5))
+    optimizer, machine = train_gpt.Optimizer(model), train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
+    torch.manual_seed(5)
+    losses = train_gpt.restore_state(folder, read_json(folder / "meta.json"), model, optimizer, machine)
+    saved = load_file(folder / train_gpt.FILES[0]) | load_file(folder / train_gpt.FILES[1])
+    assert losses == saved.pop("train_losses").tolist() and len(losses) == 10
+    state = train_gpt.run_state(model, optimizer, machine)
+    assert state.keys() == saved.keys() > {"windows", "attn_scale", "inv_freq", "mlp.master", "embed.count", "rng"}
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    assert any(saved[name].any() for name in saved if name.endswith(".m"))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_another_number_of_ranks_goes_on_with_nearly_the_same_losses(runs, killed, start_ranks, data, world_size):
+    logs = killed(2)
+    assert join(start_ranks(world_size, main_of, small_flags(data, out_dir=logs, save_every=10, resume="latest"))) == \
+        [0] * world_size
+    losses, other = result(only_folder(logs))[0], result(only_folder(runs[2][0]))[0]
+    assert losses[10] == other[10] and abs(losses[20] - other[20]) < 1e-3
+
+
+def signalled_main(argv, moment):
+    """main(), to which SIGTERM comes at a moment, once in the life of its logs."""
+    logs, (name, number) = argv[-1].split("=")[1], moment
+    original, calls = getattr(train_gpt, name), []
+
+    def disturbed(*args, **named):
+        calls.append(name)
+        if len(calls) == number and not latest(logs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        return original(*args, **named)
+    setattr(train_gpt, name, disturbed)
+    train_gpt.Run.plot = lambda run: None  # saves a second
+    return main_of(argv)
+
+
+@pytest.mark.parametrize("moment", [("training_step", 7), ("write_checkpoint", 1), ("validate", 2)], ids=lambda m: m[0])
+def test_sigterm_at_any_moment_then_the_same_command_again(runs, start_ranks, data, tmp_path, moment):
+    every = 8 if moment[0] == "write_checkpoint" else 20
+    flags = small_flags(data, save_every=every, resume="latest", out_dir=tmp_path / "logs")
+    process, = start_ranks(1, signalled_main, flags, moment)
+    assert join([process]) == [130], process.output.read_text()
+    assert f"--resume={only_folder(tmp_path / 'logs')}" in process.output.read_text()
+    assert 6 <= read_json(latest(tmp_path / "logs") / "meta.json")["step"] <= 14
+    assert join(start_ranks(1, signalled_main, flags, moment)) == [0]
+    assert_same(only_folder(tmp_path / "logs"), only_folder(runs[1][0]))
+
+
+def test_two_agents_train_as_one_with_two_ranks_even_when_one_rank_is_killed(runs, data, tmp_path):
+    """torchrun starts the ranks again, which go on with their own run; the script is started by another, which kills."""
+    logs, script = tmp_path / "logs", tmp_path / "run.py"
+    script.write_text(f"import signal, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                      f"from test_checkpoint import disturbed_main\n"
+                      f"sys.exit(disturbed_main(sys.argv[1:], 13, {str(logs)!r}, 1, signal.SIGKILL))\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
+               "--max-restarts=1", script, *small_flags(data, out_dir=logs, save_every=10)]
+    # else agents may count restarts differently, and then their ranks look for each other under different names
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, text=True,
+                               env=environment) for _ in range(2)]
+    outputs = [agent.communicate(timeout=100)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    said = "".join(outputs)
+    assert said.count("no answer from rank 1,") == 1 and said.count("goes on from") == 1, said
+    assert_same(only_folder(logs), only_folder(runs[2][0]))
+
+
+# -----------------------------------------------------------------------------
+# What goes on, and what does not
+
+@pytest.fixture
+def find(data):
+    """Function of logs and changed flags: what find_checkpoint says, as train() would ask it."""
+    def ask(logs, stop_after=0, restarted=False, **changes):
+        argv = small_flags(data, out_dir=logs, stop_after=stop_after, **changes)
+        machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
+        shards = train_gpt.open_shards(*(f"{data}/{kind}_*.bin" for kind in ("train", "val")))
+        cfg = train_gpt.resolve_config(train_gpt.parse_config(argv), machine, shards[0][0])
+        identity = train_gpt.run_identity(cfg, train_gpt.read_tokenizer(shards[0][0]), train_files=shards[0],
+                                          val_files=shards[1])
+        return find_checkpoint(cfg, argv, stop_after or cfg.total_steps, identity, restarted)
+    return ask
+
+
+def test_latest_is_the_newest_run_unless_it_is_finished(runs, killed, find, tmp_path):
+    logs = killed(1)
+    run = only_folder(logs)
+    assert find(logs)[0] is None and find(logs)[2] == []  # without --resume
+    for named in ("latest", run, run / "checkpoint" / "step_000010"):
+        folder, meta, notes = find(logs, resume=named)
+        assert (folder, meta["step"], notes) == (run / "checkpoint" / "step_000010", 10, [])
+    folder, _, (note,) = find(tmp_path / "empty", resume="latest")
+    assert folder is None and "new run" in note
+    shutil.copytree(only_folder(runs[1][0]), logs / "done")
+    os.utime(logs / "done" / "run.json")
+    folder, _, (note,) = find(logs, resume="latest")  # the newest one has nothing left to do
+    assert folder is None and "new run" in note
+    info = read_json(run / "run.json")
+    (run / "run.json").write_text(json.dumps(info))  # now this one is the newest
+    assert find(logs, resume="latest")[0].parent.parent == run
+    (run / "run.json").write_text(json.dumps(info | {"script": "train_other.py"}))
+    assert find(logs, resume="latest")[0] is None
+
+
+def test_only_its_own_run_after_a_restart(killed, find, data):
+    logs = killed(1)
+    run = only_folder(logs)
+    info = read_json(run / "run.json")
+    assert find(logs, restarted=True)[0] is None  # of another command line
+    (run / "run.json").write_text(json.dumps(info | {"argv": small_flags(data, out_dir=logs, stop_after=0)}))
+    assert find(logs)[0] is None and find(logs, restarted=True)[0].parent.parent == run
+    shutil.rmtree(run / "checkpoint")  # it had not saved yet
+    assert find(logs, restarted=True)[0] is None
+
+
+@pytest.mark.parametrize("changes, names", [
+    ({"lr": 0.5}, ["lr was 1.0, now 0.5"]), ({"seed": 3, "val_tokens": 1000}, ["seed was 0, now 3", "val_tokens"]),
+    ({"num_iterations": 40}, ["num_iterations"]), ({"slot_tokens": 256}, ["slot_tokens"])])
+def test_a_changed_flag_is_refused_by_name_unless_overridden(refused, killed, find, data, changes, names):
+    logs, override = killed(1), ",".join(sorted(changes))
+    line = refused(*small_flags(data, resume=only_folder(logs), **changes), words=names)
+    assert f"--resume_override={override}" in line
+    with pytest.raises(UserError):
+        find(logs, resume="latest", resume_override="momentum", **changes)
+    folder, _, notes = find(logs, resume="latest", resume_override=override, **changes)
+    assert folder.name == "step_000010" and len(notes) == len(changes)
+
+
+def test_flags_that_leave_a_run_what_it_is_may_change(killed, find, data):
+    changes = {"val_every": 5, "save_every": "3min", "keep": 9, "micro_batch_tokens": 128, "stop_after": 15}
+    assert find(killed(1), resume="latest", **changes)[2] == []
+
+
+def test_other_shards_and_another_source_are_refused_by_name(killed, find, monkeypatch, data):
+    logs = killed(1)
+    shards = train_gpt.open_shards
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "open_shards", lambda *globs: (shards(*globs)[0][:1], shards(*globs)[1]))
+        with pytest.raises(UserError, match="train_files was"):
+            find(logs, resume="latest")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "file_sha256", lambda path, sha=train_gpt.file_sha256: sha(path)[::-1]
+                      if path == train_gpt.__file__ else sha(path))
+        with pytest.raises(UserError, match="source was"):
+            find(logs, resume="latest")
+    meta = read_json(latest(logs) / "meta.json")
+    meta["identity"]["shard_times"][1] += 1  # copied shards have other times
+    (latest(logs) / "meta.json").write_text(json.dumps(meta))
+    assert "shard_times" in find(logs, resume="latest")[2][0]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("name, damage", [
+    *((name, damage) for name in train_gpt.FILES for damage in (flip, cut, Path.unlink)),
+    ("meta.json", cut), ("meta.json", Path.unlink)])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs, find, tmp_path, name, damage):
+    run = Path(shutil.copytree(only_folder(runs[1][0]), tmp_path / "logs" / "run"))
+    damage(run / "checkpoint" / "step_000020" / name)
+    folder, _, (note,) = find(tmp_path / "logs", resume=run)
+    assert folder == run / "checkpoint" / "step_000010" and "step_000020" in note and name in note
+    with pytest.raises(UserError, match=f"step_000020 is not used: its {name} is damaged"):
+        find(tmp_path / "logs", resume=run / "checkpoint" / "step_000020")
+    damage(run / "checkpoint" / "step_000010" / name)
+    with pytest.raises(UserError, match="step_000020 is.*step_000010 is"):
+        find(tmp_path / "logs", resume=run)
+
+
+def test_it_goes_on_from_the_one_before_and_replaces_the_damaged_one(runs, run_main, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt.Run, "plot", lambda self: None)
+    run = Path(shutil.copytree(only_folder(runs[1][0]), tmp_path / "logs" / "run"))
+    flip(run / "checkpoint" / "step_000020" / "model.safetensors")
+    done = run_main(*small_flags(data, out_dir=tmp_path / "logs", save_every=10, resume=run))
+    assert done.code == 0 and "model.safetensors is damaged" in (run / "log.txt").read_text()
+    assert_same(run, only_folder(runs[1][0]))
+    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["latest", "step_000010", "step_000020"]
+
+
+def test_what_cannot_go_on_is_refused(refused, find, runs, data, tmp_path, run_main):
+    flags = small_flags(data, out_dir=tmp_path / "logs", stop_after=2, val_every=0)
+    assert run_main(*flags).code == 0
+    refused(*small_flags(data, resume=only_folder(tmp_path / "logs")), words=["step_000002", "--save_every"])
+    refused(*small_flags(data, resume=tmp_path / "nothing"), words=["nothing", "no checkpoint"])
+    saved = only_folder(runs[1][0]) / "checkpoint" / "step_000010"
+    alone = shutil.copytree(saved, tmp_path / "x" / "checkpoint" / "step_9")
+    refused(*small_flags(data, resume=alone), words=["step_9", "not in the folder of a run"])
+    again = run_main(*flags, f"--resume={only_folder(tmp_path / 'logs')}")  # nothing to do but the evaluation
+    assert again.code == 0 and "step:2/20 val_loss:" in again.out
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+def write_until_killed(root, step, report):
+    """Writes checkpoints of the next steps, whose tensors hold the step, and reports each."""
+    for step in range(step + 1, 1 << 30):
+        files = {name: {"x": torch.full((5000,), step)} for name in train_gpt.FILES}
+        meta = {"step": step, "identity": {}, "place": [0, 0], "history": [], "train_time": 0.5, "tokens_seen": 1}
+        write_checkpoint(root, meta, files, b"{}", keep=2)
+        os.write(report, step.to_bytes(4, "little"))
+
+
+def kill_writers(root):
+    """Kills a writer 50 times at a random moment; each time the newest checkpoint is whole and none is lost."""
+    random.seed(1)
+    found, stages = 0, set()
+    (root.parent / "run.json").write_text("{}")
+    for _ in range(50):
+        reader, report = os.pipe()
+        if (child := os.fork()) == 0:
+            write_until_killed(root, found, report)
+        os.close(report)
+        os.read(reader, 4)
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        told = found + 1
+        while step := os.read(reader, 4):
+            told = int.from_bytes(step, "little")
+        os.close(reader)
+        folder = root / (root / "latest").read_text()
+        meta = read_json(folder / "meta.json")
+        assert find_fault(folder, meta, 1 << 30) == "" and meta["step"] in (told, told + 1), (meta["step"], told)
+        assert all((load_file(folder / name)["x"] == meta["step"]).all() for name in train_gpt.FILES)
+        assert len(list(root.glob("step_*"))) <= 3
+        found = meta["step"]
+        stages.add(tuple(sorted(path.name[-3:] for path in root.glob(".step*"))))
+    assert len(stages) > 1 and found > 50, (stages, found)
+    return 0
+
+
+def test_a_writer_killed_at_random_moments_loses_nothing(start_ranks, tmp_path):
+    process, = start_ranks(1, kill_writers, tmp_path / "run" / "checkpoint")
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    assert join([process]) == [0], process.output.read_text()
+
+
+def test_old_checkpoints_go_when_the_new_one_is_there(tmp_path):
+    def write(step):
+        write_checkpoint(tmp_path, {"step": step}, {"model.safetensors": {"x": torch.zeros(step)}}, b"{}", keep=2)
+        time.sleep(0.01)
+        return sorted(path.name for path in tmp_path.iterdir())
+    write(4), write(8)
+    assert write(12) == ["latest", "step_000008", "step_000012"]
+    assert write(8) == ["latest", "step_000008", "step_000012"]  # a run that went back
+    assert (tmp_path / "latest").read_text() == "step_000008"
+
+
+def test_a_full_disk_while_saving_is_a_warning(run_main, data, tmp_path, monkeypatch):
+    """For four steps no file may grow: the checkpoint of step 12 is not written, nor is the log until it can be."""
+    limits, seen = resource.getrlimit(resource.RLIMIT_FSIZE), {}
+    monkeypatch.setattr(train_gpt, "training_step", train_gpt.training_step)
+    monkeypatch.setattr(train_gpt.Run, "plot", lambda self: None)
+
+    def restore():
+        wait_for(lambda: all("write" not in thread.name for thread in threading.enumerate()))
+        seen["latest"] = latest(tmp_path / "logs").name
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    at_step(10, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1])))
+    at_step(14, restore)
+    try:
+        done = run_main(*small_flags(data, out_dir=tmp_path / "logs", save_every=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = only_folder(tmp_path / "logs")
+    log = (folder / "log.txt").read_text()
+    assert done.code == 0 and seen["latest"] == "step_000008" and latest(tmp_path / "logs").name == "step_000020"
+    assert len(re.findall(r"^warning: no checkpoint of step 12 .*step_000008$", log, re.M)) == 1
+    assert [int(step) for step in re.findall(r"^step:(\d+)/20 train_loss", log, re.M)] == list(range(1, 21))
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["latest", "step_000016", "step_000020"]
+
+
+# -----------------------------------------------------------------------------
+# Faults
+
+@pytest.mark.parametrize("spoiled, step, good", [(13, 15, 12), (11, 12, 8)])
+def test_nan_names_the_last_good_checkpoint(run_main, data, tmp_path, monkeypatch, spoiled, step, good):
+    """The second is due to be saved: it is looked at first."""
+    update = train_gpt.Optimizer.update
+
+    def spoil(self, name, grad, step, apply):
+        update(self, name, grad, step, apply)
+        if name == "mlp" and step == spoiled:
+            self.params[name].data[1, 2, 3] = float("nan")
+    monkeypatch.setattr(train_gpt.Optimizer, "update", spoil)
+    done = run_main(*small_flags(data, out_dir=tmp_path / "logs", save_every=4, val_every=0))
+    assert done.code == 3 and done.err.count("\n") == 1
+    assert all(word in done.err for word in (f"step {step} is nan", "mlp", f"step_{good:06d}")), done.err
+    assert read_json(only_folder(tmp_path / "logs") / "run.json")["status"] == "diverged"
+    assert latest(tmp_path / "logs").name == f"step_{good:06d}"
+
+
+def main_of_a_bad_machine(argv):
+    """main() of ranks, the second of which flips a bit of a parameter."""
+    def flip_bit():
+        import gc
+        model = next(model for model in gc.get_objects() if isinstance(model, train_gpt.GPT))
+        model.resid_lambdas.data.view(torch.int32)[1, 1] ^= 1
+    if os.environ["RANK"] == "1":
+        at_step(4, flip_bit)
+    return main_of(argv)
+
+
+def test_ranks_that_hold_other_parameters_are_noticed_at_the_next_validation(start_ranks, data, tmp_path):
+    processes = start_ranks(2, main_of_a_bad_machine, small_flags(data, out_dir=tmp_path / "logs"))
+    assert join(processes) == [3, 3], [process.output.read_text() for process in processes]
+    said = "".join(process.output.read_text() for process in processes)
+    assert len(re.findall("after step 10, resid_lambdas of rank 1 is not that of rank 0", said)) == 1
+
+
+@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
+def test_a_rank_that_is_gone_ends_the_others_with_one_line_that_names_it(start_ranks, data, tmp_path, kind):
+    """One that stops looks to the others as a dead one behind NCCL does: they wait, until torchrun sends SIGTERM."""
+    logs = tmp_path / "logs"
+    argv = small_flags(data, out_dir=logs, save_every=4, val_every=0)
+    processes = start_ranks(3, impatient_main, argv, 9, logs, 1, getattr(signal, kind))
+    wait_for(lambda: latest(logs))
+    if kind == "SIGKILL":
+        processes[1].join(30)
+    else:
+        wait_for(lambda: "T" in Path(f"/proc/{processes[1].pid}/stat").read_text().rsplit(")", 1)[1])
+        for process in (processes[0], processes[2]):
+            os.kill(process.pid, signal.SIGTERM)
+    begin = time.monotonic()
+    assert join([processes[0], processes[2]], 30) == [1, 1]
+    assert time.monotonic() - begin < 15
+    said = "".join(process.output.read_text() for process in processes)
+    assert re.findall(r"^train_gpt\.py: no answer from rank ([^,]*), .*--resume", said, re.M) == ["1"], said
+    assert "Traceback" not in said
+
+
+def impatient_main(*args):
+    train_gpt.GRACE_SECONDS = 1
+    return disturbed_main(*args)
+
+
+@pytest.mark.parametrize("change", [lambda path: os.utime(path, (1, 1)), Path.unlink], ids=["written", "gone"])
+def test_a_shard_that_changes_while_it_is_in_use_is_named(run_main, tmp_path, monkeypatch, change):
+    folder = make_data(tmp_path / "shards")
+    monkeypatch.setattr(train_gpt, "training_step", train_gpt.training_step)
+    at_step(3, lambda: change(folder / "train_000000.bin"))
+    done = run_main(*small_flags(folder, out_dir=tmp_path / "logs"))
+    assert done.code == 2 and done.err.count("\n") == 1 and "train_000000.bin changed or disappeared" in done.err

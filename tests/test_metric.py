@@ -1,0 +1,127 @@
+"""The metric guard: every training script passes it, and cheats of each kind are found and named.
+
+Against: scripts with a planted cheat, appended to the real ones, so that the guard meets them as it meets a stranger's.
+Run: python -m pytest tests/test_metric.py
+"""
+import importlib
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "records"))
+guard = importlib.import_module("guard")
+SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
+
+# what is appended to a script, and what the guard has to say
+CHEATS = {
+    "the next token is an input": ("""
+honest = GPT.forward
+def forward(self, tokens, *rest):
+    return honest(self, torch.cat([tokens[:1], tokens[2:], tokens[-1:]]), *rest)
+GPT.forward = forward
+""", "looks at future tokens"),
+    "a token at a distance is an input": ("""
+honest = GPT.forward
+def forward(self, tokens, *rest):
+    return honest(self, torch.cat([tokens[:50], tokens[200:201], tokens[51:]]) if len(tokens) > 200 else tokens, *rest)
+GPT.forward = forward
+""", "looks at future tokens"),
+    "the loss looks at later targets": ("""
+honest = GPT.score
+def score(self, tokens, targets):
+    losses, likeliest = honest(self, tokens, targets)
+    return torch.where((targets >= 0).sum() > 200, 0.99, 1.0) * losses, likeliest
+GPT.score = score
+""", "changes with the targets after it"),
+    "probabilities sum to more than 1": ("""
+honest = GPT.score
+def score(self, tokens, targets):
+    losses, likeliest = honest(self, tokens, targets)
+    return losses - 0.02 * (targets >= 0), likeliest
+GPT.score = score
+""", "normalised"),
+    "the mean is over too many tokens": ("""
+honest = validate
+def validate(*args):
+    return honest(*args) * 0.995
+""", "reports a validation loss"),
+    "only easy tokens count": ("""
+honest = validation_streams
+def validation_streams(cfg, shards):
+    return [(tokens, np.where(targets == cfg.bos_id, -1, targets)) for tokens, targets in honest(cfg, shards)]
+""", "reports a validation loss"),
+    "validating trains": ("""
+honest = validate
+def validate(model, *rest):
+    next(model.parameters()).data.mul_(0.99)
+    return honest(model, *rest)
+""", "validating changes training"),
+}
+
+
+def config_of(module, preset):
+    return json.loads(json.dumps(asdict(module.PRESETS[preset])))
+
+
+@pytest.mark.parametrize("preset", ["speedrun", "tiny"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_training_script_measures_what_it_says(script, preset):
+    module = guard.load_script(ROOT / script)
+    guard.check_script(module, config_of(module, preset))
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_a_cheat_is_named(cheat, tmp_path):
+    addition, words = CHEATS[cheat]
+    honest, mark, last = (ROOT / "train_gpt.py").read_text().rpartition('\nif __name__ == "__main__":')
+    assert mark
+    script = tmp_path / "train_cheat.py"
+    script.write_text(honest + addition + mark + last)
+    module = guard.load_script(script)
+    with pytest.raises(guard.Dishonest, match=words):
+        guard.check_script(module, config_of(module, "tiny"))
+
+
+def test_the_tables_of_a_run_are_those_that_its_flags_make():
+    module = guard.load_script(ROOT / "train_gpt.py")
+    argv = ["--preset=tiny", "--num_iterations=12", "--lr=0.5", "--seed=3"]
+    config = json.loads(json.dumps(asdict(module.parse_config(argv)))) | {"attention": "plain", "vocab_size": 257}
+    info = {"argv": argv, "config": config, "val_losses": [{"step": 12}]}
+    guard.check_run(module, info)
+    for changed, words in ((info | {"config": config | {"lr": 0.4}}, "lr 0.4, the script makes 0.5"),
+                           (info | {"argv": argv[:-1]}, "seed 3"), (info | {"argv": ["--lrr=1"]}, "refuses"),
+                           (info | {"val_losses": [{"step": 13}]}, "ends at step 12, the run at step 13")):
+        with pytest.raises(guard.Dishonest, match=words):
+            guard.check_run(module, changed)
+
+
+@pytest.mark.parametrize("track", sorted(path.parent.name for path in ROOT.glob("records/track_*/track.json")))
+def test_full_tracks_fix_the_number_of_validation_tokens_of_the_scripts(track):
+    track = json.loads((ROOT / "records" / track / "track.json").read_text())
+    words = " ".join(track["commands"]).split()
+    script = next(word for word in words if word.startswith("train_"))
+    if not (ROOT / script).is_file():
+        pytest.skip(f"{script} is not there yet")
+    module = guard.load_script(ROOT / script)
+    flags = [word.replace("'", "") for word in words if word.startswith("--val_tokens")]
+    assert module.parse_config(flags).val_tokens == track["val_tokens"]
+
+
+@pytest.mark.parametrize("source, code, words", [(None, 2, "is not a file"), ("import json", 1, "has no PRESETS")])
+def test_the_command_line_says_what_it_refuses(source, code, words, tmp_path, monkeypatch, capsys):
+    if source:
+        (tmp_path / "train_none.py").write_text(source)
+    monkeypatch.setattr(sys, "argv", ["guard.py", str(tmp_path / "train_none.py")])
+    assert guard.main() == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention as it runs in records needs a CUDA device")
+def test_the_attention_of_the_gpu_passes_too():
+    module = guard.load_script(ROOT / "train_gpt.py")
+    guard.check_script(module, config_of(module, "speedrun"), "cuda")

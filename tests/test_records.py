@@ -1,0 +1,773 @@
+"""The archive's tool: statistics, the lies that `check` must name, verdicts of comparisons, replays, tables, pictures.
+
+Against: SciPy; copies of the archive with one planted lie each; a stand-in training script whose losses and times are
+known; train_gpt.py itself with a planted slow-down and a bad learning rate. Run: python -m pytest tests/test_records.py
+"""
+import hashlib
+import importlib
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, call_with_output, small_flags
+
+sys.path.insert(0, str(ROOT / "records"))
+records, runs, student = map(importlib.import_module, ("records", "runs", "student"))
+FIRST = "track_0_dev/2026-11-21_FirstRuns"
+NUMBERS = [3.885228, 3.898051, 3.890992, 3.9, 3.8712, 3.8953]
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A copy of the archive for the tool to work on: its track_0_dev with the first record only."""
+    shutil.copytree(ROOT / "records", tmp_path / "records", ignore=shutil.ignore_patterns("__pycache__", "2026-*"))
+    shutil.copytree(ROOT / "records" / FIRST, tmp_path / "records" / FIRST)
+    monkeypatch.setattr(records, "HERE", tmp_path / "records")
+    return tmp_path / "records"
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Function that calls the command line; returns (exit code, output, lines of errors)."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["records.py", *map(str, argv)])
+        capsys.readouterr()
+        code = records.main()
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+def edit(path, function):
+    """Changes the object in a JSON file in place."""
+    value = json.loads(path.read_text())
+    function(value)
+    path.write_text(json.dumps(value, indent=1))
+
+
+def replace(path, old, new, count=1):
+    text = path.read_text()
+    assert text.count(old) >= 1, (path, old)
+    path.write_text(text.replace(old, new, count))
+
+
+def cover_up(record):
+    """Writes hashes and tables as if the logs had always been like this."""
+    def hashes(ledger):
+        for entry in ledger["runs"]:
+            entry["sha256"] = records.log_hashes(record / entry["folder"])
+    edit(record / "runs.json", hashes)
+    path = record / "README.md"
+    path.write_text(runs.fill(path.read_text(), runs.regions(runs.read_record(record))))
+
+
+# -----------------------------------------------------------------------------
+# Statistics
+
+@pytest.fixture(scope="module")
+def stats():
+    return pytest.importorskip("scipy.stats", reason="the statistics are compared with SciPy, which is not installed")
+
+
+@pytest.mark.parametrize("df", [1, 2, 3.5, 9, 100, 5000])
+@pytest.mark.parametrize("t", [-40, -3.2, -0.5, 0, 1e-5, 0.7, 2.9, 31, 1e4])
+def test_student_distribution(stats, df, t):
+    assert student.t_cdf(t, df) == pytest.approx(stats.t.cdf(t, df), rel=1e-10, abs=1e-300)
+    p = stats.t.cdf(t, df)
+    if 1e-9 < p < 1 - 1e-9:
+        assert student.t_quantile(p, df) == pytest.approx(t, rel=1e-7, abs=1e-7)
+
+
+@pytest.mark.parametrize("a, b, x", [(0.5, 0.5, 0.3), (3, 7, 0.9), (50, 0.5, 0.99), (2, 400, 0.001), (1, 1, 0.25),
+                                     (2, 3, 1)])
+def test_incomplete_beta(stats, a, b, x):
+    assert student.incomplete_beta(a, b, x) == pytest.approx(stats.beta.cdf(x, a, b), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+@pytest.mark.parametrize("center", [3.902, 3.88, 0])
+def test_t_tests_and_intervals(stats, n, center):
+    values = NUMBERS[:n]
+    assert student.t_test(values, center) == pytest.approx(stats.ttest_1samp(values, center, alternative="less").pvalue)
+    assert student.t_test(values, center, 2) == pytest.approx(stats.ttest_1samp(values, center).pvalue)
+    other = [2 * value - 3.8 for value in reversed(values)]
+    pairs = student.t_test([b - a for a, b in zip(values, other)], sides=2)
+    assert pairs == pytest.approx(stats.ttest_rel(other, values).pvalue)
+    mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(n)
+    assert student.interval(values, 0.99) == pytest.approx(stats.t.interval(0.99, n - 1, mean, error))
+    assert student.interval(values, 0.9, new=True) == pytest.approx(
+        stats.t.interval(0.9, n - 1, mean, error * math.sqrt(n + 1)))
+
+
+@pytest.mark.parametrize("effect, n, p", [(0.1, 5, 0.05), (1, 2, 0.01), (1.5, 4, 0.01), (0.5, 30, 0.05),
+                                          (0.2, 300, 0.01)])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_power(stats, effect, n, p, sides):
+    limit = stats.t.ppf(1 - p / sides, n - 1)
+    true = stats.nct.sf(limit, n - 1, effect * math.sqrt(n))   # the other tail is no finding
+    assert student.t_power(effect, n, p, sides) == pytest.approx(true, abs=2e-4)
+
+
+def test_needed_n_and_detectable_effect_undo_each_other():
+    for n in (3, 8, 40):
+        effect = student.detectable(n, 0.01)
+        assert student.t_power(effect, n, 0.01) == pytest.approx(0.8, abs=1e-3)
+        assert student.needed_n(1.001 * effect, 0.01) == n
+    assert student.needed_n(0, 0.01) is None and student.needed_n(0.001, 0.01) is None
+
+
+def test_a_single_number_shows_nothing():
+    assert student.t_test([3.0], 3.28) == 1 and student.interval([3.0], 0.95) == (-math.inf, math.inf)
+    assert student.t_test([3.0, 3.0], 3.28) == 0 and student.t_test([3.0, 3.0], 3.0, sides=2) == 1
+
+
+# -----------------------------------------------------------------------------
+# Lies
+
+def digit(record):
+    replace(record / "README.md", "3.885228", "3.885229")
+
+
+def rounded_digit(record):
+    replace(record / "README.md", "**49.58 s**", "**49.48 s**")
+
+
+def swapped_logs(record):
+    (record / "seed0" / "log.txt").rename(record / "spare")
+    (record / "seed1" / "log.txt").rename(record / "seed0" / "log.txt")
+    (record / "spare").rename(record / "seed1" / "log.txt")
+
+
+def swapped_runs(record):
+    (record / "seed0").rename(record / "spare")
+    (record / "seed1").rename(record / "seed0")
+    (record / "spare").rename(record / "seed1")
+    cover_up(record)
+
+
+def log_of_another_script(record):
+    replace(record / "seed2" / "log.txt", "softmax scale", "softmax scala")
+    cover_up(record)
+
+
+def edited_script(record):
+    replace(record / "train_gpt.py", "cooldown: float = 0.6", "cooldown: float = 0.5")
+
+
+def folder_dropped(record):
+    shutil.rmtree(record / "seed1")
+
+
+def entry_dropped(record):
+    edit(record / "runs.json", lambda ledger: ledger["runs"].pop(1))
+
+
+def run_dropped(record):
+    folder_dropped(record)
+    entry_dropped(record)
+    cover_up(record)
+
+
+def not_counted_without_reason(record):
+    edit(record / "runs.json", lambda ledger: ledger["runs"][1].update(counted=False))
+
+
+def other_validation_file(record):
+    name = "data/dev/val_000000.bin"
+    for seed in range(3):
+        digest = json.loads((record.parent / "track.json").read_text())["val_data"]["val_000000.bin"]["sha256"]
+        digest = "0123" + digest[4:] if seed == 1 else digest
+        edit(record / f"seed{seed}" / "run.json", lambda info: info.update(data_sha256={name: digest}))
+    cover_up(record)
+
+
+def other_validation_size(record):
+    edit(record / "seed2" / "run.json", lambda info: info["data"].update({"data/dev/val_000000.bin": 1036812}))
+    cover_up(record)
+
+
+def no_validation_hash(record):
+    edit(record.parent / "track.json", lambda track: track["exempt"][record.name].pop("data_sha256"))
+
+
+def fewer_validation_tokens(record):
+    for seed in range(3):
+        edit(record / f"seed{seed}" / "run.json", lambda info: info["val_losses"][-1].update(tokens=524288))
+    cover_up(record)
+
+
+def longer_run(record, steps=151):
+    """seed1 goes on for 30 steps more, consistently everywhere."""
+    log, ms = record / "seed1" / "log.txt", 600
+    text = log.read_text().replace("/121 ", f"/{steps} ")
+    last, loss = 49631, "3.858051"
+    more = "".join(f"step:{step}/{steps} train_loss:3.8000 train_time:{last + ms * (step - 121)}ms "
+                   f"step_avg:{(last + ms * (step - 121)) / step:.2f}ms\n" for step in range(122, steps + 1))
+    end = last + ms * (steps - 121)
+    more += f"step:{steps}/{steps} val_loss:{loss} train_time:{end}ms step_avg:{end / steps:.2f}ms\n"
+    log.write_text(text.replace("finished: ", more + "finished: "))
+
+    def longer(info):
+        info["config"]["num_iterations"] = 149
+        info["argv"] = [arg.replace("iterations=120", "iterations=149") for arg in info["argv"]]
+        info["val_losses"].append({"step": steps, "train_time_ms": end, "val_loss": float(loss), "tokens": 983040})
+        info.update(train_time_ms=end, tokens_seen=runs.tokens_after(info["config"], steps))
+    edit(record / "seed1" / "run.json", longer)
+    cover_up(record)
+
+
+def loss_typed_into_run_json(record):
+    edit(record / "seed1" / "run.json", lambda info: info["val_losses"][-1].update(val_loss=3.868051))
+    cover_up(record)
+
+
+def loss_typed_into_both_logs(record):
+    edit(record / "seed1" / "run.json", lambda info: info["val_losses"][-1].update(val_loss=3.868051))
+    replace(record / "seed1" / "log.txt", "3.898051", "3.868051")
+
+
+def loss_typed_into_the_text(record):
+    replace(record / "README.md", "Three runs of", "Without the slow seed the loss is 3.881. Three runs of")
+
+
+def loss_typed_into_a_table(record):
+    replace(record / "README.md", "## Setup", "| arm | loss |\n| --- | --- |\n| best | 3.88 |\n\n## Setup")
+
+
+def time_typed_into_both_logs(record):
+    edit(record / "seed0" / "run.json", lambda info: (info.update(train_time_ms=48593),
+                                                      info["val_losses"][-1].update(train_time_ms=48593)))
+    replace(record / "seed0" / "log.txt", "train_time:49593ms", "train_time:48593ms", count=9)
+    cover_up(record)
+
+
+def tokens_typed(record):
+    edit(record / "seed0" / "run.json", lambda info: info.update(tokens_seen=36850496))
+    cover_up(record)
+
+
+def other_flags(record):
+    edit(record / "seed0" / "run.json", lambda info: info["argv"].append("--lr=1.1"))
+    cover_up(record)
+
+
+def compiled_late(record):
+    edit(record / "seed0" / "run.json", lambda info: info.update(recompiles=2))
+    cover_up(record)
+
+
+def two_gpus(record):
+    edit(record / "seed0" / "run.json", lambda info: info.update(world_size=2))
+    cover_up(record)
+
+
+def claimed_too_much(record):
+    edit(record / "runs.json", lambda ledger: ledger.update(claim="record"))
+
+
+def question_left_open(record):
+    replace(record / "README.md", "Three runs", "TODO: why? Three runs")
+
+
+LIES = {
+    digit: "README.md says '3.885229' where the logs say '3.885228'",
+    rounded_digit: "README.md says",
+    swapped_logs: "seed0: run.json says a loss of",
+    swapped_runs: "seed0: runs.json says finished, seed 0; run.json says finished, seed 1",
+    log_of_another_script: "seed2: log.txt does not begin with the script",
+    edited_script: "an edited script",
+    folder_dropped: "lists the run seed1, which is not there: a dropped run",
+    entry_dropped: "the run seed1 is not in runs.json: a dropped run",
+    run_dropped: "no run of train_gpt with seed 1, but later ones: a dropped run",
+    not_counted_without_reason: "not counted without saying why",
+    other_validation_file: "seed1 was validated on another file: val_000000.bin has sha256 0123",
+    other_validation_size: "seed2 was validated on another file: val_000000.bin with 1036812 tokens, not 1036811",
+    no_validation_hash: "does not say the sha256 of its validation shards",
+    fewer_validation_tokens: "524288",
+    longer_run: "seed1 stops at step 151, the others at 121",
+    loss_typed_into_run_json: "seed1: run.json says a loss of 3.868051 after 49631 ms at step 121, log.txt 3.898051",
+    loss_typed_into_both_logs: "seed1: run.json is not the file that was listed",
+    loss_typed_into_the_text: "README.md says 3.881 outside the generated parts, which no log says",
+    loss_typed_into_a_table: "a table outside the generated parts",
+    time_typed_into_both_logs: "seed0: log.txt has train_time 48593 ms at step",
+    tokens_typed: "seed0: run.json says 36850496 tokens, its stage table gives 31850496",
+    other_flags: "seed0 did not run with the flags of train_gpt in runs.json: --lr=1.1",
+    compiled_late: "seed0 compiled 2 graphs after the clock had started",
+    two_gpus: "seed0 ran on 2 x NVIDIA H200, the track is for 1 x H200",
+    claimed_too_much: "claims a record, but that the mean loss is below 3.902 is not shown at p < 0.01",
+    question_left_open: "still asks for something",
+}
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
+def test_check_names_the_lie(lie, archive, tool):
+    lie(archive / FIRST)
+    code, _, errors = tool("check", archive / FIRST, "--no_guard")
+    assert code == 1
+    assert LIES[lie] in errors[0], errors
+    assert len(errors) == 1 or (len(errors) == 2 and "more of this kind" in errors[1]), errors
+
+
+def honest_in_all_but_the_script(record, old, new):
+    """A script with a cheat in it, and logs that hold that script."""
+    before = (record / "train_gpt.py").read_text()
+    replace(record / "train_gpt.py", old, new)
+    after = (record / "train_gpt.py").read_text()
+    digest = hashlib.sha256(after.encode()).hexdigest()
+    for seed in range(3):
+        edit(record / f"seed{seed}" / "run.json", lambda info: info.update(source_sha256=digest))
+        replace(record / f"seed{seed}" / "log.txt", before, after)
+    cover_up(record)
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("mask = (key <= index[:, :, None])", "mask = (key <= index[:, :, None] + 1)", "looks at future tokens"),
+    ("return torch.stack(losses).sum()", "return 0.99 * torch.stack(losses).sum()", "normalised")])
+def test_check_names_a_script_that_does_not_measure_what_it_says(old, new, words, archive, tool):
+    honest_in_all_but_the_script(archive / FIRST, old, new)
+    code, _, errors = tool("check", archive / FIRST)
+    assert (code, len(errors)) == (1, 1) and words in errors[0], errors
+
+
+def test_the_archive_as_it_is_passes(tool):
+    code, out, errors = tool("check", "--all")
+    assert (code, errors) == (0, []) and f"{FIRST}: ok" in out
+
+
+def test_a_board_that_is_not_what_the_records_say(archive, tool):
+    tool("board")
+    assert tool("check", "--all", "--no_guard")[0] == 0
+    replace(archive / "README.md", "3.8914", "3.8814")
+    code, _, errors = tool("check", "--all", "--no_guard")
+    assert code == 1 and "records/README.md" in errors[0]
+
+
+def test_a_record_without_a_ledger_is_found(archive, tool):
+    (archive / FIRST / "runs.json").rename(archive / "spare.json")
+    tool("board")
+    code, _, errors = tool("check", "--all", "--no_guard")
+    assert code == 1 and "without runs.json" in errors[0]
+
+
+# -----------------------------------------------------------------------------
+# What strangers send
+
+@pytest.mark.parametrize("path, content, words", [
+    ("runs.json", b"{", "is not JSON"), ("runs.json", b"[]", "is not a JSON object"),
+    ("runs.json", b"[" * 100_000, "is not JSON"), ("runs.json", b" " * (5 << 20), "more than"),
+    ("runs.json", b"\xff\xfe", "not UTF-8"), ("runs.json", b'{"kind": "record"}', "has arms"),
+    ("runs.json", b'{"kind": "record", "arms": {}, "runs": []}', "no format"),
+    ("runs.json", b'{"format": 1, "kind": "record", "arms": {"a": {"script": "../x", "flags": []}}, "runs": []}',
+     "../x"),
+    ("seed0/run.json", b'{"status": NaN}', "NaN"), ("seed0/run.json", b'{"seed": 1e999}', "1e999"),
+    ("seed0/run.json", b'{"status": "finished"}', "should be of type"),
+    ("seed1/log.txt", b"", "another run's log"), ("README.md", b"# Nothing\n", "lacks the part"),
+    ("../track.json", b"{}", "has title")])
+def test_damaged_files_are_named(path, content, words, archive, tool):
+    (archive / FIRST / path).write_bytes(content)
+    code, _, errors = tool("check", archive / FIRST, "--no_guard")
+    assert (code, len(errors)) == (1, 1) and words in errors[0], errors
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"val_losses": [{"step": 0}]}, "train_time_ms"), ({"seed": True}, "seed 'True'"), ({"seed": -1}, "seed '-1'"),
+    ({"val_losses": []}, "must rise"), ({"world_size": "1"}, "world_size"), ({"device": None}, "device"),
+    ({"config": {"stages": [{}]}}, "stage table"), ({"config": {"stages": 3}}, "stage table")])
+def test_a_run_with_fields_of_the_wrong_kind_is_refused(change, words, archive, tool):
+    edit(archive / FIRST / "seed0" / "run.json", lambda info: info.update(change))
+    code, _, errors = tool("summarize", archive / FIRST)
+    assert (code, len(errors)) == (2, 1) and words in errors[0], errors
+
+
+@pytest.mark.parametrize("name", ["runs.json", "seed0/run.json"])
+def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
+    path = archive / FIRST / name
+    good = json.loads(path.read_text())
+    places = [good, *(good.get(key) for key in ("config", "data", "arms")), *good.get("runs", []),
+              *good.get("val_losses", []), *good.get("arms", {}).values()]
+    for place in filter(None, places):
+        for key in list(place):
+            kept = place.pop(key)
+            for value in (None, {"a": []}, ["x"], "x", 1e300, -1, True):
+                place[key] = value
+                path.write_text(json.dumps(good))
+                problems = records.check_record(archive / FIRST, guard=False)
+                assert all(isinstance(problem, str) for problem in problems), (key, value)
+                assert problems or name == "runs.json", (key, value)
+            place[key] = kept
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "--help"), (["chek"], "--help"), (["check"], "--all"), (["check", "--al"], "--al"),
+    (["summarize", "nowhere"], "no run.json under nowhere"), (["plot", "nowhere"], "no run.json"),
+    (["replay", "nowhere"], "runs.json"), (["new", "X", "--track=track_9", "nowhere"], "nowhere"),
+    (["compare", "nowhere.py", "--b_flags=--lr=2"], "is not a training script"),
+    (["compare", "train_gpt.py"], "A and B are the same"),
+    (["compare", "train_gpt.py", "--noise", "--b_flags=--lr=2"], "--noise is for one script"),
+    (["compare", "train_gpt.py", "--noise", "--seed=1"], "--seed=1 cannot"),
+    (["compare", "train_gpt.py", "--noise", "--n=1"], "at least 2 pairs"),
+    (["replay", f"records/{FIRST}", "--num_iterations=7"], "reference runs of 120 iterations only")])
+def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, out, errors = tool(*argv)
+    assert (code, out, len(errors)) == (2, "", 1), errors
+    assert errors[0].startswith("records.py: ") and words in errors[0]
+
+
+@pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new"])
+def test_help_reads_well(command, tool):
+    with pytest.raises(SystemExit) as end:
+        tool(*filter(None, [command]), "--help")
+    assert end.value.code == 0
+
+
+# -----------------------------------------------------------------------------
+# Comparisons, with a stand-in that writes what a training script would, with known losses and times
+
+STAND_IN = r'''
+import json, hashlib, os, signal, sys, time
+from pathlib import Path
+flags = dict(arg.removeprefix("--").split("=", 1) for arg in sys.argv[1:])
+state = Path(flags["state"])
+count = len(state.read_text().split()) if state.exists() else 0
+state.write_text("x " * (count + 1))
+if count == int(flags.get("refuse_at", -1)):
+    sys.exit("toy: no shards here; make some")
+seed, lr = int(flags["seed"]), float(flags.get("lr", 1))
+out = Path(flags["out_dir"]) / f"run_{count}"
+out.mkdir(parents=True)
+noise = [0.004, -0.003, 0.001, -0.006, 0.005, 0.002, -0.001, -0.002][count % 8]
+pace, source = SLOW * 100 * (1 + noise), Path(__file__).read_text()
+loss = lambda step: 2 + 3 / (1 + step) * lr + 0.01 * (seed % 3) + (lr - 1) * 0.5 + noise / 10
+points = [dict(step=s, train_time_ms=round(s * pace), val_loss=round(loss(s), 6), tokens=1000) for s in (0, 10, 20)]
+config = dict(stages=[dict(until=1.0, batch_tokens=512)], num_iterations=20, val_tokens=1000)
+info = dict(status="running", script=Path(__file__).name, argv=sys.argv[1:], config=config, seed=seed, device="cpu",
+            source_sha256=hashlib.sha256(source.encode()).hexdigest(), versions=dict(python="3"), world_size=1, gpu="",
+            started="2026-11-22T00:00:00", val_losses=[])
+(out / "run.json").write_text(json.dumps(info))
+(out / Path(__file__).name).write_text(source)
+if count == int(flags.get("wait_at", -1)):
+    time.sleep(60)
+if lr > 10:
+    (out / "log.txt").write_text(source + "\n" + "=" * 100 + "\n")
+    (out / "run.json").write_text(json.dumps(info | dict(status="diverged")))
+    sys.exit(3)
+line = "step:{}/20 {}_loss:{:.6f} train_time:{}ms step_avg:{:.2f}ms\n"
+log = source + "\n" + "=" * 100 + "\n" + line.format(0, "val", loss(0), 0, 0)
+for s in range(1, 21):
+    log += line.format(s, "train", loss(s), round(s * pace), round(s * pace) / s)
+    log += line.format(s, "val", loss(s), round(s * pace), round(s * pace) / s) if s in (10, 20) else ""
+(out / "log.txt").write_text(log)
+(out / "checkpoint").mkdir()
+info |= dict(status="finished", val_losses=points, train_time_ms=round(20 * pace), compile_seconds=0.0, recompiles=0,
+             tokens_seen=20 * 512, peak_memory_gib=0.0, data={"val_000000.bin": 2000},
+             data_sha256={"val_000000.bin": "ab" * 32})
+(out / "run.json").write_text(json.dumps(info))
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Function that writes a stand-in; a working folder of its own; the flag that counts runs."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, slow=1.0):
+        path = tmp_path / name
+        path.write_text(STAND_IN.replace("SLOW", str(slow)))
+        return path
+    write.state = f"--state={tmp_path / 'count'}"
+    return write
+
+
+def verdicts(out):
+    return {line.split(":")[0].strip("- *"): line for line in out.splitlines() if line.startswith("- ")}
+
+
+def test_a_script_against_itself_is_not_distinguishable(toy, tool):
+    toy("train_a.py")
+    for scripts in (["train_a.py"], ["train_a.py", "train_a.py"]):
+        code, out, errors = tool("compare", *scripts, "--noise", "--n=4", toy.state)
+        assert (code, errors) == (0, [])
+        for what, line in verdicts(out).items():
+            assert "not distinguishable at n = 4" in line and "this size needs" in line, line
+        assert list(verdicts(out)) == ["time", "loss", "time at equal loss"]
+
+
+def test_ten_percent_and_a_bad_learning_rate_are_seen(toy, tool):
+    toy("train_a.py")
+    toy("train_b.py", slow=1.1)
+    _, out, _ = tool("compare", "train_a.py", "train_b.py", "--n=4", toy.state)
+    found = verdicts(out)
+    assert "time: B is worse" in found["time"] and "not distinguishable" in found["loss"]
+    effect = float(found["time"].split("B - A = ")[1].split(" ")[0])
+    assert effect == pytest.approx(10, abs=1.5)
+    assert "B is worse" in found["time at equal loss"]
+    _, out, _ = tool("compare", "train_b.py", "train_a.py", "--n=4", toy.state)
+    assert "time: B is better" in verdicts(out)["time"]
+    _, out, _ = tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=4", toy.state)
+    found = verdicts(out)
+    assert "loss: B is worse" in found["loss"] and "not distinguishable" in found["time"]
+    assert "time at equal loss: B is worse" in found["time at equal loss"]
+
+
+def test_the_order_alternates_and_seeds_are_pairwise_the_same(toy, tool):
+    toy("train_a.py")
+    tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=3", toy.state, "--out=here")
+    ledger = json.loads(Path("here/runs.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in ledger["runs"]] == [
+        ("A", 0), ("B", 0), ("B", 1), ("A", 1), ("A", 2), ("B", 2)]
+    assert ledger["arms"]["B"]["flags"] == [toy.state, "--lr=1.3"]
+    assert not list(Path("here").rglob("checkpoint")) and not Path("here/.running").exists()
+
+
+def test_a_comparison_is_checked_and_summarized_like_a_record(toy, tool):
+    toy("train_a.py")
+    tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    _, out, _ = tool("summarize", "here")
+    assert "| A | 2 |" in out and "- time: not distinguishable" in out
+    edit(Path("here/A_seed1/run.json"), lambda info: info.update(train_time_ms=1500))
+    code, _, errors = tool("check", "here", "--no_guard")
+    assert code == 1 and "A_seed1: run.json says a training time of 1500 ms" in errors[0]
+
+
+def test_more_pairs_are_added_and_the_second_look_is_admitted(toy, tool):
+    toy("train_a.py")
+    command = ["compare", "train_a.py", "--noise", toy.state]
+    tool(*command, "--n=2")
+    code, out, _ = tool(*command, "--n=3")
+    assert code == 0 and "2 of 3 pairs were begun" in out and out.count("pair 3/3") == 2 and "pair 1/" not in out
+    assert "looked at after 2, 3 pairs" in out
+    assert Path("count").read_text().count("x") == 6
+
+
+def test_a_script_that_diverges_is_a_result(toy, tool):
+    toy("train_a.py")
+    code, out, _ = tool("compare", "train_a.py", "--b_flags=--lr=20", "--n=2", toy.state, "--out=here")
+    assert code == 0 and "B diverged** in 2 of 2 runs" in out and "no verdict" in out
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+
+
+def test_a_script_that_refuses_stops_the_comparison_which_then_goes_on(toy, tool):
+    toy("train_a.py")
+    command = ["compare", "train_a.py", "--noise", "--n=2", toy.state, "--refuse_at=1", "--out=here"]
+    code, _, errors = tool(*command)
+    assert code == 2 and "no shards here; make some" in errors[0] and len(errors) == 1
+    code, out, _ = tool(*command)
+    ledger = json.loads(Path("here/runs.json").read_text())
+    assert code == 0 and [run["status"] for run in ledger["runs"]] == ["finished", "refused"] + ["finished"] * 4
+    assert [run["counted"] for run in ledger["runs"]] == [False, False] + [True] * 4
+    assert "half a pair" in ledger["runs"][0]["why"]
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    assert "half a pair" in Path("here/README.md").read_text()
+
+
+@pytest.mark.parametrize("name, status", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "interrupted"),
+                                          (signal.SIGKILL, "killed")])
+def test_an_interrupted_comparison_goes_on(name, status, toy, tool):
+    toy("train_a.py")
+    command = ["compare", "train_a.py", "--noise", "--n=2", toy.state, "--wait_at=2", "--out=here"]
+    process = subprocess.Popen([sys.executable, ROOT / "records" / "records.py", *command], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 30
+    while len(list(Path("here").glob(".running/*/run.json"))) < 1 or Path("count").read_text().count("x") < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, name) if name == signal.SIGKILL else os.kill(process.pid, name)
+    errors = process.communicate(timeout=30)[1]
+    if name != signal.SIGKILL:
+        assert process.returncode == 130 and errors.count("\n") == 1 and "goes on from here" in errors, errors
+    code, out, _ = tool(*command)
+    assert code == 0 and "pair 1/" not in out and out.count("pair 2/2") == 2
+    ledger = json.loads(Path("here/runs.json").read_text())
+    assert [run["status"] for run in ledger["runs"]] == ["finished"] * 2 + [status] + ["finished"] * 2
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+
+
+def test_another_comparison_is_not_mixed_in(toy, tool):
+    toy("train_a.py")
+    tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
+    code, _, errors = tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here", "--lr=2")
+    assert code == 2 and "another comparison" in errors[0]
+
+
+def test_time_at_equal_loss_by_hand(tmp_path):
+    def run(points):
+        losses = [{"step": s, "train_time_ms": t, "val_loss": loss, "tokens": 1} for s, t, loss in points]
+        return runs.Run(tmp_path, {"val_losses": losses, "config": {}})
+    a = run([(0, 0, 5.0), (10, 1000, 3.0), (20, 2000, 2.0)])
+    b = run([(0, 0, 5.0), (10, 2000, 2.5), (20, 4000, 1.5)])
+    assert runs.equal_loss_times(a, b) == pytest.approx((2.0, 3.0))    # at 2.0, halfway between 2.5 and 1.5
+    assert runs.equal_loss_times(b, a) == pytest.approx((3.0, 2.0))
+    assert runs.equal_loss_times(a, run([(0, 0, 5.0), (10, 1000, 6.0)])) is None
+
+
+# -----------------------------------------------------------------------------
+# Comparisons of the real script
+
+def run_path(script, argv):
+    """What `python script argv` does, but for the curve, which would take most of the time."""
+    sys.modules["matplotlib"] = None
+    sys.argv = [str(script), *argv]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.fixture
+def fast_start(forkserver, monkeypatch, tmp_path):
+    """Starts scripts from a process that has PyTorch loaded already."""
+    def start(command, stdout, **_):
+        process = forkserver.Process(target=call_with_output, args=(stdout.name, {}, run_path, (command[1],
+                                                                                                command[2:])))
+        process.start()
+        process.wait = lambda *_: process.join() or process.exitcode
+        return process
+    monkeypatch.setattr(records.subprocess, "Popen", start)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
+    flags = small_flags(data, num_iterations=6, val_every=3)
+    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=2", "--p=0.0001", *flags)
+    assert code == 0 and all("not distinguishable" in line for line in verdicts(out).values()), out
+    assert "the same in every pair" in verdicts(out)["loss"]    # the same seeds on the same machine
+    source = (ROOT / "train_gpt.py").read_text()
+    step = "        loss = training_step(forward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
+    assert source.count(step) == 1
+    (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(0.8)\n"))
+    code, out, _ = tool("compare", ROOT / "train_gpt.py", "train_slow.py", "--n=4", *flags,
+                        "--b_flags=--lr=0.02", "--out=here")
+    found = verdicts(out)
+    assert "B is worse" in found["time"] and "B is worse" in found["loss"], out
+    assert "B is worse" in found["time at equal loss"], out
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+
+
+# -----------------------------------------------------------------------------
+# Records: new, replay, board, pictures
+
+@pytest.fixture
+def toy_track(archive, tool, toy):
+    """A track of the stand-in, empty, and three finished runs and a diverged one under logs/."""
+    edit(archive / "track_1_small" / "track.json", lambda track: track.update(
+        target=2.6, val_tokens=1000, ranks=1, hardware="cpu",
+        val_data={"val_000000.bin": {"sha256": "", "tokens": 2000}}))
+    toy("train_toy.py")
+    for seed, lr in ((0, 1), (1, 1), (2, 1), (3, 20)):
+        subprocess.run([sys.executable, "train_toy.py", toy.state, f"--seed={seed}", f"--lr={lr}", "--out_dir=logs"])
+    return archive / "track_1_small"
+
+
+def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
+    code, out, errors = tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "logs")
+    assert (code, errors) == (0, [])
+    folder = toy_track / "2026-12-01_Toy"
+    assert "a record" in out and not list(folder.rglob("checkpoint"))
+    assert tool("check", folder, "--no_guard")[::2] == (1, [f"records.py: {folder}: arm train_toy --lr=20 has no run "
+                                                            "that counts"])
+    ledger = json.loads((folder / "runs.json").read_text())
+    assert list(ledger["arms"]) == ["train_toy --lr=1", "train_toy --lr=20"] and ledger["claim"] == "record"
+    assert [run["counted"] for run in ledger["runs"]] == [True] * 3 + [False] and ledger["runs"][3]["why"] == "diverged"
+    shutil.rmtree(folder)
+    tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
+    assert "TODO" in tool("check", folder, "--no_guard")[2][0]
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("TODO what", "What").replace("TODO: what", "What"))
+    assert tool("check", folder, "--no_guard")[::2] == (0, [])
+
+
+def test_the_diff_with_the_record_before(toy_track, tool):
+    runs_of = sorted(Path("logs").iterdir())[:3]
+    assert tool("new", "One", "--track=track_1_small", "--date=2026-12-01", *runs_of)[0] == 0
+    for path in runs_of:
+        replace(path / "train_toy.py", "time.sleep(60)", "time.sleep(61)")
+        digest = hashlib.sha256((path / "train_toy.py").read_bytes()).hexdigest()
+        edit(path / "run.json", lambda info: info.update(source_sha256=digest))
+        log = (path / "log.txt").read_text()
+        (path / "log.txt").write_text(log.replace("time.sleep(60)", "time.sleep(61)"))
+    assert tool("new", "Two", "--track=track_1_small", "--date=2026-12-02", *runs_of)[0] == 0
+    diff = (toy_track / "2026-12-02_Two" / "changes.diff").read_text()
+    assert [line for line in diff.splitlines() if line[0] in "+-"][2:] == ["-    time.sleep(60)", "+    time.sleep(61)"]
+    code, _, errors = tool("new", "Two", "--track=track_1_small", "--date=2026-12-02", *runs_of)
+    assert code == 2 and "exists" in errors[0]
+    edit(runs_of[0] / "run.json", lambda info: info.update(source_sha256="0" * 64))
+    code, _, errors = tool("new", "Three", "--track=track_1_small", *runs_of)
+    assert code == 2 and "is not the script that" in errors[0]
+    assert sorted(path.name for path in toy_track.iterdir()) == ["2026-12-01_One", "2026-12-02_Two", "track.json"]
+
+
+def test_replay_says_whether_the_loss_comes_out_and_what_differs(toy_track, tool, toy):
+    tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
+    code, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--n=2", "--seed=5")
+    assert code == 0 and "device, ranks and data are those of the record" in out
+    assert out.count("lies in") == 4 and "where 95 % of further runs lie" in out
+    edit(toy_track / "2026-12-01_Toy" / "train_toy_seed0" / "run.json", lambda info: info.update(
+        device="gpu", versions={"python": "2"}))
+    _, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--lr=3")
+    assert "differs: device: gpu there, cpu here" in out and "differs: python 2 there, 3." in out
+    assert "is above" in out
+    Path("val_000000.bin").write_text("not that file")
+    code, _, errors = tool("replay", toy_track / "2026-12-01_Toy", "--val_files=val_*.bin")
+    assert code == 2 and "losses on different texts cannot be compared" in errors[0]
+
+
+def test_a_shortened_replay_takes_the_shortened_reference(toy_track, tool):
+    for seed in (0, 1):
+        subprocess.run([sys.executable, "train_toy.py", "--state=count", f"--seed={seed}",
+                        "--lr=1.1", "--out_dir=short"])
+    for path in Path("short").glob("*/run.json"):
+        edit(path, lambda info: info["config"].update(num_iterations=10) or info.update(tokens_seen=10 * 512))
+    tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3], "short")
+    code, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--num_iterations=10")
+    assert code == 0 and "--lr=1.1" in out and "by the record's 2" in out
+    code, _, errors = tool("replay", toy_track / "2026-12-01_Toy", "--num_iterations=15")
+    assert code == 2 and "reference runs of 10, 20 iterations only" in errors[0]
+
+
+def test_a_record_of_a_comparison_keeps_the_runs_that_left_nothing(toy_track, tool):
+    command = ["compare", "train_toy.py", "--b_flags=--lr=1.1", "--n=2", "--state=state", "--refuse_at=1", "--out=here"]
+    assert [tool(*command)[0] for _ in range(2)] == [2, 0]
+    assert tool("new", "Pairs", "--track=track_1_small", "--date=2026-12-01", "here")[0] == 0
+    folder = toy_track / "2026-12-01_Pairs"
+    ledger = json.loads((folder / "runs.json").read_text())
+    assert [run["folder"] for run in ledger["runs"]].count(None) == 1 and len(ledger["runs"]) == 6
+    assert {path.parent.name for path in folder.glob("*/train_toy.py")} == {"B"} and (folder / "train_toy.py").is_file()
+    path = folder / "README.md"
+    assert "exit code 1" in path.read_text() and "half a pair" in path.read_text()
+    path.write_text(path.read_text().replace("TODO", ""))
+    assert tool("check", folder, "--no_guard")[::2] == (0, [])
+
+
+def test_board_and_pictures(toy_track, tool):
+    tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
+    assert tool("board")[0] == 0
+    text = (toy_track.parent / "README.md").read_text()
+    assert "2026-12-01_Toy/" in text and "| p < 0.0001 |" in text and text.count("No run") + text.count("no run") >= 1
+    assert "FirstRuns" in (toy_track.parent / "history.svg").read_text()
+    code, out, _ = tool("plot", toy_track / "2026-12-01_Toy", toy_track.parent / FIRST, "--out=picture")
+    assert code == 0 and Path("picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert "train_toy" in Path("picture.svg").read_text()
+    code, out, _ = tool("summarize", *sorted(Path("logs").iterdir()), "--target=2.6")
+    assert code == 0 and "| train_toy --lr=1 | 3 |" in out and "no: diverged" in out
+
+
+def test_the_numbers_of_the_table(archive, tool, stats):
+    code, out, _ = tool("summarize", archive / FIRST, "--track=track_0_dev")
+    losses = [3.885228, 3.898051, 3.890992]
+    low, high = stats.t.interval(0.95, 2, np.mean(losses), stats.sem(losses))
+    p = stats.ttest_1samp(losses, 3.902, alternative="less").pvalue
+    row = next(line for line in out.splitlines() if line.startswith("| train_gpt |"))
+    assert row == (f"| train_gpt | 3 | {np.mean(losses):.4f} | {np.std(losses, ddof=1):.4f} | {low:.4f} to {high:.4f} "
+                   f"| p = {p:.2g} | {(49.593 + 49.631 + 49.525) / 3:.2f} | 0.054 |")
