@@ -32,11 +32,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, ROOT, SMALL_STAGES, VOCAB, as_flags, make_text, small_flags, tokenizer_json, write_shard
+from conftest import (BOS, ROOT, SMALL_STAGES, VOCAB, as_flags, make_data, make_text, small_flags, tokenizer_json,
+                      write_shard)
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -396,6 +398,28 @@ def meta_json(folder):
                   read, sample.UserError)
 
 
+def resumed_meta(folder):
+    """meta.json of a checkpoint that --resume names, up to the first batch after it."""
+    path, meta = checkpoint(folder)
+    data = make_data(folder / "data", train_tokens=9000, val_tokens=2000)
+    (path / "optimizer.safetensors").write_bytes(b"x")
+    (path.parent.parent / "run.json").write_text("{}")
+    cfg = train_gpt.parse_config([*small_flags(data), f"--resume={path}"])
+    shards, identity = train_gpt.open_shards(cfg.train_files, cfg.val_files)[0], {"seed": 0}
+    cfg = train_gpt.resolve_config(cfg, train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu"), shards[0])
+    meta |= {"files": {name: train_gpt.file_sha256(path / name) for name in train_gpt.FILES}, "identity": identity,
+             "place": [0, 100], "history": [[0, 0.0, 5.5]], "train_time": 1.5, "tokens_seen": 3000}
+    odd = ["[0,0]", "[1,99]", "[-1,0]", "[0,-1]", f"[0,{2 ** 70}]", "[[0,0.0,5.5],[1]]", '{"x":"y"}']
+
+    def read():
+        source, said, _ = train_gpt.find_checkpoint(cfg, [], cfg.total_steps, identity, False)
+        assert source == path and 0 <= said["step"] and all(len(tuple(point)) == 3 for point in said["history"])
+        next(train_gpt.training_batches(cfg, shards, 0, 1, 1, said["step"], said["place"]))
+    return Format(json.dumps(meta).encode(), lambda rng, _: change_json(rng, {name: item for name, item in meta.items()
+                                                                             if name != "config"}, odd),
+                  path / "meta.json", read, train_gpt.UserError, str)
+
+
 def safetensors_header(folder):
     """The header of model.safetensors."""
     path, meta = checkpoint(folder)
@@ -423,7 +447,8 @@ def safetensors_header(folder):
 def tokenizer(folder):
     """tokenizer.json beside a checkpoint and beside shards, named by its hash in both."""
     path, meta = checkpoint(folder)
-    file, shard, state = path / "tokenizer.json", folder / "train_000000.bin", {}
+    file, state = path / "tokenizer.json", {}
+    shard = train_gpt.read_header(write_shard(folder / "train_000000.bin", [BOS], w3=259, w4=258))
     merges = json.loads(tokenizer_json([*(bytes([i]) for i in range(256)), b"th", b"the"]))
     sound = merges | {"pattern": text.GPT2_PATTERN}
 
@@ -431,7 +456,7 @@ def tokenizer(folder):
         state["meta"] = meta | {"tokenizer_sha256": hashlib.sha256(content).hexdigest()}
         file.write_bytes(content)
         (folder / "tokenizer.json").write_bytes(content)
-        state["shard"] = train_gpt.Shard(str(shard), 9, 259, 258, 2, state["meta"]["tokenizer_sha256"])
+        state["shard"] = replace(shard, tokenizer=state["meta"]["tokenizer_sha256"])
 
     def read():
         found = sample.read_tokenizer(path, state["meta"])
@@ -621,8 +646,8 @@ def commands(words, parse, refusals, odd=(), sentence=lambda error: " ".join(str
 
 
 def parse_training(argv):
-    cfg, endless = train_gpt.parse_config(argv), train_gpt.Shard("", 2 ** 99, VOCAB, BOS, 2, "")
-    train_gpt.check_tokens(cfg, [endless], cfg.stop_after or cfg.total_steps)
+    cfg = train_gpt.parse_config(argv)
+    train_gpt.check_tokens(cfg, [SimpleNamespace(num_tokens=2 ** 99)], cfg.stop_after or cfg.total_steps)
 
 
 def parse_text(argv):
@@ -662,7 +687,7 @@ COMMANDS = {
 }
 FORMATS = {"shard header": shard_header, "published shard header": published_header, "manifest.json": manifest,
            "meta.json": meta_json, "safetensors header": safetensors_header, "tokenizer.json": tokenizer,
-           "latest": latest_file}
+           "meta.json to resume": resumed_meta, "latest": latest_file}
 if evaluate:
     COMMANDS["evaluate.py"] = commands(["--tasks=val,core", "--max_items=20", "--stream_tokens=1280", "--device=cpu"],
                                        evaluate.parse_args, sample.UserError)
@@ -687,10 +712,16 @@ PENDING = {
     ("changed", "data/evals.py"): "data/evals.py fail: control characters and line ends of a flag",
     ("made up", "config.json"): "gpt2.py read_config: as above",
     ("made up", "data/evals.py"): "data/evals.py fail: as above",
+    ("made up", "manifest.json of questions"): "data/evals.py main: items that are no numbers",
     ("big", "manifest.json of questions"): "data/evals.py intact: reads a file of any size",
     ("big", "config.json"): "gpt2.py read_config: reads a file of any size",
     ("not a file", "manifest.json of questions"): "data/evals.py intact: waits for a pipe, reads a device",
     ("not a file", "config.json"): "gpt2.py read_config: waits for a pipe, reads a device",
+    **{(test, "meta.json to resume"): "train_gpt.py find_fault: place and history of any shape; read_json: of any size, "
+       "waits for a pipe" for test in ("changed", "made up", "big", "not a file")},
+    **{("changed", name): "records/: control characters and thousands of letters in a line" for name in (
+        "run.json", "log.txt", "runs.json", "track.json", "run.json of a comparison", "records.py compare",
+        "records.py summarize", "records.py replay")},
 }
 
 
@@ -942,7 +973,8 @@ def test_a_tokenizer_of_shards_without_ranks_is_named(folder):
     short = b'{"ranks":["A"],"special_tokens":{},"bos_id":256}'
     for content in (b"{}", b"[]", short, b"[" * 100_000, tokenizer_json([b"a"])):
         (folder / "tokenizer.json").write_bytes(content)
-        shard = train_gpt.Shard(str(folder / "x.bin"), 9, VOCAB, BOS, 2, hashlib.sha256(content).hexdigest())
+        path = write_shard(folder / "train_000000.bin", [BOS], sha256=hashlib.sha256(content).digest())
+        shard = train_gpt.read_header(path)
         assert judge(lambda: train_gpt.read_tokenizer(shard), train_gpt.UserError) == "refused"
 
 

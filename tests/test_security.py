@@ -9,6 +9,7 @@ folders, manifests, archives and records, next to a file that must stay as it is
 Run: python -m pytest tests/test_security.py
 """
 import ast
+import contextlib
 import hashlib
 import importlib
 import json
@@ -16,6 +17,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -53,18 +55,18 @@ NAMES = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exe
 METHODS = {"extractall", "extract", "exec_module", "load_module"}       # of objects whose class nobody knows here
 KEYWORDS = {"shell": False, "allow_pickle": False, "weights_only": True, "trust_remote_code": False, "verify": True}
 
-FIRST = "records/track_0_dev/2026-11-21_FirstRuns/train_gpt.py"
-# (file, what) -> why it is right there
+# (files, what) -> why it is right there
 ALLOWED = {
     ("sample.py", "exec_module"): "the training script beside sample.py, or the one that --script names",
     ("records/guard.py", "exec_module"): "the script that the guard is asked to examine",
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
     ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
-    ("train_gpt.py", "torch.distributed.broadcast_object_list"): "the run's name for the ranks of one run, as above",
-    (FIRST, "torch.distributed.broadcast_object_list"): "a frozen record: as it ran",
+    ("train_gpt*.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
+    ("records/track_*.py", "torch.distributed.broadcast_object_list"): "frozen records: as they ran",
 }
 LOADERS = re.compile(r"pickle|_pickle|marshal|shelve")      # tests may make hostile pickles, and may not load them
+IN_TESTS = {"compile", "exec", "importlib.import_module", "runpy.run_path"}
 LOADING = {"load", "loads", "Unpickler", "open"}
 
 
@@ -117,7 +119,7 @@ class Scan(ast.NodeVisitor):
                 self.note(node, name)
         elif any((name + ".").startswith(module + ".") for module in MODULES):
             self.note(node, name)
-        if name in NAMES and not (self.tests and name in ("compile", "exec", "importlib.import_module")):
+        if name in NAMES and not (self.tests and name in IN_TESTS):
             self.note(node, name)
 
     def visit_Import(self, node):
@@ -176,7 +178,8 @@ class Scan(ast.NodeVisitor):
 def violations(source, name="x.py"):
     """(line, what) of each violation in the text of a Python file that is not in ALLOWED."""
     found = Scan(ast.parse(source), tests=name.startswith("tests/")).found
-    return sorted({(line, what) for line, what in found if (name, what) not in ALLOWED})
+    return sorted({(line, what) for line, what in found
+                   if not any(fnmatch(name, files) and what == allowed for files, allowed in ALLOWED)})
 
 
 def sources():
@@ -194,9 +197,9 @@ def test_source_loads_no_code_from_data(name):
 
 def test_the_scan_sees_every_script():
     assert {"train_gpt.py", "sample.py", "data/text.py", "data/fineweb.py", "tests/test_security.py"} <= {*sources()}
-    unused = {place for place in ALLOWED if (ROOT / place[0]).is_file() and place[1] not in {
-        what for _, what in Scan(ast.parse((ROOT / place[0]).read_bytes())).found}}
-    assert not unused                           # a reason for something that is not there any more
+    found = {(name, what) for name in sources() for _, what in Scan(ast.parse((ROOT / name).read_bytes())).found}
+    for files, allowed in ALLOWED:              # no reason for something that is not there any more
+        assert any(fnmatch(name, files) and what == allowed for name, what in found), (files, allowed)
 
 
 @pytest.mark.parametrize("source", [
@@ -445,10 +448,31 @@ def test_names_in_a_record_are_refused(change, tmp_path, victim):
         runs.read_record(record)
 
 
-@pytest.mark.parametrize("name", (".README.md.tmp", "README.md"))
-def test_tables_are_never_written_through_a_link(name, tmp_path, victim):
+PENDING = pytest.mark.xfail(reason="open() follows the link", strict=True)
+
+
+@pytest.mark.parametrize("name", (pytest.param(".README.md.tmp", marks=PENDING), "README.md"))
+def test_tables_are_never_written_through_a_link(name, tmp_path):
     if not runs:
         pytest.skip("records/ has no tool yet")
-    (tmp_path / name).symlink_to(victim)
-    runs.write_text(tmp_path / "README.md", "tables")
-    assert (tmp_path / "README.md").read_text() == "tables"
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / name).symlink_to(tmp_path / "victim")
+    runs.write_text(tmp_path / "record" / "README.md", "tables")
+    assert (tmp_path / "record" / "README.md").read_text() == "tables"
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=PENDING) for name in (
+    "log.txt", "train_gpt.py", ".run.json.tmp", "checkpoint/.latest.tmp")])
+def test_a_run_that_goes_on_never_writes_through_a_link(name, checkpoint, tmp_path):
+    """--resume=PATH in a run folder that came from elsewhere; a refusal is fine, too."""
+    folder, path = checkpoint.parents[1], tmp_path / "victim"
+    path.write_text("precious")
+    (folder / "run.json").write_text("{}")
+    (folder / name).symlink_to(path)
+    machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
+    with contextlib.suppress(train_gpt.UserError):
+        run = train_gpt.Run(train_gpt.PRESETS["tiny"], machine, [], checkpoint, {"step": 1})
+        run.log_file.close()
+    assert path.read_text() == "precious"
