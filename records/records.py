@@ -602,11 +602,17 @@ def add_run(folder: Path, ledger: dict, run: Run):
         raise UserError(f"{source} is not the script that {run.folder} ran (its sha256 differs)")
     kernels = source.with_name("triton_kernels.py")
     if run.arm not in ledger["arms"]:
-        where = "" if not ledger["arms"] else f"{slug}/"
-        (folder / where).mkdir(exist_ok=True)
-        for path in (source, *[kernels] * kernels.is_file()):
-            shutil.copy(path, folder / where / path.name)
-        ledger["arms"][run.arm] = {"script": f"{where}{source.name}", "flags": run.flags}
+        sources = [source, *[kernels] * kernels.is_file()]
+        scripts = {plan["script"]: (folder / plan["script"]).parent for plan in ledger["arms"].values()}
+        script = next((script for script, place in scripts.items() if all(      # arms that differ in flags share theirs
+            (place / path.name).is_file() and sha256(place / path.name) == sha256(path) for path in sources)), None)
+        if script is None:
+            where = "" if not ledger["arms"] else f"{slug}/"
+            (folder / where).mkdir(exist_ok=True)
+            for path in sources:
+                shutil.copy(path, folder / where / path.name)
+            script = f"{where}{source.name}"
+        ledger["arms"][run.arm] = {"script": script, "flags": run.flags}
     name, tries = f"{slug}_seed{run.seed}", sum(e["arm"] == run.arm and e["seed"] == run.seed for e in ledger["runs"])
     name += f"_{tries + 1}" * (tries > 0)
     keep_run(run.folder, folder / name)
