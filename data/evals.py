@@ -197,7 +197,8 @@ def intact(out_dir):
     """The manifest in out_dir if nothing is missing and every file is as it says, else None."""
     try:
         manifest = json.loads((out_dir / "manifest.json").read_text())
-        whole = all(hashlib.sha256((out_dir / name).read_bytes()).hexdigest() == entry["sha256"]
+        whole = all(type(entry.get("items", 0)) is int
+                    and hashlib.sha256((out_dir / name).read_bytes()).hexdigest() == entry["sha256"]
                     for name, entry in manifest["files"].items())
         return manifest if whole and manifest["files"] and not manifest["missing"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

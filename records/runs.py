@@ -24,6 +24,10 @@ REGION = re.compile(r"(<!-- records\.py: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
 
+    def __str__(self):                   # a line that a terminal only shows, whatever a file or a flag put into it
+        line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(super().__str__().split()))
+        return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
 
 # -----------------------------------------------------------------------------
 # Files

@@ -719,9 +719,6 @@ PENDING = {
     ("not a file", "config.json"): "gpt2.py read_config: waits for a pipe, reads a device",
     **{(test, "meta.json to resume"): "train_gpt.py find_fault: place and history of any shape; read_json: any size, waits "
        "for a pipe" for test in ("changed", "made up", "big", "not a file")},
-    **{("changed", name): "records/: control characters and thousands of letters in a line" for name in (
-        "run.json", "log.txt", "runs.json", "track.json", "run.json of a comparison", "records.py compare",
-        "records.py summarize", "records.py replay")},
 }
 
 
