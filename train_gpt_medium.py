@@ -37,6 +37,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_origin
 
@@ -48,6 +49,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint as recompute
 
 try:
@@ -314,7 +316,7 @@ def check_config(cfg: Hyperparameters):
     need(lambda pair: len(pair) == 2 and 1 <= min(pair) and max(pair) <= MAX_TOKENS, "final_windows",
          f"must be two numbers in 1..{MAX_TOKENS}")
     need(lambda pair: len(pair) == 2 and all(0 <= item < 1 for item in pair), "momentum", "must be two numbers in 0..1")
-    for name, known in (("device", "auto cuda cpu mps"), ("precision", "bf16 fp32"), ("attention", "auto flex plain")):
+    for name, known in (("device", "auto cuda cpu mps"), ("precision", "bf16 fp32"), ("attention", " ".join(ATTENTION))):
         need(lambda value: value in known.split(), name, f"is unknown; choose from {known}")
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
     need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
@@ -368,6 +370,7 @@ def help_text() -> str:
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 TOKENIZER_BYTES = 1 << 26                # a larger tokenizer.json is none
+DOC_TOKENS = 64                          # padding is cut into documents of this length
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
 
 @dataclass(frozen=True)
@@ -473,14 +476,15 @@ def documents(shards: list[Shard], token: int = 0):
             yield ids, start, len(ids)
 
 def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (int32), targets (int64) of one slot from (ids, start, length) pieces, padded with bos_id and -1."""
-    inputs, targets, filled = np.full(slot_tokens, bos_id, np.int32), np.full(slot_tokens, -1, np.int64), 0
+    """Inputs (int32), targets (int64) of one slot from (ids, start, length) pieces, padded with documents of 0 and -1."""
+    inputs, targets, filled = np.zeros(slot_tokens, np.int32), np.full(slot_tokens, -1, np.int64), 0
     for ids, start, length in pieces:
         inputs[filled:filled + length] = ids[start:start + length]
         after = ids[start + 1:start + length + 1]                   # what really follows, also where a document is cut
         targets[filled:filled + len(after)] = after
         targets[filled + len(after):filled + length] = bos_id       # the shard ends with this document
         filled += length
+    inputs[filled::DOC_TOKENS] = bos_id
     if (highest := max(inputs.max(), targets.max())) >= vocab_size:
         raise RankError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {highest}, outside the vocabulary of "
                         f"{vocab_size}; make the shard again")
@@ -500,7 +504,7 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
         num_slots = stage.batch_tokens // cfg.slot_tokens
         for slot in range(num_slots):
             pieces, room = [], cfg.slot_tokens
-            while room:
+            while room and len(pieces) < max_documents(cfg, cfg.slot_tokens):
                 shard, ids, start, end = next(docs, (0, None, 0, 0))
                 if ids is None:
                     raise UserError(f"the training text ran out at step {step} of {cfg.total_steps} (what is cut from "
@@ -513,6 +517,10 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
         mine += [fill_slot([], *kind)] * (micro_steps(cfg, stage, world_size, micro_slots) * micro_slots - len(mine))
         yield [tuple(np.concatenate(part) for part in zip(*mine[i:i + micro_slots]))
                for i in range(0, len(mine), micro_slots)], place
+
+def max_documents(cfg: Hyperparameters, length: int) -> int:
+    """How many documents a slot or stream of this length may hold: some backends reserve room for a list of them."""
+    return length // DOC_TOKENS if cfg.attention in ("varlen", "fa3") else length
 
 def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> str:
     """The sentence on tokens needed and found; raises UserError if there are too few."""
@@ -538,7 +546,8 @@ def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[
     for ids, start, end in documents(shards):
         while left and start < end:
             whole = min(end - start, left)
-            if whole > room and room < cfg.val_stream_tokens:
+            full = len(pieces) == max_documents(cfg, cfg.val_stream_tokens)
+            if full or whole > room and room < cfg.val_stream_tokens:
                 streams.append(pieces)
                 pieces, room = [], cfg.val_stream_tokens
             length = min(whole, room)
@@ -593,11 +602,11 @@ class Stream:
     """
     projections = {}                     # nothing is prepared, see GPT.projections
 
-    def __init__(self, model: "GPT", tokens: Tensor):
+    def __init__(self, model: "GPT", tokens: Tensor, max_doc_tokens: int = 0):
         index = torch.arange(tokens.numel(), device=tokens.device, dtype=torch.int32)
         self.starts = torch.where(tokens == model.cfg.bos_id, index, 0).cummax(0).values.to(torch.int32)
-        self.fresh, self.masks = self.starts == index, model.masks(self.starts)     # fresh: first of its document
-        self.position, self.window_lengths = index - self.starts, model.window_lengths
+        self.fresh, self.position = self.starts == index, index - self.starts       # fresh: first of its document
+        self.windows = model.attention_windows(self.starts, max_doc_tokens or tokens.numel())
 
     def before(self, name: str, x: Tensor) -> Tensor:
         """x (T, ...) of the token before; that of a fresh token means nothing. `name` tells quantities apart."""
@@ -605,10 +614,7 @@ class Stream:
 
     def attend(self, i: int, window: str, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         """Attention output (T, H, D) of layer i, for its window."""
-        first, blocks = self.masks[window]
-        if blocks is None:
-            return plain_attention(q_THD, k_THD, v_THD, first, self.window_lengths[window])
-        return flex(q_THD, k_THD, v_THD, blocks)
+        return self.windows[window](q_THD, k_THD, v_THD)
 
 class GPT(nn.Module):
     """The model, built from the layer table of `cfg`, which must name vocab_size and bos_id.
@@ -716,15 +722,14 @@ class GPT(nn.Module):
         self.windows.copy_(torch.tensor([short, long], device="cpu"))
         self.window_lengths = {"short": short, "long": long}
 
-    def masks(self, starts_T: Tensor) -> dict[str, tuple]:
-        """window -> (first visible key of each token, block mask or None without FlexAttention)."""
-        index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
-        if self.cfg.attention != "flex":
-            return {name: (torch.maximum(starts_T, index - size), None) for name, size in self.window_lengths.items()}
+    def attention_windows(self, starts_T: Tensor, max_doc_tokens: int) -> dict:
+        """window -> function of (q, k, v) (T, H, D) for these documents, by the chosen backend."""
+        # to FlexAttention windows are tensors: one graph serves all stages
+        flexible = self.cfg.attention.startswith("flex")
+        sizes = dict(zip(("short", "long"), self.windows)) if flexible else self.window_lengths
         longest = max(self.cfg.final_windows + tuple(w for stage in self.cfg.stages for w in (stage.short, stage.long)))
-        short, long = (torch.maximum(starts_T, index - window) for window in self.windows)
-        return {name: (first, block_mask(first, -(-longest // BLOCK) + 2))
-                for name, first in (("short", short), ("long", long))}
+        return {name: ATTENTION[self.cfg.attention](starts_T, size, longest, max_doc_tokens)
+                for name, size in sizes.items()}
 
     def gate_net(self, kind: str, net: int, x_TC: Tensor) -> dict[str, Tensor]:
         """name -> (T, size): the outputs of one small network that computes gates for each token (#81, #85)."""
@@ -850,7 +855,8 @@ class GPT(nn.Module):
             return self.score(tokens, targets)[0].sum()
         kernels = self.cfg.kernels and tokens.is_cuda and triton_kernels is not None
         float8 = self.cfg.float8 and kernels                        # in training only
-        x, starts = self.hidden(tokens, float8)
+        stream = Stream(self, tokens, max(stage.max_doc_tokens for stage in self.cfg.stages))
+        x, starts = self.hidden(tokens, float8, stream)
         all_targets = [targets]
         for k in (1, 2):                 # the target k tokens further, within the same document
             same = torch.cat([starts[k:], starts[:k] - 1]) == starts
@@ -1227,7 +1233,7 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     if not {"cuda": cuda, "mps": torch.backends.mps.is_available(), "cpu": True}[kind]:
         raise UserError(f"--device={kind}, but PyTorch sees no such device; use --device=cpu or another build of torch")
     if kind == "cuda" and local_rank >= gpus:
-        raise UserError(f"torchrun starts more ranks than the {gpus} GPUs here; lower --nproc_per_node")
+        raise RankError(f"torchrun starts more ranks than the {gpus} GPUs here; lower --nproc_per_node")
     slots = min(stage.batch_tokens for stage in cfg.stages) // cfg.slot_tokens
     if world_size > slots:
         raise UserError(f"{world_size} ranks share {slots} slots, so one has no token; start at most {slots} or lower "
@@ -1251,14 +1257,18 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
     if shard.vocab_size > vocab_size or bos_id != shard.bos_id:
         raise UserError(f"{shard.path} has {shard.vocab_size} ids and begins documents with {shard.bos_id}, not as in "
                         f"--vocab_size={vocab_size} --bos_id={bos_id}; leave both flags away")
-    attention = cfg.attention if cfg.attention != "auto" else ("flex" if cuda else "plain")
-    if attention == "flex" and (not cuda or cfg.slot_tokens % BLOCK or cfg.val_stream_tokens % BLOCK):
-        raise UserError(f"--attention=flex needs a CUDA device, and multiples of {BLOCK} for --slot_tokens="
+    attention = cfg.attention if cuda or cfg.attention != "auto" else "plain"
+    if attention not in ("auto", "plain") and not fits_backends(cfg, cuda):
+        raise UserError(f"--attention={attention} needs a CUDA device, and multiples of {BLOCK} for --slot_tokens="
                         f"{cfg.slot_tokens} and --val_stream_tokens={cfg.val_stream_tokens}; or use --attention=plain")
     kernels = cfg.kernels and cuda and triton_kernels is not None and cfg.precision == "bf16"      # they take bf16 only
     float8 = cfg.float8 and kernels and torch.cuda.get_device_capability() >= (8, 9) and vocab_size % 16 == 0
     return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, attention=attention, compile=cfg.compile and cuda,
                    kernels=kernels, float8=float8)
+
+def fits_backends(cfg: Hyperparameters, cuda: bool) -> bool:
+    """Whether attention other than plain is possible: on CUDA, in streams of whole blocks."""
+    return cuda and cfg.slot_tokens % BLOCK == 0 and cfg.val_stream_tokens % BLOCK == 0
 
 def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
     """Slots per micro-batch on this rank, and the sentence that explains them."""
@@ -1485,6 +1495,122 @@ def write_atomically(path: Path, content: bytes):
     os.replace(temporary, path)
 
 # -----------------------------------------------------------------------------
+# Backends (same in every train_*.py)
+
+# what is tried on this device before the run: error allowed, relative to the norm of the float32 result
+ALLOWED = {"flex": 0.03, "flex_small": 0.03, "varlen": 0.03, "fa3": 0.03, "plain": 0.03, "head_loss": 0.03,
+           "float8_head_loss": 0.15, "float8_linear": 0.15, "float8_mlp": 0.15}
+OPERATORS = {"kernels": ("head_loss",), "float8": ("float8_head_loss", "float8_linear", "float8_mlp")}     # by flag
+PROBE_SECONDS = 300                      # for all, compilation included
+
+def probe_case(cfg: Hyperparameters, name: str, device: torch.device):
+    """(function, the same in plain PyTorch, inputs that have gradients) for a key of ALLOWED."""
+    generator, T = torch.Generator(device).manual_seed(0), cfg.slot_tokens
+    def normal(*shape, std=1.0):
+        return torch.randn(shape, generator=generator, device=device) * std
+    if name in ATTENTION:
+        index, window = torch.arange(T, device=device, dtype=torch.int32), cfg.stages[0].long
+        starts, size = index - index % 1500, torch.tensor(window, device=device) if "flex" in name else window
+        return (lambda *qkv: ATTENTION[name](starts, size, window, 1500)(*qkv),
+                lambda *qkv: with_plain(starts, window, window, 1500)(*qkv),
+                [normal(T, cfg.num_heads, cfg.head_dim, std=std) for std in (cfg.head_dim ** -0.5, 1, 1)])
+    C, u = cfg.model_dim, norm(normal(1024, cfg.model_dim))
+    def matrix(rows):
+        return normal(rows, C, std=0.5 * C ** -0.5)
+    if "head_loss" in name:
+        targets, weights = torch.arange(1024, device=device)[:, None] % cfg.vocab_size, torch.ones(1, device=device)
+        counts = normal(cfg.vocab_size).exp().scatter(0, targets[:, 0], 1) if cfg.candidates else None
+        return (lambda x, head: triton_kernels.head_loss(x, head, targets, weights, counts, name.startswith("float8")),
+                lambda x, head: head_loss(x, head, targets, weights, counts), [u, normal(cfg.vocab_size, C, std=0.02)])
+    if name == "float8_linear":
+        return triton_kernels.float8_linear, F.linear, [u, matrix(3 * C)]
+    return triton_kernels.float8_mlp, mlp, [u, matrix(cfg.mlp_dim), matrix(cfg.mlp_dim)]
+
+def probe(cfg: Hyperparameters, name: str, device: torch.device) -> tuple[float, float]:
+    """(largest relative error of result and gradients against float32, seconds of one pass) of a key of ALLOWED."""
+    if name == "fa3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    function, plain, inputs = probe_case(cfg, name, device)
+    function = torch.compile(function, dynamic=False, fullgraph=True) if cfg.compile else function
+    inputs = [tensor.to({"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.precision]) for tensor in inputs]
+    def run(function, inputs):
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        result = function(*leaves)
+        result.backward(torch.linspace(-1, 1, result.numel(), device=device).view(result.shape).to(result.dtype))
+        return [result.detach(), *(leaf.grad for leaf in leaves)]
+    pairs = zip(run(function, inputs), run(plain, [tensor.float() for tensor in inputs]), strict=True)
+    errors, times = [((mine.float() - right).norm() / right.norm()).item() for mine, right in pairs], []
+    for _ in range(4):
+        begin = time.perf_counter()
+        run(function, inputs)[-1].flatten()[0].item()               # waits for the device
+        times.append(time.perf_counter() - begin)
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf, min(times)
+
+def probe_all():
+    """What the process of try_backends runs: reads a JSON object, writes a line of JSON for each backend."""
+    order = json.loads(sys.stdin.read())
+    cfg, device = config_from_dict(order["config"]), torch.device(order["device"])
+    for name in order["names"]:
+        try:
+            error, seconds = probe(cfg, name, device)
+            fault = "" if error <= ALLOWED[name] else f"wrong by {error:.3g}"
+        except Exception as reason:      # whatever a backend comes up with
+            error, seconds, fault = 0.0, 0.0, " ".join(f"{type(reason).__name__}: {reason}".split())[:120]
+        print(json.dumps({"backend": name, "fault": fault, "error": error, "seconds": seconds}), flush=True)
+
+def try_backends(cfg: Hyperparameters, names: list[str], device: torch.device) -> dict[str, dict]:
+    """name -> {"fault": why it cannot be used, "" if it can, "error", "seconds"}, as probe_all says.
+
+    They run in another process, for one that breaks the GPU's context takes the process along; then the rest is tried
+    in a new one.
+    """
+    found = {}
+    start = "import sys; sys.path.insert(0, {!r}); import {} as script; script.probe_all()".format(
+        str(Path(__file__).resolve().parent), Path(__file__).stem)
+    while left := [name for name in names if name not in found]:
+        order = json.dumps({"config": asdict(cfg), "names": left, "device": str(device)})
+        try:
+            done = subprocess.run([sys.executable, "-c", start], input=order, capture_output=True, text=True,
+                                  timeout=PROBE_SECONDS)
+            output, end = done.stdout, f"its process ended with exit code {done.returncode}"
+        except subprocess.TimeoutExpired as error:
+            output, end = (error.stdout or b"").decode(), f"no result within {PROBE_SECONDS} s"
+        for line in output.splitlines():
+            if line.startswith('{"backend"'):
+                result = json.loads(line)
+                found[result.pop("backend")] = result
+        if stuck := [name for name in left if name not in found]:
+            found[stuck[0]] = {"fault": end, "error": 0.0, "seconds": 0.0}
+    return found
+
+def choose_backends(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters, list[str]]:
+    """The config with the attention and the kernels that are right on this device, and lines on what was tried.
+
+    Attention is the fastest that is right, or the flag's. Raises UserError if the flag's is not right.
+    """
+    if machine.device.type != "cuda":
+        return cfg, []
+    wanted = [cfg.attention] if cfg.attention != "auto" else ["plain"]
+    if cfg.attention == "auto" and fits_backends(cfg, True):
+        wanted = ["flex", "flex_small", "varlen", "plain"]
+    operators = [name for flag, names in OPERATORS.items() if getattr(cfg, flag) for name in names]
+    found = first_rank(machine, lambda: try_backends(cfg, wanted + operators, machine.device))
+    right = {name: found[name]["seconds"] for name in wanted if not found[name]["fault"]}
+    if cfg.attention != "auto" and not right:
+        raise UserError(f"--attention={cfg.attention} does not work here ({found[cfg.attention]['fault']}); use "
+                        "--attention=auto")
+    # an earlier one is preferred to one that is faster by the noise of so short a measurement
+    best = min(right, key=lambda name: right[name] * 1.2 ** wanted.index(name), default="plain")
+    faulty = {flag for flag, names in OPERATORS.items() if any(found.get(name, {}).get("fault") for name in names)}
+    cfg = replace(cfg, attention=best, kernels=cfg.kernels and "kernels" not in faulty,
+                  float8=cfg.float8 and not faulty)
+    if best == "fa3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    return cfg, [f"{name}: " + (result["fault"] or f"right to {result['error']:.2g}, {1000 * result['seconds']:.2f} ms")
+                 for name, result in found.items()] + [f"used: {best} attention, "
+                 f"{'kernels' if cfg.kernels else 'no kernels'}, {'float8' if cfg.float8 else 'no float8'}"]
+
+# -----------------------------------------------------------------------------
 # Checkpoint (same in every train_*.py)
 
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -1698,13 +1824,27 @@ def run_state(model: GPT, optimizer: Optimizer, machine: Machine) -> dict[str, T
         state["cuda rng"] = torch.cuda.get_rng_state(machine.device)
     return state | {f"{name}.{key}": t for name, part in optimizer.state.items() for key, t in part.items()}
 
+@contextlib.contextmanager
+def memory_advice(cfg: Hyperparameters, flag: str, tokens: int):
+    """Makes an error for want of memory one that names a flag and a value to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        less = tokens // 2
+        if flag == "micro_batch_tokens":
+            less = tokens // cfg.slot_tokens // 2 * cfg.slot_tokens
+            flag, less = (flag, less) if less else ("slot_tokens", tokens // 2)
+        raise RankError(f"{tokens} tokens at a time do not fit ({str(error).split('. ')[0]}); try --{flag}={less}"
+                        ) from None
+
 def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, *wishes: bool) -> Tensor:
     """Trains on one batch; (its summed loss, how many ranks have each wish) over all ranks, on the device."""
     weights = torch.tensor(loss_weights(optimizer.model.cfg, step)).to(machine.device, non_blocking=True)
     total = torch.tensor([0.0, *map(float, wishes)]).to(machine.device, non_blocking=True)
     for batch in batches:
-        loss = model(*to_device(batch, machine.device), weights)
-        loss.backward()
+        with memory_advice(optimizer.model.cfg, "micro_batch_tokens", len(batch[0])):
+            loss = model(*to_device(batch, machine.device), weights)
+            loss.backward()
         total[0] += loss.detach()
     if machine.world_size > 1:
         dist.all_reduce(total)
@@ -1716,7 +1856,8 @@ def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> fl
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
     total = torch.zeros((), dtype=torch.float64, device="cpu" if machine.device.type == "mps" else machine.device)
     for stream in streams[machine.rank::machine.world_size]:
-        total += model(*to_device(stream, machine.device)).to(total)
+        with memory_advice(cfg, "val_stream_tokens", cfg.val_stream_tokens):
+            total += model(*to_device(stream, machine.device)).to(total)
     if machine.world_size > 1:
         dist.all_reduce(total)
     return total.item() / cfg.val_tokens
@@ -1734,8 +1875,11 @@ def warm_up(model, optimizer: Optimizer, machine: Machine, micro_slots: int):
     untied = round(cfg.untie * cfg.num_iterations) // 2 * 2 + 3
     for step, count in ((0, 2), (1, 2), (untied, 1)):               # Adam rests at even steps and moves at odd ones
         training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)] * count, step, machine)
-    with torch.no_grad():
-        model(*to_device(synthetic(cfg.val_stream_tokens), machine.device))
+    # backends that take windows as numbers need a graph for each
+    for stage in range(len(cfg.stages)) if not cfg.attention.startswith("flex") else [0]:
+        raw.set_stage(stage)
+        training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)] * 2, 0, machine)
+        validate(model, cfg, [synthetic(cfg.val_stream_tokens)] * machine.world_size, machine)
     raw.init_parameters()
     share_parameters(raw, machine)
     optimizer.reset()
@@ -1784,6 +1928,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     cfg = resolve_config(cfg, machine, train_shards[0])
     num_steps = min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
     tokens, tokenizer = check_tokens(cfg, train_shards, num_steps), read_tokenizer(train_shards[0])
+    cfg, tried = choose_backends(cfg, machine)
     streams = validation_streams(cfg, val_shards)
     micro_slots, plan = memory_plan(cfg, machine)
 
@@ -1805,7 +1950,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     run.print(f"parameters: {sum(param.numel() for param in model.parameters()) / 1e6:.1f} M, of which "
               f"{model.matmul_parameters / 1e6:.1f} M in matrix products")
     run.print(f"{tokens}; validation on {cfg.val_tokens:,}")
-    run.print("\n".join([f"{plan}; {micro_slots * cfg.slot_tokens:,} tokens per forward", *notes]))
+    run.print("\n".join([*tried, f"{plan}; {micro_slots * cfg.slot_tokens:,} tokens per forward", *notes]))
 
     clock = Clock(machine)
     clock.start()
@@ -1984,13 +2129,24 @@ def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
         return (kv_index <= q_index) & (kv_index >= first_T[q_index])
     return BlockMask((first_T.numel(), first_T.numel()), *kv, *full_kv, *q, *full_q, (BLOCK, BLOCK), visible)
 
-def flex(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask) -> Tensor:
+# 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md); the small ones are
+# for GPUs with 99 KiB of shared memory a block
+TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3, "bwd_BLOCK_M1": 32,
+         "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 3}
+SMALL_TILES = TILES | {"fwd_BLOCK_N": 32, "fwd_num_stages": 2, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32,
+                       "bwd_num_stages": 1}
+
+def flex(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, mask: BlockMask, tiles: dict = TILES) -> Tensor:
     """Attention output (T, H, D) under a block mask; the softmax scale is already in q."""
-    # 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md)
-    tiles = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3, "bwd_BLOCK_M1": 32,
-             "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 3}
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
     return flex_attention(q, k, v, block_mask=mask, scale=1.0, kernel_options=tiles)[0].transpose(0, 1)
+
+def list_documents(starts_T: Tensor) -> Tensor:
+    """(T / 32 + 1,) int32: where each document begins, after the last one T. There is room for those of max_documents
+    and as many of padding."""
+    fresh = starts_T == torch.arange(starts_T.numel(), device=starts_T.device)
+    wanted = torch.arange(1, 2 * starts_T.numel() // DOC_TOKENS + 1, device=starts_T.device)
+    return F.pad(torch.searchsorted(fresh.cumsum(0), wanted, out_int32=True), (0, 1), value=starts_T.numel())
 
 def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor, window: int) -> Tensor:
     """The same in plain PyTorch: chunks as long as the window, each of which sees itself and the one before."""
@@ -2008,6 +2164,29 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
     mask = (key <= index[:, :, None]) & (key >= first[:, :, None])
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0)
     return y.transpose(1, 2).reshape(n * size, H, D)[:T]
+
+def with_flex(tiles: dict, starts_T: Tensor, window: Tensor, longest: int, max_doc_tokens: int):
+    """FlexAttention with these tiles; see ATTENTION."""
+    index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
+    mask = block_mask(torch.maximum(starts_T, index - window), -(-longest // BLOCK) + 2)
+    return lambda q, k, v: flex(q, k, v, mask, tiles)
+
+def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):
+    """torch's variable-length attention, whose kernels --attention=fa3 replaces; see ATTENTION."""
+    begins = list_documents(starts_T)
+    return lambda q, k, v: varlen_attn(q, k, v, begins, begins, max_doc_tokens, max_doc_tokens, scale=1.0,
+                                       window_size=(window, 0))
+
+def with_plain(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):
+    """Plain PyTorch; see ATTENTION."""
+    index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
+    first = torch.maximum(starts_T, index - window)
+    return lambda q, k, v: plain_attention(q, k, v, first, window)
+
+# name of a backend -> function of (where the document of each token starts (T,) int32, window in tokens, longest window
+# of the run, longest document), whose result is the attention: a function of q, k, v (T, H, D)
+ATTENTION = {"flex": partial(with_flex, TILES), "flex_small": partial(with_flex, SMALL_TILES), "varlen": with_varlen,
+             "fa3": with_varlen, "plain": with_plain, "auto": with_plain}
 
 LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
 HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time

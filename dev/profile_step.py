@@ -55,7 +55,7 @@ def main():
     cfg = train_gpt.parse_config(argv)
     machine = train_gpt.setup_machine(cfg)
     shards, _ = train_gpt.open_shards(cfg.train_files, cfg.val_files)
-    cfg = train_gpt.resolve_config(cfg, machine, shards[0])
+    cfg, _ = train_gpt.choose_backends(train_gpt.resolve_config(cfg, machine, shards[0]), machine)
     slots, plan = train_gpt.memory_plan(cfg, machine)
     print(plan)
     with torch.device(machine.device):

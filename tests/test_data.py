@@ -199,14 +199,14 @@ def test_documents_of_a_long_shard_lose_nothing(script, tmp_path):
 def test_a_slot_has_the_true_next_token_at_a_cut_and_no_target_in_the_padding(script):
     ids = np.array([BOS, 1, 2, 3, 4, BOS, 5, 6], np.uint16)
     inputs, targets = script.fill_slot([(ids, 0, 3), (ids, 5, 3)], 8, BOS, VOCAB)
-    assert inputs.tolist() == [BOS, 1, 2, BOS, 5, 6, BOS, BOS]
+    assert inputs.tolist() == [BOS, 1, 2, BOS, 5, 6, BOS, 0]
     assert targets.tolist() == [1, 2, 3, 5, 6, BOS, -1, -1]  # 3 follows the cut, a new document follows the last
     assert inputs.dtype == np.int32 and targets.dtype == np.int64
 
 
 def test_an_empty_slot_is_padding(script):
-    inputs, targets = script.fill_slot([], 5, BOS, VOCAB)
-    assert inputs.tolist() == [BOS] * 5 and targets.tolist() == [-1] * 5
+    inputs, targets = script.fill_slot([], 150, BOS, VOCAB)
+    assert inputs.tolist() == 2 * [BOS, *[0] * 63] + [BOS, *[0] * 21] and targets.tolist() == [-1] * 150
 
 
 def numbered_shards(script, folder, sizes, per_shard=2):

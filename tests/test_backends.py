@@ -1,0 +1,292 @@
+"""Which attention and kernels a run uses: what a probe notices, which backend is chosen, what lists of documents need.
+
+Against: planted backends that are wrong, die, hang or are slow; a variable-length attention written out document by
+document. The GPU part (skipped without CUDA) tries every backend on this device.
+Run: python -m pytest tests/test_backends.py
+"""
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from conftest import BOS, ROOT, VOCAB, write_shard
+from train_gpt import ALLOWED, PRESETS, UserError, probe, with_plain, with_varlen
+
+CPU = torch.device("cpu")
+ALLOWED["plain"] = 0.0                    # these tests try it, too
+TINY = replace(PRESETS["tiny"], vocab_size=VOCAB, bos_id=BOS, device="cpu", attention="plain")
+
+
+def varlen_by_hand(q, k, v, begins, begins_k, longest, longest_k, scale, window_size):
+    """What torch's variable-length attention does, for (T, H, D) on the CPU."""
+    assert begins is begins_k and begins.dtype == torch.int32 and longest == longest_k and window_size[1] == 0
+    parts = []
+    for begin, end in zip(begins.tolist(), begins.tolist()[1:]):
+        if begin == end:
+            continue
+        assert end - begin <= longest
+        index = torch.arange(end - begin)
+        distance = index[:, None] - index
+        mask = (distance >= 0) & (distance <= window_size[0])
+        q_, k_, v_ = (x[begin:end].transpose(0, 1) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=scale).transpose(0, 1))
+    return torch.cat(parts)
+
+
+# -----------------------------------------------------------------------------
+# What a probe notices
+
+def test_a_right_backend_is_right(monkeypatch):
+    assert probe(TINY, "plain", CPU)[0] == 0
+    monkeypatch.setattr(train_gpt, "varlen_attn", varlen_by_hand)
+    error, seconds = probe(TINY, "varlen", CPU)
+    assert error < 1e-5 and seconds > 0
+
+
+class BadGradient(torch.autograd.Function):
+    """The identity, with a gradient that is 10 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.1 * grad
+
+
+def unequal(change_output=lambda y: y, change_input=lambda x: x, change_window=0):
+    """A backend as with_plain but for what is changed."""
+    def backend(starts, window, *rest):
+        attend = with_plain(starts, window + change_window, *rest)
+        return lambda q, k, v: change_output(attend(q, change_input(k), v))
+    return backend
+
+
+@pytest.mark.parametrize("backend, worst", [
+    (unequal(lambda y: 1.05 * y), 0.06), (unequal(change_input=BadGradient.apply), 0.11),
+    (unequal(lambda y: torch.where(torch.arange(len(y))[:, None, None] == 7, torch.nan, y)), float("inf")),
+    (unequal(change_window=-40), 1.0), (lambda starts, *rest: with_plain(torch.zeros_like(starts), *rest), 1.0)],
+    ids=["scale", "gradient", "one nan", "window", "documents"])
+def test_a_wrong_backend_is_noticed(monkeypatch, backend, worst):
+    monkeypatch.setitem(train_gpt.ATTENTION, "varlen", backend)
+    error, _ = probe(replace(TINY, slot_tokens=4096), "varlen", CPU)
+    assert ALLOWED["varlen"] < error <= worst
+
+
+@pytest.fixture
+def deadly_script(tmp_path):
+    """A copy of train_gpt.py in which trying varlen ends the process."""
+    text = (ROOT / "train_gpt.py").read_text()
+    head = "def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):\n"
+    assert text.count(head) == 1
+    path = tmp_path / "train_copied.py"
+    path.write_text(text.replace(head, head + "    os.abort()\n"))
+    spec = importlib.util.spec_from_file_location("train_copied", path)
+    module = sys.modules["train_copied"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["train_copied"]
+
+
+def test_a_backend_that_dies_leaves_the_others(deadly_script):
+    cfg = deadly_script.config_from_dict(asdict(TINY))
+    found = deadly_script.try_backends(cfg, ["varlen", "plain"], CPU)
+    assert list(found) == ["varlen", "plain"] and found["plain"]["fault"] == "" and found["plain"]["seconds"] > 0
+    assert found["varlen"]["fault"] == "its process ended with exit code -6"
+
+
+def test_a_backend_that_hangs_leaves_the_others(monkeypatch):
+    def run(words, input, timeout, **rest):
+        names = json.loads(input)["names"]
+        right = f'hint\n{{"backend": "{names[0]}", "fault": "", "error": 0.0, "seconds": 1.0}}\n'
+        if len(names) > 1:               # the first gets through, the second hangs
+            raise subprocess.TimeoutExpired(words, timeout, right.encode())
+        return subprocess.CompletedProcess(words, 0, right)
+    monkeypatch.setattr(train_gpt.subprocess, "run", run)
+    found = train_gpt.try_backends(TINY, ["flex", "varlen", "plain"], CPU)
+    assert {name: result["fault"] for name, result in found.items()} == {
+        "flex": "", "varlen": f"no result within {train_gpt.PROBE_SECONDS} s", "plain": ""}
+
+
+def out_of_memory(*_):
+    raise RuntimeError("out of\nshared memory")
+
+
+@pytest.mark.parametrize("backend, fault", [
+    (out_of_memory, "RuntimeError: out of shared memory"), (unequal(lambda y: 2 * y), "wrong by 1")])
+def test_why_a_backend_is_not_used(monkeypatch, capsys, backend, fault):
+    monkeypatch.setitem(train_gpt.ATTENTION, "varlen", backend)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(
+        {"config": asdict(TINY), "names": ["varlen", "plain"], "device": "cpu"})))
+    train_gpt.probe_all()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["backend"], line["fault"]) for line in lines] == [("varlen", fault), ("plain", "")]
+
+
+# -----------------------------------------------------------------------------
+# What is chosen
+
+GPU = SimpleNamespace(device=torch.device("cuda", 0), rank=0, world_size=1)
+ALL = replace(PRESETS["speedrun"], vocab_size=50304, bos_id=50256)
+
+
+def choose(monkeypatch, cfg, ms, faulty=()):
+    """choose_backends, with these milliseconds for backends that are right; and the names that it tried."""
+    tried = []
+
+    def fake(cfg, names, device):
+        tried.extend(names)
+        return {name: {"fault": "" if name in ms or name not in faulty and name not in train_gpt.ATTENTION else "bad",
+                       "error": 0.01, "seconds": ms.get(name, 1) / 1000} for name in names}
+    monkeypatch.setattr(train_gpt, "try_backends", fake)
+    return *train_gpt.choose_backends(cfg, GPU), tried
+
+
+@pytest.mark.parametrize("ms, best", [
+    ({"flex": 2, "flex_small": 3, "varlen": 4}, "flex"), ({"flex_small": 3, "varlen": 4}, "flex_small"),
+    ({"varlen": 4}, "varlen"), ({"flex": 2, "flex_small": 1.9, "varlen": 1.7}, "flex"),
+    ({"flex": 2, "varlen": 1.2}, "varlen"), ({}, "plain")])
+def test_the_fastest_right_attention_is_used(monkeypatch, ms, best):
+    cfg, lines, tried = choose(monkeypatch, ALL, ms)
+    assert cfg.attention == best and tried[:3] == ["flex", "flex_small", "varlen"]
+    assert lines[-1] == f"used: {best} attention, kernels, float8"
+    for name in tried[:3]:
+        assert any(line.startswith(f"{name}: " + ("right to 0.01" if name in ms else "bad")) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["flex", "flex_small", "varlen", "fa3"])
+def test_a_forced_attention_is_used_or_refused(monkeypatch, name):
+    cfg, _, tried = choose(monkeypatch, replace(ALL, attention=name), {name: 50})
+    assert cfg.attention == name and not set(tried) & (set(train_gpt.ATTENTION) - {name})
+    with pytest.raises(UserError, match=f"--attention={name} does not work here \\(bad\\); use --attention=auto"):
+        choose(monkeypatch, replace(ALL, attention=name), {})
+
+
+@pytest.fixture(autouse=True)
+def no_flash_attention(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None)
+
+
+def test_streams_of_odd_lengths_and_those_who_want_it_take_plain_attention(monkeypatch):
+    for change in ({"slot_tokens": 1000}, {"attention": "plain"}):
+        cfg, _, tried = choose(monkeypatch, replace(ALL, **change), {"flex": 1})
+        assert cfg.attention == "plain" and not set(tried) & set(train_gpt.ATTENTION)
+
+
+@pytest.mark.parametrize("faulty, kernels, float8", [
+    ((), True, True), (("head_loss",), False, False), (("float8_head_loss",), True, False),
+    (("float8_linear",), True, False), (("float8_mlp",), True, False)])
+def test_faulty_kernels_are_not_used(monkeypatch, faulty, kernels, float8):
+    cfg, lines, _ = choose(monkeypatch, ALL, {"flex": 2}, faulty)
+    assert (cfg.kernels, cfg.float8) == (kernels, float8)
+    assert all(f"{name}: bad" in lines for name in faulty)
+
+
+@pytest.mark.parametrize("flags, tried", [
+    ({"kernels": False, "float8": False}, []), ({"float8": False}, ["head_loss"])])
+def test_what_is_switched_off_is_not_tried(monkeypatch, flags, tried):
+    assert choose(monkeypatch, replace(ALL, attention="flex", **flags), {"flex": 2})[2] == ["flex", *tried]
+
+
+def test_without_a_gpu_nothing_is_tried(monkeypatch):
+    monkeypatch.setattr(train_gpt, "try_backends", None)
+    assert train_gpt.choose_backends(TINY, train_gpt.Machine(CPU, 0, 1, "cpu")) == (TINY, [])
+
+
+# -----------------------------------------------------------------------------
+# Lists of documents
+
+@pytest.fixture
+def short_documents(tmp_path):
+    """A shard of documents of 1 to 40 tokens, then of some long ones."""
+    lengths = [*np.random.default_rng(0).integers(1, 40, 3000), 500, 700, 900]
+    tokens = np.concatenate([[BOS, *np.full(length, 5)] for length in lengths])
+    return train_gpt.read_header(write_shard(tmp_path / "a.bin", tokens))
+
+
+@pytest.mark.parametrize("attention", ["varlen", "fa3", "plain"])
+def test_documents_of_every_stream_fit_the_list(short_documents, attention):
+    cfg = replace(TINY, attention=attention, num_iterations=3, val_tokens=50_000)
+    streams = train_gpt.validation_streams(cfg, [short_documents])
+    assert sum(int((targets >= 0).sum()) for _, targets in streams) == cfg.val_tokens
+    streams += [batch for batches, _ in train_gpt.training_batches(cfg, [short_documents], 0, 1, 2)
+                for batch in batches]
+    fits = []
+    for inputs, _ in streams:
+        begins = np.flatnonzero(inputs == BOS)
+        listed = train_gpt.list_documents(train_gpt.Stream(train_gpt_model(cfg), torch.from_numpy(inputs)).starts)
+        assert len(listed) == len(inputs) // 32 + 1 and listed[-1] == len(inputs)
+        fits.append(len(begins) < len(listed) and listed.tolist() == [*begins, *[len(inputs)] * (len(listed) - len(begins))])
+    assert all(fits) == (attention != "plain")
+
+
+def train_gpt_model(cfg):
+    """What a Stream asks of a model."""
+    return SimpleNamespace(cfg=cfg, attention_windows=lambda starts, longest: {})
+
+
+def test_the_model_gives_the_same_logits_with_varlen_attention(monkeypatch):
+    monkeypatch.setattr(train_gpt, "varlen_attn", varlen_by_hand)
+    model = train_gpt.GPT(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 256, (384,), generator=torch.Generator().manual_seed(0))
+    tokens[[0, 100, 101, 250]] = BOS
+    results = []
+    for attention in ("plain", "varlen"):
+        model.cfg = replace(TINY, attention=attention)
+        loss = model(tokens, tokens.roll(-1), torch.tensor([1, 0.5, 0.25, 0]))
+        loss.backward()
+        results.append([loss.detach(), *(param.grad.clone() for param in model.parameters())])
+        model.zero_grad()
+    for mine, other in zip(*results, strict=True):
+        assert (mine - other).norm() <= 1e-4 * mine.norm()
+
+
+# -----------------------------------------------------------------------------
+# Memory
+
+@pytest.mark.parametrize("flag, tokens, advice", [
+    ("micro_batch_tokens", 5 * 16_384, "--micro_batch_tokens=32768"), ("micro_batch_tokens", 16_384, "--slot_tokens=8192"),
+    ("val_stream_tokens", 131_072, "--val_stream_tokens=65536")])
+def test_an_error_for_want_of_memory_names_a_flag_and_a_value(flag, tokens, advice):
+    with pytest.raises(train_gpt.RankError) as error, train_gpt.memory_advice(ALL, flag, tokens):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    assert str(error.value) == f"{tokens} tokens at a time do not fit (CUDA out of memory); try {advice}"
+
+
+def test_training_and_validation_give_this_advice():
+    def model(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+    batch = np.zeros(TINY.val_stream_tokens, np.int32), np.zeros(TINY.val_stream_tokens, np.int64)
+    machine, optimizer = train_gpt.Machine(CPU, 0, 1, "cpu"), SimpleNamespace(model=SimpleNamespace(cfg=TINY))
+    with pytest.raises(train_gpt.RankError, match="try --val_stream_tokens=4096"):
+        train_gpt.validate(model, TINY, [batch], machine)
+    with pytest.raises(train_gpt.RankError, match="try --micro_batch_tokens=4096"):
+        train_gpt.training_step(model, optimizer, [batch], 0, machine)
+
+
+# -----------------------------------------------------------------------------
+# On a GPU
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@cuda
+def test_on_this_gpu_the_fast_backends_are_right():
+    machine = train_gpt.Machine(torch.device("cuda", 0), 0, 1, torch.cuda.get_device_name())
+    cfg, lines = train_gpt.choose_backends(ALL, machine)
+    print("\n".join(lines))
+    assert cfg.attention != "plain" and cfg.kernels, lines
+    assert cfg.float8 == (torch.cuda.get_device_capability() >= (8, 9)), lines
