@@ -1,16 +1,21 @@
-"""Run variants of a training script one after the other on this machine and print one table.
+"""Run variants of a training script on this machine and print one table.
 
-    python dev/sweep.py VARIANTS --out=DIR [--ranks=1] [--limit=300] [common flags of the script ...]
+    python dev/sweep.py VARIANTS --out=DIR [--gpus=1] [--ranks=1] [--limit=300] [common flags of the script ...]
 
 VARIANTS is a text file with a variant a line: `name | flags | old => new | old => new`. Flags go to the script; each
 `old => new` replaces text in a copy of the script (old must occur exactly once), so that an idea that is not a flag is
 still one line. `#` begins a comment. --out receives the run folders, a log per variant and table.md; --limit is the
-number of seconds after which a variant is stopped. Everything else is passed to every variant.
+number of seconds after which a variant is stopped. Everything else is passed to every variant. They run one after the
+other, or with --gpus=N on N GPUs at a time, one on each, the next on the one that is free first. --ranks=N gives each
+variant N GPUs instead.
 """
 import argparse
 import json
+import os
+import queue
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 COLUMNS = "name step val_loss train_s tokens/s compile_s recompiles peak_GiB note"
@@ -41,8 +46,8 @@ def edited_script(script: Path, name: str, edits: list[tuple[str, str]]) -> Path
     return copy
 
 
-def run_variant(args, name: str, script: Path, flags: list[str]) -> dict:
-    """Runs one variant and returns what its run.json says, with a note if it failed."""
+def run_variant(args, name: str, script: Path, flags: list[str], gpu: str | None) -> dict:
+    """Runs one variant, on that GPU alone unless it is None; returns what its run.json says, with a note if it failed."""
     folder = args.out / name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}",
                str(script), *args.common, *flags, f"--out_dir={folder}"]
@@ -51,7 +56,8 @@ def run_variant(args, name: str, script: Path, flags: list[str]) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)
     note = ""
     with open(args.out / f"{name}.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                   env=os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}))
         try:
             code = process.wait(timeout=args.limit)
             note = "" if code == 0 else f"exit {code}: " + (args.out / f"{name}.log").read_text().strip()[-300:]
@@ -82,18 +88,30 @@ def main():
     parser.add_argument("variants", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--script", type=Path, default=Path(__file__).resolve().parents[1] / "train_gpt.py")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--limit", type=float, default=300)
     args, args.common = parser.parse_known_args()
-    rows = [COLUMNS.split()]
-    for name, flags, edits in read_variants(args.variants):
-        script = edited_script(args.script, name, edits)
+    variants = read_variants(args.variants)
+    scripts = [edited_script(args.script, name, edits) for name, _, edits in variants]
+    free = queue.SimpleQueue()
+    for gpu in range(args.gpus):
+        free.put(str(gpu) if args.gpus > 1 else None)
+
+    def run(variant, script):
+        gpu = free.get()
         try:
-            rows.append(table_row(name, run_variant(args, name, script, flags)))
+            row = table_row(variant[0], run_variant(args, variant[0], script, variant[1], gpu))
         finally:
-            if edits:
-                script.unlink()
-        print(" | ".join(rows[-1]), flush=True)
+            free.put(gpu)
+        print(" | ".join(row), flush=True)
+        return row
+    try:
+        with ThreadPoolExecutor(args.gpus) as pool:
+            rows = [COLUMNS.split(), *pool.map(run, variants, scripts)]
+    finally:
+        for script in set(scripts) - {args.script}:
+            script.unlink()
     rows.insert(1, ["---"] * len(rows[0]))
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     (args.out / "table.md").write_text(table + "\n")
