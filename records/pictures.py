@@ -41,10 +41,10 @@ def arms_of(runs: list[Run]) -> dict[str, np.ndarray]:
     return {f"{label} (n = {len(curves)})": np.stack(curves) for label, curves in zip(labels, arms.values())}
 
 
-def plot(runs: list[Run], path: Path) -> list[Path]:
+def plot(runs: list[Run], *paths: Path):
     """Validation loss over steps, seconds and tokens; a line an arm (its mean), a band from lowest to highest run.
 
-    Writes path.svg and path.png and returns both; the first validation, before any step, is out of sight.
+    Writes all paths (.svg, .png); the first validation, before any step, is out of sight.
     """
     arms = arms_of(runs)
     if not arms:
@@ -52,7 +52,8 @@ def plot(runs: list[Run], path: Path) -> list[Path]:
     letters = [f"{chr(65 + i)} " if len(arms) > 1 else "" for i in range(len(arms))]
     low = min(curves[:, -1, 3].min() for curves in arms.values())
     top = max(np.interp(0.2, np.linspace(0, 1, c.shape[1]), c[:, :, 3].max(0)) for c in arms.values())
-    figure = new_figure(13, 4.6)
+    columns = 3 if max(map(len, arms)) < 45 else 1
+    figure = new_figure(13, 4.4 + 0.22 * -(-len(arms) // columns))
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (label, column, unit) in zip(axes, AXES):
         ends = []
@@ -68,22 +69,19 @@ def plot(runs: list[Run], path: Path) -> list[Path]:
         label_ends(axis, ends, gap=0.045 * (top - low))
     axes[0].set_ylabel("validation loss, nats per token")
     figure.legend(axes[0].get_lines(), [letter + arm for letter, arm in zip(letters, arms)], loc="outside upper center",
-                  ncols=3, frameon=False, handlelength=5)
-    paths = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
-    for name in paths:
-        save(figure, name)
-    return paths
+                  ncols=columns, frameon=False, handlelength=5)
+    for path in paths:
+        save(figure, path)
 
 
 def label_ends(axis, ends: list[tuple], gap: float):
     """Writes beside the end (loss, x, text, color) of each line its text, moved up where two would touch."""
-    from matplotlib.patheffects import withStroke
-    height, width = -np.inf, axis.get_xlim()[1]
+    width, placed = axis.get_xlim()[1], []
     for loss, x, text, color in sorted(ends):
-        close = any(abs(x - other) < 0.04 * width for _, other, name, _ in ends if name != text)
-        height = max(loss, height + gap) if close else loss
+        height = max([loss, *(other + gap for at, other in placed if abs(x - at) < 0.04 * width)])
         axis.text(x + 0.015 * width, height, text, va="center", fontsize=9, color=color,
-                  path_effects=[withStroke(linewidth=3, foreground="white")])
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        placed.append((x, height))
 
 
 def history(tracks: list[tuple[dict, list[Record]]], path: Path):
@@ -98,7 +96,8 @@ def history(tracks: list[tuple[dict, list[Record]]], path: Path):
             loss = describe(run.loss for run in record.of_arm(record.main))[1]
             axis.plot(i, seconds, "o", color="black", mfc="black" if record.ledger["claim"] == "record" else "white")
             axis.annotate(f"{seconds_text(seconds)} s to {loss:.4f}", (i, seconds), xytext=(0, 9), fontsize=9,
-                          textcoords="offset points", ha="center")
+                          textcoords="offset points", ha="center",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
         axis.set_xticks(range(len(times)), ["\n".join(record.folder.name.split("_", 1)) for record in records])
         axis.set(ylim=(0, 1.25 * max(times)), xlim=(-0.6, len(times) - 0.4), ylabel="training time, s")
         axis.set_title(f"{track['title']}\nfilled: target {track['target']:g} shown at p < {track['p']:g}; open: a "

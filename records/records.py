@@ -8,7 +8,7 @@
     python records/records.py new MyIdea --track=track_1_small logs/2026-*             # a record folder of these runs
     python records/records.py check --all                          # does every table say what its logs say?
     python records/records.py replay records/track_0_dev/2026-11-21_FirstRuns          # does it come out here too?
-    python records/records.py board                                # writes records/README.md and history.svg
+    python records/records.py board                                # writes records/README.md and its pictures
 
 A run folder holds run.json and log.txt. A folder with runs.json, the ledger of all runs that were started, is a record
 or a comparison; RUN below means either, or a folder of run folders. `COMMAND --help` explains a command.
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from pictures import history, plot
@@ -545,8 +546,9 @@ def board_text() -> str:
                          p_text(t_test([run.loss for run in runs], track["target"])) if n > 1 else "-", runs[0].steps,
                          f"{info['world_size']} x {info['device']}"])
         if rows:
-            parts.append(table("date | what changed | claim | training time, s (sd): | validation loss (sd): | n: | "
-                               f"below {track['target']:g}?: | steps: | hardware", rows))
+            parts += [table("date | what changed | claim | training time, s (sd): | validation loss (sd): | n: | "
+                            f"below {track['target']:g}?: | steps: | hardware", rows),
+                      f"![validation loss along these runs]({track['name']}/curves.svg)"]
         else:
             parts.append("```bash\n" + "\n".join(track["commands"]) + "\n```")
     return "\n\n".join(parts) + "\n"
@@ -665,11 +667,24 @@ def check(args) -> int:
     return 1 if lies else 0
 
 
+def plot_runs(args) -> int:
+    """Curves of runs as --out.svg and --out.png."""
+    paths = [args.out.with_suffix(suffix) for suffix in (".svg", ".png")]
+    plot(collect(args.runs), *paths)
+    print(*paths)
+    return 0
+
+
 def board(args) -> int:
-    """Writes records/README.md and records/history.svg."""
+    """Writes records/README.md, records/history.svg, and curves.svg in the folder of each track that has records."""
     write_text(HERE / "README.md", board_text())
     history(read_archive(), HERE / "history.svg")
     print(f"wrote {HERE / 'README.md'} and {HERE / 'history.svg'}")
+    for track, records in read_archive():
+        runs = [replace(run, arm=record.folder.name) for record in records for run in record.of_arm(record.main)]
+        if runs:
+            plot(runs, HERE / track["name"] / "curves.svg")
+            print(f"wrote {HERE / track['name'] / 'curves.svg'}")
     return 0
 
 
@@ -729,11 +744,11 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = command("plot", "curves over steps, time and tokens, as SVG and PNG",
                   "One line an arm, with a band from its lowest to its highest run.",
-                  lambda args: print(*plot(collect(args.runs), args.out)) or 0)
+                  plot_runs)
     add("runs", nargs="+", type=Path, metavar="RUN")
     add("--out", type=Path, default=Path("curves"), help="name without ending (default: %(default)s)")
 
-    command("board", "write records/README.md and records/history.svg", run=board)
+    command("board", "write records/README.md and its pictures", run=board)
 
     add = command("new", "make a record folder from run folders",
                   "Name every run that was started, also failed ones. The first run's script is what the record is "

@@ -756,6 +756,8 @@ def test_board_and_pictures(toy_track, tool):
     text = (toy_track.parent / "README.md").read_text()
     assert "2026-12-01_Toy/" in text and "| p < 0.0001 |" in text and text.count("No run") + text.count("no run") >= 1
     assert "FirstRuns" in (toy_track.parent / "history.svg").read_text()
+    assert "2026-12-01_Toy (n = 3)" in (toy_track / "curves.svg").read_text()
+    assert f"{toy_track.name}/curves.svg" in text and "track_2_medium/curves.svg" not in text
     code, out, _ = tool("plot", toy_track / "2026-12-01_Toy", toy_track.parent / FIRST, "--out=picture")
     assert code == 0 and Path("picture.png").read_bytes()[:4] == b"\x89PNG"
     assert "train_toy" in Path("picture.svg").read_text()
