@@ -31,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1577,6 +1578,22 @@ def try_backends(cfg: Hyperparameters, names: list[str], device: torch.device) -
             found[stuck[0]] = {"fault": end, "error": 0.0, "seconds": 0.0}
     return found
 
+def remember_backends(cfg: Hyperparameters, names: list[str], machine: Machine) -> dict[str, dict]:
+    """What try_backends finds; beside the compiled code it is kept for the next start, if nothing is at fault."""
+    sources = [__file__] + ([triton_kernels.__file__] if triton_kernels else [])
+    facts = [names, machine.name, torch.__version__, cfg.slot_tokens, cfg.stages[0].long, cfg.model_dim, cfg.head_dim,
+             cfg.mlp_dim, cfg.vocab_size, cfg.candidates > 0, cfg.precision, cfg.compile, *map(file_sha256, sources)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), f"backends_{key}.json")
+    if found := read_json(path):
+        return found
+    found = try_backends(cfg, names, machine.device)
+    if not any(result["fault"] for result in found.values()):
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(found).encode())
+    return found
+
 def choose_backends(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters, list[str]]:
     """The config with the attention and the kernels that are right on this device, and lines on what was tried.
 
@@ -1588,7 +1605,7 @@ def choose_backends(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparame
     if cfg.attention == "auto" and fits_backends(cfg, True):
         wanted = ["flex", "flex_small", "varlen"]
     operators = [name for flag, names in OPERATORS.items() if getattr(cfg, flag) for name in names]
-    found = first_rank(machine, lambda: try_backends(cfg, wanted + operators, machine.device))
+    found = first_rank(machine, lambda: remember_backends(cfg, wanted + operators, machine))
     right = {name: found[name]["seconds"] for name in wanted if not found[name]["fault"]}
     if cfg.attention in wanted and not right:
         raise UserError(f"--attention={cfg.attention} does not work here ({found[cfg.attention]['fault']}); use "

@@ -86,7 +86,7 @@ def test_a_wrong_backend_is_noticed(monkeypatch, backend, worst):
 @pytest.fixture
 def deadly_script(tmp_path):
     """A copy of train_gpt.py in which trying varlen ends the process."""
-    text = (ROOT / "train_gpt.py").read_text()
+    text = (ROOT / "train_gpt.py").read_text().replace("\nALLOWED = {", '\nALLOWED = {"plain": 0.0, ')
     head = "def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):\n"
     assert text.count(head) == 1
     path = tmp_path / "train_copied.py"
@@ -136,7 +136,7 @@ def test_why_a_backend_is_not_used(monkeypatch, capsys, backend, fault):
 # -----------------------------------------------------------------------------
 # What is chosen
 
-GPU = SimpleNamespace(device=torch.device("cuda", 0), rank=0, world_size=1)
+GPU = SimpleNamespace(device=torch.device("cuda", 0), rank=0, world_size=1, name="a GPU")
 ALL = replace(PRESETS["speedrun"], vocab_size=50304, bos_id=50256)
 
 
@@ -166,15 +166,33 @@ def test_the_fastest_right_attention_is_used(monkeypatch, ms, best):
 
 @pytest.mark.parametrize("name", ["flex", "flex_small", "varlen", "fa3"])
 def test_a_forced_attention_is_used_or_refused(monkeypatch, name):
-    cfg, _, tried = choose(monkeypatch, replace(ALL, attention=name), {name: 50})
-    assert cfg.attention == name and not set(tried) & (set(train_gpt.ATTENTION) - {name})
     with pytest.raises(UserError, match=f"--attention={name} does not work here \\(bad\\); use --attention=auto"):
         choose(monkeypatch, replace(ALL, attention=name), {})
+    cfg, _, tried = choose(monkeypatch, replace(ALL, attention=name), {name: 50})
+    assert cfg.attention == name and not set(tried) & (set(train_gpt.ATTENTION) - {name})
 
 
 @pytest.fixture(autouse=True)
-def no_flash_attention(monkeypatch):
+def surroundings(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+
+
+def test_what_was_found_is_remembered_until_something_changes(monkeypatch):
+    ms = {"flex": 2, "flex_small": 3, "varlen": 4}
+    first, lines, tried = choose(monkeypatch, ALL, ms)
+    assert tried and choose(monkeypatch, replace(ALL, seed=1), {})[1:] == (lines, [])
+    for change in ({"slot_tokens": 8192}, {"float8": False}, {"candidates": 20_000}):
+        assert choose(monkeypatch, replace(ALL, **change), ms)[2]
+    monkeypatch.setattr(GPU, "name", "another GPU")
+    assert choose(monkeypatch, ALL, ms)[2]
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    assert choose(monkeypatch, ALL, ms)[2]
+
+
+def test_a_fault_is_looked_at_again_next_time(monkeypatch):
+    assert choose(monkeypatch, ALL, {"flex": 2, "varlen": 4})[0].attention == "flex"
+    assert choose(monkeypatch, ALL, {"flex": 2, "flex_small": 1, "varlen": 4})[0].attention == "flex_small"
 
 
 def test_streams_of_odd_lengths_and_those_who_want_it_take_plain_attention(monkeypatch):
