@@ -199,6 +199,7 @@ class Hyperparameters:
     attention: str = "auto"              # the fastest right one of flex, flex_small and varlen, else plain; or fa3
     kernels: bool = True                 # the kernels of triton_kernels.py, on CUDA
     float8: bool = True                  # products in float8, if the GPU and the kernels can; never in validation
+    host_state: bool = False             # Adam's moments of tables in host memory; on by itself if the GPU is small
     compile: bool = True                 # torch.compile; off on the CPU
     compile_cache: str = ""              # folder that keeps what was compiled; "": torch's own in the temporary files
     seed: int = 0
@@ -1079,14 +1080,15 @@ class Optimizer:
             self.whole[name] = whole = flat.new_zeros(rows, *flat.shape[1:])
             whole[:flat.size(0)] = flat
             param.data = whole[:flat.size(0)].view(param.shape)
-        part = self.part(name)
-        state = self.state[name] = {"m": torch.zeros_like(part, dtype=torch.float32)}
+        part, table = self.part(name), rule.rule == "adam" and rule.shared == "shard"
+        device = "cpu" if table and self.model.cfg.host_state else part.device
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device, pin_memory=part.is_cuda and device == "cpu")
+        state = self.state[name] = {"m": zeros(part.shape)}
         if rule.rule == "adam":
-            state |= {"v": torch.zeros_like(state["m"]), "count": torch.zeros((), dtype=torch.int64)}
+            state |= {"v": zeros(part.shape), "count": torch.zeros((), dtype=torch.int64)}
         else:
             n, rows, cols = part.shape
-            state |= {"master": torch.zeros_like(state["m"]),
-                      "v": state["m"].new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols))}
+            state |= {"master": zeros(part.shape), "v": zeros((n, rows, 1) if rows >= cols else (n, 1, cols))}
 
     def part(self, name: str) -> Tensor:
         """The rows of a parameter that this rank updates."""
@@ -1155,8 +1157,12 @@ class Optimizer:
             lr, (beta1, beta2) = rule.lr * factor, rule.betas
             state["count"] += 1
             corrected = lr * math.sqrt(1 - beta2 ** int(state["count"])) / (1 - beta1 ** int(state["count"]))
-            self.adam(grad, part, state["m"], state["v"], scalar(corrected), scalar(lr * lr * rule.decay), beta1, beta2,
-                      apply)
+            rows = HOST_ROWS if cfg.host_state and rule.shared == "shard" else len(part)
+            for g, p, *kept in zip(*(tensor.split(rows) for tensor in (grad, part, state["m"], state["v"]))):
+                m, v = (tensor.to(p.device, non_blocking=True) for tensor in kept)
+                self.adam(g, p, m, v, scalar(corrected), scalar(lr * lr * rule.decay), beta1, beta2, apply)
+                for tensor, new in zip(kept, (m, v)):
+                    tensor.copy_(new, non_blocking=True)            # nothing, if they are one
         else:
             rates = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,)
             first = self.rank * part.size(0)
@@ -1166,6 +1172,7 @@ class Optimizer:
                          scalar(momentum(cfg, step)), rule.betas[0], apply)
             part.copy_(torch.where(apply, state["master"], part))
 
+HOST_ROWS = 1 << 15                      # of a table, whose moments are on the GPU at one time when the host keeps them
 ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
 
 # -----------------------------------------------------------------------------
@@ -1265,31 +1272,40 @@ def fits_backends(cfg: Hyperparameters, cuda: bool) -> bool:
     """Whether attention other than plain is possible: on CUDA, in streams of whole blocks."""
     return cuda and cfg.slot_tokens % BLOCK == 0 and cfg.val_stream_tokens % BLOCK == 0
 
-def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[int, str]:
-    """Slots per micro-batch on this rank, and the sentence that explains them."""
+def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters, int, str]:
+    """The config, with host_state on if that is needed, slots per micro-batch on this rank, and the sentence on them."""
     shares = [math.ceil(stage.batch_tokens // cfg.slot_tokens / machine.world_size) for stage in cfg.stages]
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
-        return min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares)), "memory plan: none"
-    # measured on an H200: activations take up to 11 numbers per token, layer and channel, and 3 per hidden unit (4
-    # without kernels); weights, gradients and optimizer state 16 bytes a parameter on one rank
+        return cfg, min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares)), "memory plan: none"
+    # fits what was measured on an H200 with 16k to 131k tokens, one and four ranks, within 1.5 GiB: activations take 11
+    # numbers per token, layer and channel and 2 per hidden unit (4 without kernels), logits 4 bytes; a weight and its
+    # gradient take 4 bytes, and 8 more over all ranks for what the optimizer keeps
     width = 2 if cfg.precision == "bf16" else 4
-    per_token = width * len(cfg.layers) * (11 * cfg.model_dim + (3 if cfg.kernels else 4) * cfg.mlp_dim)
-    rows = (2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows
-    matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim)
-    static = 16 * (rows + matrices) * cfg.model_dim + 4 * width * HEAD_CHUNK * cfg.vocab_size
+    tables = ((2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows) * cfg.model_dim
+    matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim) * cfg.model_dim
+    per_token = width * len(cfg.layers) * (11 * cfg.model_dim + (2 if cfg.kernels else 4) * cfg.mlp_dim)
+    chunk = triton_kernels.HEAD_CHUNK if cfg.kernels else HEAD_CHUNK
     cap = torch.cuda.get_per_process_memory_fraction(machine.device)
     have = 0.92 * cap * torch.cuda.get_device_properties(machine.device).total_memory
-    slot = per_token * cfg.slot_tokens
-    fits = int((have - static) / slot)
-    if fits < 1:
-        raise UserError(f"the GPU has {have / 2**30:.0f} GiB to use, one slot of --slot_tokens={cfg.slot_tokens} needs "
-                        f"{(static + slot) / 2**30:.0f}; lower --slot_tokens")
+    def need(tokens, host_state):        # bytes: static ones, logits, activations
+        kept = 8 * (matrices + tables * (not host_state)) / machine.world_size
+        logits = 2 * width * min(tokens, chunk) * min(cfg.candidates or cfg.vocab_size, cfg.vocab_size)
+        return 2 * width * (tables + matrices) + kept, logits, per_token * tokens
     def padding(slots):                  # empty slots that fill up the last micro-steps
         return sum(-share % slots for share in shares)
-    slots = min(range(1, min(fits, min(shares)) + 1), key=lambda slots: (padding(slots), -slots))
-    return slots, (f"memory plan: {static / 2**30:.1f} GiB for parameters, gradients, state and logits + {slots} x "
-                   f"{cfg.slot_tokens} tokens x {per_token / 2**20:.2f} MiB = {(static + slots * slot) / 2**30:.1f} of "
-                   f"{have / 2**30:.1f} GiB")
+    host_state = cfg.host_state or sum(need(cfg.slot_tokens, False)) > have
+    fits = [slots for slots in range(1, min(shares) + 1) if sum(need(slots * cfg.slot_tokens, host_state)) <= have]
+    if not fits:
+        less = next((cfg.slot_tokens >> i for i in range(1, 8) if sum(need(cfg.slot_tokens >> i, True)) <= have), 0)
+        raise UserError(f"the GPU has {have / 2**30:.1f} GiB to use, one slot of --slot_tokens={cfg.slot_tokens} needs "
+                        f"{sum(need(cfg.slot_tokens, True)) / 2**30:.1f}; "
+                        + (f"try --slot_tokens={less}" if less else "take a larger GPU, or more of them"))
+    slots = min(fits, key=lambda slots: (padding(slots), -slots))
+    parts = [part / 2**30 for part in need(slots * cfg.slot_tokens, host_state)]
+    return replace(cfg, host_state=host_state), slots, (
+        "memory plan: {:.1f} GiB of parameters, gradients and {}state + {:.1f} of logits + {:.1f} of activations = {:.1f} "
+        "of {:.1f} GiB".format(parts[0], "matrix " * host_state, *parts[1:], sum(parts), have / 2**30)
+        + "; the moments of tables are in host memory" * host_state)
 
 def everyone(machine: Machine, value) -> list:
     """The value that each rank has, in their order."""
@@ -1626,8 +1642,8 @@ def choose_backends(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparame
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 # what may be another one when a run goes on: it changes no more than rounding, what is written, or where the run ends
-FREE = ("micro_batch_tokens", "stop_after", "val_every", "device", "attention", "kernels", "compile", "compile_cache",
-        "out_dir", "save_every", "keep", "resume", "resume_override")
+FREE = ("micro_batch_tokens", "stop_after", "val_every", "device", "attention", "kernels", "host_state", "compile",
+        "compile_cache", "out_dir", "save_every", "keep", "resume", "resume_override")
 
 def run_identity(cfg: Hyperparameters, tokenizer: bytes, **shards: list[Shard]) -> dict:
     """What makes the run the run it is, as plain JSON: flags, shards by name and tokens, tokenizer and source."""
@@ -1649,8 +1665,9 @@ def gather_state(model: GPT, optimizer: Optimizer, machine: Machine, everything:
     found, pin = {}, machine.device.type == "cuda"
     for name, tensor in (run_state(model, optimizer, machine) if everything else model.state_dict()).items():
         if rows := share_rows(optimizer, name):
-            whole = tensor.new_empty(machine.world_size * len(tensor), *tensor.shape[1:])
-            ALL_GATHER(whole, tensor)
+            mine = tensor.to(machine.device)
+            whole = mine.new_empty(machine.world_size * len(mine), *mine.shape[1:])
+            ALL_GATHER(whole, mine)
             tensor = whole[:rows]
         if machine.rank == 0:
             found[name] = torch.empty_like(tensor, device="cpu", pin_memory=pin).copy_(tensor, non_blocking=pin)
@@ -1941,7 +1958,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     tokens, tokenizer = check_tokens(cfg, train_shards, num_steps), read_tokenizer(train_shards[0])
     cfg, tried = choose_backends(cfg, machine)
     streams = validation_streams(cfg, val_shards)
-    micro_slots, plan = memory_plan(cfg, machine)
+    cfg, micro_slots, plan = memory_plan(cfg, machine)
 
     identity = run_identity(cfg, tokenizer, train_files=train_shards, val_files=val_shards)
     restarted = max(everyone(machine, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) > 0

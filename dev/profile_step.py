@@ -56,7 +56,7 @@ def main():
     machine = train_gpt.setup_machine(cfg)
     shards, _ = train_gpt.open_shards(cfg.train_files, cfg.val_files)
     cfg, _ = train_gpt.choose_backends(train_gpt.resolve_config(cfg, machine, shards[0]), machine)
-    slots, plan = train_gpt.memory_plan(cfg, machine)
+    cfg, slots, plan = train_gpt.memory_plan(cfg, machine)
     print(plan)
     with torch.device(machine.device):
         model = train_gpt.GPT(cfg)

@@ -275,6 +275,46 @@ def test_the_model_gives_the_same_logits_with_varlen_attention(monkeypatch):
 # -----------------------------------------------------------------------------
 # Memory
 
+def plan(monkeypatch, cfg, gigabytes, world_size=1):
+    """memory_plan for a card of that size."""
+    monkeypatch.setattr(train_gpt, "triton_kernels", SimpleNamespace(HEAD_CHUNK=32_768))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        total_memory=2e9 * gigabytes))
+    return train_gpt.memory_plan(cfg, train_gpt.Machine(torch.device("cuda", 0), 0, world_size, "a GPU"))
+
+
+SINGLE = replace(PRESETS["single"], vocab_size=50304, bos_id=50256)
+
+
+@pytest.mark.parametrize("cfg, micro_batch, world_size, measured", [
+    (ALL, 131_072, 1, 52.2), (ALL, 32_768, 1, 22.5), (ALL, 16_384, 1, 15.0), (ALL, 32_768, 4, 19.0),
+    (SINGLE, 32_768, 1, 17.2), (replace(ALL, kernels=False, float8=False), 32_768, 1, 22.9)])
+def test_the_memory_plan_is_what_was_measured_or_a_little_more(monkeypatch, cfg, micro_batch, world_size, measured):
+    """GiB on H200s, torch 2.11, as README.md has them and row 28 of dev/EXPERIMENTS.md."""
+    cfg = replace(cfg, stages=tuple(replace(stage, batch_tokens=micro_batch * world_size) for stage in cfg.stages))
+    _, slots, sentence = plan(monkeypatch, cfg, 150, world_size)
+    assert slots * cfg.slot_tokens == micro_batch
+    assert measured - 0.1 < float(sentence.split(" = ")[1].split()[0]) < measured + 1.8
+
+
+@pytest.mark.parametrize("gigabytes, slots, host_state", [(16, 1, True), (24, 1, False), (40, 4, False),
+                                                          (80, 8, False), (141, 8, False)])
+def test_the_micro_batch_follows_the_card(monkeypatch, gigabytes, slots, host_state):
+    cfg, found, sentence = plan(monkeypatch, ALL, gigabytes)
+    assert (found, cfg.host_state) == (slots, host_state) and ("host memory" in sentence) == host_state
+    assert replace(cfg, host_state=False) == ALL
+
+
+def test_a_card_that_is_too_small_gets_a_value_to_try(monkeypatch):
+    with pytest.raises(UserError, match="try --slot_tokens=4096"):
+        plan(monkeypatch, ALL, 8)
+    cfg, slots, _ = plan(monkeypatch, replace(ALL, slot_tokens=4096), 8)
+    assert slots == 1 and cfg.host_state
+    with pytest.raises(UserError, match="take a larger GPU"):
+        plan(monkeypatch, ALL, 2)
+
+
 @pytest.mark.parametrize("flag, tokens, advice", [
     ("micro_batch_tokens", 5 * 16_384, "--micro_batch_tokens=32768"), ("micro_batch_tokens", 16_384, "--slot_tokens=8192"),
     ("val_stream_tokens", 131_072, "--val_stream_tokens=65536")])

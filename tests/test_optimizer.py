@@ -4,6 +4,7 @@ Against: singular value decompositions, rules written again here in float64, tor
 Run: python -m pytest tests/test_optimizer.py
 """
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,25 @@ def batches(count, seed=0):
         tokens[::40] = BOS
         made.append((tokens.numpy(), tokens.roll(-1).long().numpy()))
     return made
+
+
+# -----------------------------------------------------------------------------
+# Moments in host memory
+
+def test_moments_in_host_memory_change_nothing(cfg, monkeypatch):
+    """Tables go through their moments in parts: so many rows at a time, whose last part is smaller."""
+    monkeypatch.setattr(train_gpt, "HOST_ROWS", 50)
+    states = []
+    for host_state in (False, True):
+        model = GPT(replace(cfg, host_state=host_state))
+        optimizer, parts = Optimizer(model), []
+        optimizer.adam = lambda g, p, *rest: (parts.append(len(p)), adam_update(g, p, *rest))
+        for step in range(4):
+            random_gradients(dict(model.named_parameters()), step)
+            optimizer.step(step)
+        states.append(run_state(model, optimizer, machine()))
+        assert (max(parts) == 50 and 509 % 50 in parts) == host_state
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 # -----------------------------------------------------------------------------
