@@ -169,7 +169,7 @@ def test_the_vocabulary_comes_from_the_folder(tmp_path, monkeypatch):
 def test_the_same_hellaswag_choices_as_transformers(theirs, ours, monkeypatch):
     import evaluate
     import sample
-    monkeypatch.setattr(evaluate, "read_rows", lambda path, max_items: first_rows(path)[:max_items])
+    monkeypatch.setattr(evaluate, "read_rows", lambda path, kind, max_items: first_rows(path)[:max_items])
     args = evaluate.parse_args(["--tasks=hellaswag", f"--evals={SHARED / 'eval'}", "--max_items=50"])
     items = evaluate.read_items(args, [evaluate.HELLASWAG], True)
     spec = json.loads(text.gpt2_tokenizer_json(SHARED / "gpt2_bpe"))

@@ -448,10 +448,7 @@ def test_names_in_a_record_are_refused(change, tmp_path, victim):
         runs.read_record(record)
 
 
-PENDING = pytest.mark.xfail(reason="open() follows the link", strict=True)
-
-
-@pytest.mark.parametrize("name", (pytest.param(".README.md.tmp", marks=PENDING), "README.md"))
+@pytest.mark.parametrize("name", (".README.md.tmp", "README.md"))
 def test_tables_are_never_written_through_a_link(name, tmp_path):
     if not runs:
         pytest.skip("records/ has no tool yet")
@@ -463,8 +460,7 @@ def test_tables_are_never_written_through_a_link(name, tmp_path):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=PENDING) for name in (
-    "log.txt", "train_gpt.py", ".run.json.tmp", "checkpoint/.latest.tmp")])
+@pytest.mark.parametrize("name", ("log.txt", "train_gpt.py", ".run.json.tmp", "checkpoint/.latest.tmp"))
 def test_a_run_that_goes_on_never_writes_through_a_link(name, checkpoint, tmp_path):
     """--resume=PATH in a run folder that came from elsewhere; a refusal is fine, too."""
     folder, path = checkpoint.parents[1], tmp_path / "victim"
