@@ -683,9 +683,12 @@ def main(argv: list[str] | None = None) -> int:
             print(table(result))
             print(json.dumps(result), flush=True)
         return 0
-    except (UserError, OSError) as error:           # of the system: a name that is too long, a folder that is closed
-        if rank == 0 or isinstance(error, OSError):
-            print(f"evaluate.py: {UserError(error)}", file=sys.stderr)
+    except UserError as error:
+        if rank == 0:
+            print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:             # of any rank: a name that is too long, a folder that is closed
+        print(f"evaluate.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if rank == 0:

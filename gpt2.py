@@ -211,7 +211,7 @@ def read_config(folder: Path) -> Config:
         if (not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes) or cfg.num_layers > MAX_LAYERS
                 or cfg.model_dim % cfg.num_heads or type(cfg.norm_eps) is not float or not 0 < cfg.norm_eps < 1
                 or type(cfg.bos_id) is not int or not 0 <= cfg.bos_id < cfg.vocab_size):
-            raise ValueError("its numbers make no model")
+            raise ValueError(f"there is no such model as {cfg}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); --model= takes a folder with "
                         f"GPT-2's config.json and model.safetensors, or one of {', '.join(NAMES)}") from None
@@ -273,7 +273,7 @@ def load(name_or_folder: str | Path, device: str, precision: str) -> tuple[GPT2,
             raise UserError(f"--model={name_or_folder} is neither a folder nor one of {', '.join(NAMES)}")
         folder = fetch(str(name_or_folder))
     cfg, tokenizer = read_config(folder), read_tokenizer(folder)
-    if (bos_id := json.loads(tokenizer)["bos_id"]) != cfg.bos_id or cfg.vocab_size <= bos_id:
+    if (bos_id := json.loads(tokenizer)["bos_id"]) != cfg.bos_id:
         raise UserError(f"{folder / 'config.json'} has vocab_size={cfg.vocab_size} and bos_token_id={cfg.bos_id}, but "
                         f"GPT-2 begins documents with {bos_id}; choose another")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -766,14 +766,17 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")                    # a terminal that knows fewer characters is no error
         sample(parse_args(argv))
         return 0
+    except UserError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nsample.py: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:                                         # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, OSError) as error:       # of the system: a name that is too long, a folder that is closed
-        print(f"sample.py: {UserError(error)}", file=sys.stderr)
+    except OSError as error:                                        # a name that is too long, a folder that is closed
+        print(f"sample.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

@@ -1950,9 +1950,9 @@ def main() -> int:
             print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise
-        print(f"{Path(__file__).name}: {error}; free space or choose another --out_dir", file=sys.stderr)
+        print(f"{Path(__file__).name}: {UserError(error)}; free space or choose another folder", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -268,7 +268,7 @@ def main() -> int:
         print(f"{args.script}: {found}", file=sys.stderr)
         return 1
     except (UserError, OSError) as error:
-        print(f"guard.py: {UserError(error)}", file=sys.stderr)
+        print(f"guard.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
     print(f"{args.script}: the loss is normalised, causal, complete, and validating changes nothing")
     return 0

@@ -763,7 +763,7 @@ def main() -> int:
         print(f"records.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"records.py: {UserError(error)}", file=sys.stderr)
+        print(f"records.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("records.py: interrupted" + "; the same command goes on from here" * ("compare" in sys.argv),

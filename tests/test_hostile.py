@@ -1014,7 +1014,8 @@ def test_processes(folder):
         ["sample.py", f"--checkpoint={path}"], ["sample.py", "--num_samples=--"], ["sample.py", "--prompt=\udcff"],
         ["data/text.py", "--exclude=(", str(path / "meta.json"), f"--out={folder / 'o'}"],
         ["data/text.py", str(path / "meta.json"), f"--out={folder / 'o'}"],
-        ["data/fineweb.py", "0", f"--from={folder / 'run'}", f"--out={folder}"], ["data/fineweb.py", "9" * 5000]]
+        ["data/fineweb.py", "0", f"--from={folder / 'run'}", f"--out={folder}"], ["data/fineweb.py", "9" * 5000],
+        ["sample.py", f"--checkpoint={'A' * 5000}"], ["data/fineweb.py", f"--from={folder}", f"--out={'A' * 5000}"]]
     if evaluate:
         commands += [["evaluate.py", "--tasks=val", f"--checkpoint={path}"],
                      ["data/evals.py", "--from=/dev/null", f"--out={folder / 'o'}"]]
