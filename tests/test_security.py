@@ -490,7 +490,7 @@ def test_checkpoints_are_never_written_behind_a_link(goes_on, checkpoint, victim
         goes_on()
 
 
-@pytest.mark.parametrize("said", ("[1]", '{"resumed": "x"}', '{"resumed": 1}', "[" * 100_000, '{"started": [], "error": 1}'))
+@pytest.mark.parametrize("said", ("[1]", '{"resumed": "x"}', '{"resumed": 1}', "[" * 100_000, '{"started": []}'))
 def test_a_run_goes_on_whatever_its_run_json_says(said, goes_on, checkpoint):
     path = checkpoint.parents[1] / "run.json"
     path.write_text(said)
