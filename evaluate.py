@@ -81,6 +81,7 @@ TASKS = (
 HELLASWAG = replace(TASKS[0], label="hellaswag", kind="ending")
 SHUFFLE_SEED, SHOTS_SEED = 1337, 1234    # of the order of items, and (plus its number) of the examples of each item
 SCORES = ("val", "bpb", "hellaswag", "core")
+QUESTIONS_BYTES, LINE_BYTES = 1 << 26, 1 << 20      # a larger file of questions, or a longer line, is none
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 
 # -----------------------------------------------------------------------------
@@ -114,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "that name beside evaluate.py")
     add("--out_dir", type=Path, default=Path("logs"), metavar="FOLDER",
         help="where the runs are (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(sample.words(argv))
     args.tasks = args.tasks.split(",")
     for name in args.tasks:
         if name not in SCORES:
@@ -176,12 +177,26 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
             found += here
     return found
 
-def read_rows(path: Path, max_items: int) -> list[tuple[int, dict]]:
-    """(line, item) of a task file in the order of the evaluation; raises UserError."""
+def check_item(kind: str, row: dict) -> dict:
+    """What the evaluation needs of an item; raises an error of Python's if it has no texts, or no right option."""
+    asked, answered, gold = FIELDS[kind]
+    texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered)]
+    for text in itertools.chain(*texts):
+        text.encode()                    # nor is text what UTF-8 cannot hold
+    if gold and (type(row[gold]) is not int or not 0 <= row[gold] < max(map(len, texts))):
+        raise IndexError(f"{gold} {str(row[gold]):.40} is no option")
+    return {name: row[name] for name in FIELDS[kind] if name}
+
+def read_rows(path: Path, kind: str, max_items: int) -> list[tuple[int, dict]]:
+    """(line, item) of a task file in the order of the evaluation; raises UserError, or what check_item raises."""
+    rows = []
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
-            rows = [(line, json.loads(text)) for line, text in enumerate(file)]
-    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+            while line := file.readline(LINE_BYTES):
+                rows.append((len(rows), check_item(kind, json.loads(line))))
+                if file.tell() > QUESTIONS_BYTES:
+                    raise ValueError(f"more than {QUESTIONS_BYTES} bytes")
+    except (OSError, ValueError, EOFError, lzma.LZMAError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again with python data/evals.py --force") from None
     random.Random(SHUFFLE_SEED).shuffle(rows)
     return rows[:max_items or None]
@@ -222,7 +237,7 @@ def render(task: Task, rows: list, cuts: bool) -> list[Item]:
     def answer(row, option):
         return task.delimiter + pick(row[answered], option)
     lines, rows = zip(*rows)
-    golds = [int(row[gold]) if gold else 0 for row in rows]
+    golds = [row[gold] if gold else 0 for row in rows]
     first = [question(*pair) for pair in zip(rows, golds)]          # of the examples, and after an example
     later, answers = ["\n\n" + text for text in first], [answer(*pair) for pair in zip(rows, golds)]
     items = []
@@ -246,9 +261,9 @@ def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool) -> list[
     """The items of all tasks, one task after the other; raises UserError."""
     items = []
     for task in tasks:
-        rows = read_rows(path := task_file(args.evals, task), args.max_items)
+        path = task_file(args.evals, task)
         try:
-            items += render(task, rows, cuts)
+            items += render(task, read_rows(path, task.kind, args.max_items), cuts)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); fetch it "
                             "again with python data/evals.py --force") from None
@@ -605,7 +620,8 @@ def write_items(path: Path, records: list[dict]):
     """Writes the records as JSONL, under a temporary name first; raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w") as file:
+        temporary.unlink(missing_ok=True)           # it may be a link, which writing would follow
+        with open(temporary, "x") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
@@ -669,7 +685,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         if rank == 0:
-            print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:             # of any rank: a name that is too long, a folder that is closed
+        print(f"evaluate.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if rank == 0:

@@ -12,7 +12,6 @@ new position.) Shape suffixes: B sequences, T tokens, H heads, D channels per he
 """
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HEAD_CHUNK = 8192                        # tokens whose logits exist at one time in `score`
+MAX_BYTES, MAX_LAYERS, MAX_SIZE = 1 << 20, 256, 1 << 20             # a larger config.json, or larger numbers, are none
 
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
@@ -194,14 +194,25 @@ def fetch(name: str) -> Path:
         raise UserError(f"--model={name} cannot be fetched ({reason}); name a folder with its config.json and "
                         "model.safetensors instead") from None
 
+def check_file(path: Path) -> Path:
+    """The path; raises FileNotFoundError if it leads to no file, as to a pipe, whose reader waits."""
+    if not path.is_file():
+        raise FileNotFoundError("no such file")
+    return path
+
 def read_config(folder: Path) -> Config:
     """What config.json says; raises UserError if it is missing or describes another kind of model."""
     path = folder / "config.json"
     try:
-        said = json.loads(path.read_bytes())
-        cfg = Config(said["vocab_size"], said["n_positions"], said["n_layer"], said["n_head"], said["n_embd"],
-                     said["layer_norm_epsilon"], said["bos_token_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with open(check_file(path), "rb") as file:
+            said = json.loads(file.read(MAX_BYTES))
+        sizes = [said[name] for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")]
+        cfg = Config(*sizes, said["layer_norm_epsilon"], said["bos_token_id"])
+        if (not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes) or cfg.num_layers > MAX_LAYERS
+                or cfg.model_dim % cfg.num_heads or type(cfg.norm_eps) is not float or not 0 < cfg.norm_eps < 1
+                or type(cfg.bos_id) is not int or not 0 <= cfg.bos_id < cfg.vocab_size):
+            raise ValueError(f"there is no such model as {cfg}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); --model= takes a folder with "
                         f"GPT-2's config.json and model.safetensors, or one of {', '.join(NAMES)}") from None
     expected = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False,
@@ -219,7 +230,7 @@ def read_weights(path: Path, cfg: Config, dtype: torch.dtype) -> GPT2:
         model = GPT2(cfg)
     wanted = model.state_dict()
     try:
-        found = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+        found = {name.removeprefix("transformer."): tensor for name, tensor in load_file(check_file(path)).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
     for name in list(found):
@@ -244,10 +255,10 @@ def read_tokenizer(folder: Path) -> bytes:
     try:
         if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
             return gpt2_tokenizer_json()
-        with tempfile.TemporaryDirectory() as copies:               # the same files under the names they had at first
-            shutil.copy(folder / "vocab.json", Path(copies, "encoder.json"))
-            shutil.copy(folder / "merges.txt", Path(copies, "vocab.bpe"))
-            return gpt2_tokenizer_json(Path(copies))
+        with tempfile.TemporaryDirectory() as links:                # the same files under the names they had at first
+            Path(links, "encoder.json").symlink_to((folder / "vocab.json").absolute())
+            Path(links, "vocab.bpe").symlink_to((folder / "merges.txt").absolute())
+            return gpt2_tokenizer_json(Path(links))
     except LookupError as error:
         raise UserError(f"{folder} has no vocabulary of GPT-2 ({error}); put vocab.json and merges.txt there") from None
 
@@ -262,7 +273,7 @@ def load(name_or_folder: str | Path, device: str, precision: str) -> tuple[GPT2,
             raise UserError(f"--model={name_or_folder} is neither a folder nor one of {', '.join(NAMES)}")
         folder = fetch(str(name_or_folder))
     cfg, tokenizer = read_config(folder), read_tokenizer(folder)
-    if (bos_id := json.loads(tokenizer)["bos_id"]) != cfg.bos_id or cfg.vocab_size <= bos_id:
+    if (bos_id := json.loads(tokenizer)["bos_id"]) != cfg.bos_id:
         raise UserError(f"{folder / 'config.json'} has vocab_size={cfg.vocab_size} and bos_token_id={cfg.bos_id}, but "
                         f"GPT-2 begins documents with {bos_id}; choose another")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -31,7 +31,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FORMAT = 1                                                          # of meta.json
-META_BYTES, TOKENIZER_BYTES, LATEST_BYTES, PROMPTS_BYTES = 1 << 20, 1 << 26, 256, 1 << 26     # larger files are none
+META_BYTES, TOKENIZER_BYTES, LATEST_BYTES, PROMPTS_BYTES = 1 << 20, 1 << 24, 256, 1 << 26     # larger files are none
 # How the tokenizers of this project split text. Other patterns are refused: a regular expression can be made to run
 # for ever, and the engine behind tiktoken then ends the process.
 PATTERNS = ("", r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
@@ -49,6 +49,13 @@ class UserError(Exception):
 
 # -----------------------------------------------------------------------------
 # Command line
+
+def words(argv: list[str] | None) -> list[str]:
+    """The command line, by default this process's; raises UserError for --name=--, which argparse reads as a list."""
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:
+        raise UserError(f"{empty[0]} has no value; --help lists the flags")
+    return argv
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked as far as it goes without a model; raises UserError."""
@@ -97,10 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "that name beside sample.py")
     add("--out_dir", type=Path, default=Path("logs"), metavar="FOLDER",
         help="where the runs are (default: %(default)s)")
-    argv = sys.argv[1:] if argv is None else argv
-    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:    # argparse may read it as a list
-        refuse(f"{empty[0]} has no value")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words(argv))
     check_args(args)
     return args
 
@@ -763,7 +767,7 @@ def main(argv: list[str] | None = None) -> int:
         sample(parse_args(argv))
         return 0
     except UserError as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nsample.py: stopped", file=sys.stderr)
@@ -771,6 +775,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                                         # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:                                        # a name that is too long, a folder that is closed
+        print(f"sample.py: {UserError(error)}; name another path", file=sys.stderr)
+        return 2
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -254,7 +254,7 @@ class RankError(UserError):
 def convert(value, kind):
     """A value read from JSON as the type an annotation names, rows of tables too; raises ValueError or TypeError.
 
-    A float may be written as a whole number, and is finite.
+    A float may be written as a whole number; numbers are finite and below 2^63.
     """
     if is_dataclass(kind):
         row = dict(zip(kind.__annotations__, value, strict=True)) if isinstance(value, list) else value
@@ -264,7 +264,7 @@ def convert(value, kind):
         return tuple(convert(item, kind) for item, kind in zip(value, kinds, strict=True))
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(value)
-    if kind is float and not abs(value) < 1e300:
+    if kind in (int, float) and not abs(value) < 2**63:
         raise ValueError(value)
     return value
 
@@ -371,7 +371,7 @@ def help_text() -> str:
 # Data (same in every train_*.py)
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-TOKENIZER_BYTES = 1 << 26                # a larger tokenizer.json is none
+JSON_BYTES = 1 << 24                     # a larger file of JSON is none
 DOC_TOKENS = 64                          # padding is cut into documents of this length
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
 
@@ -438,10 +438,7 @@ def read_tokenizer(shard: Shard) -> bytes:
     path = Path(shard.path).parent / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; python data/fineweb.py or python data/text.py puts it there")
-    try:
-        text = path.read_bytes() if path.stat().st_size <= TOKENIZER_BYTES else b""
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from None
+    text = read_small(path)
     if hashlib.sha256(text).hexdigest() != shard.tokenizer:
         raise UserError(f"{path} is not the tokenizer of {shard.path} ({shard.tokenizer[:12]}); put that one there")
     try:                                 # the hash says whose it is, not that it is sound
@@ -1354,7 +1351,8 @@ class Run:
         self.info.pop("error", None)
         if checkpoint:
             write_atomically(self.folder / "checkpoint" / "latest", checkpoint.name.encode())
-            self.info["resumed"] = self.info.get("resumed", []) + [{"step": meta["step"], "at": now, "argv": argv}]
+            before = self.info.get("resumed") if isinstance(self.info.get("resumed"), list) else []
+            self.info["resumed"] = before + [{"step": meta["step"], "at": now, "argv": argv}]
         self.save(format=1, status="running", script=script.name, argv=argv, job=os.environ.get("TORCHELASTIC_RUN_ID"),
                   config=asdict(cfg), seed=cfg.seed, source_sha256=file_sha256(script),
                   git={"commit": command_output("git", "rev-parse", "HEAD"),
@@ -1368,6 +1366,9 @@ class Run:
         """Makes what is not there yet of the folder, the log and the copies of the source; raises UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.rglob("*"):                     # writing follows links and waits for pipes
+                if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                    raise UserError(f"{path} is a link or no file; put the file itself there, or remove it")
             self.log_file = open(self.folder / "log.txt", "a", buffering=1)
             for source in [Path(__file__)] + ([Path(triton_kernels.__file__)] if self.cfg.kernels else []):
                 copy = self.folder / source.name
@@ -1494,11 +1495,18 @@ def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+def read_small(path: Path) -> bytes:
+    """The content of a file of at most JSON_BYTES; empty for anything else."""
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= JSON_BYTES else b""
+    except OSError:
+        return b""
+
 def read_json(path: Path) -> dict:
     """The JSON object in a file; empty if there is none."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(read_small(path))
+    except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {}
 
@@ -1684,17 +1692,22 @@ def gather_state(model: GPT, optimizer: Optimizer, machine: Machine, everything:
 @torch.no_grad()
 def restore_state(folder: Path, meta: dict, model: GPT, optimizer: Optimizer, machine: Machine) -> list:
     """Gives every tensor its value in a checkpoint, which only the first rank reads; returns the training losses."""
-    everything, found = FILES[1] in meta["files"], {}
+    everything, found, losses = FILES[1] in meta["files"], {}, []
     if machine.rank == 0:
-        for name in meta["files"]:
-            found |= load_file(folder / name)
+        try:
+            for name in meta["files"]:
+                found |= load_file(folder / name)
+            losses = found.get("train_losses", torch.empty(0)).reshape(-1, 3).tolist()
+            torch.Generator().set_state(found.get("rng", torch.get_rng_state()))
+        except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+            raise RankError(f"{folder} cannot be read ({error}); choose another checkpoint") from None
     for name, tensor in (run_state(model, optimizer, machine) if everything else model.state_dict()).items():
         rows, random = share_rows(optimizer, name), name.endswith("rng")
         shape = (machine.world_size * len(tensor), *tensor.shape[1:]) if rows else tensor.shape
         whole = torch.zeros(shape, dtype=tensor.dtype, device=machine.device)
         if machine.rank == 0:
             target, value = whole[:rows] if rows else whole, found.get(name, tensor if random else None)
-            if value is None or value.shape != target.shape:
+            if value is None or value.shape != target.shape or not torch.can_cast(value.dtype, target.dtype):
                 raise RankError(f"{folder} holds no {name} of shape {tuple(target.shape)}; a model of another shape "
                                 "cannot go on from it")
             target.copy_(value)
@@ -1703,7 +1716,7 @@ def restore_state(folder: Path, meta: dict, model: GPT, optimizer: Optimizer, ma
         tensor.copy_(whole.chunk(machine.world_size)[machine.rank] if rows else whole)
         if random:
             torch.cuda.set_rng_state(tensor, machine.device) if name.startswith("cuda") else torch.set_rng_state(tensor)
-    return found.get("train_losses", torch.empty(0)).tolist()
+    return losses
 
 def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]], tokenizer: bytes, keep: int) -> Path:
     """Writes the folder step_<n> in `root`, then `latest`, then removes all but the newest `keep`.
@@ -1786,14 +1799,18 @@ def find_run(cfg: Hyperparameters, argv: list[str], restarted: bool) -> Path | N
 
 def find_fault(folder: Path, meta: dict, num_steps: int) -> str:
     """Why a run cannot go on from a checkpoint; empty if it can."""
-    kinds = {"files": dict, "identity": dict, "step": int, "place": list, "history": list, "train_time": float,
-             "tokens_seen": int}
-    if any(type(meta.get(name)) is not kind for name, kind in kinds.items()) or not meta["files"].keys() <= set(FILES):
+    kinds = {"files": dict, "identity": dict, "step": int, "place": tuple[int, int], "train_time": float,
+             "tokens_seen": int, "history": tuple[tuple[int, float, float], ...]}
+    try:
+        _, _, step, place, _, _, history = (convert(meta[name], kind) for name, kind in kinds.items())
+        if min(step, *place) < 0 or not history or not meta["files"].keys() <= set(FILES):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
         return "its meta.json is damaged"
     for name, content in meta["files"].items():
         if not (folder / name).is_file() or file_sha256(folder / name) != content:
             return f"its {name} is damaged"
-    if FILES[1] not in meta["files"] and meta["step"] < num_steps:
+    if FILES[1] not in meta["files"] and step < num_steps:
         return f"it has no {FILES[1]}, which needs --save_every and an even step, or a signal"
     return "" if (folder.parent.parent / "run.json").is_file() else "it is not in the folder of a run"
 
@@ -1807,7 +1824,7 @@ def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, ident
     if run is None:
         return None, {}, [f"{flag}: no unfinished run with a checkpoint in {cfg.out_dir}; a new run"] * bool(cfg.resume)
     latest = run / "checkpoint" / "latest"
-    newest = latest.is_file() and latest.read_text(errors="replace") or "step_~"    # comes after all numbers
+    newest = read_small(latest).decode(errors="replace") or "step_~"    # comes after all numbers
     folders = [run] if run.parent.name == "checkpoint" else run.glob("checkpoint/step_*")
     for folder in sorted((folder for folder in folders if folder.name <= newest), reverse=True):
         meta = read_json(folder / "meta.json")
@@ -1823,6 +1840,10 @@ def find_checkpoint(cfg: Hyperparameters, argv: list[str], num_steps: int, ident
     if refused := [text for name, text in changed.items() if name not in allowed]:
         raise UserError(f"{flag}: {folder} is of another run: {'; '.join(refused)}; put it back or add "
                         f"--resume_override={','.join(sorted(changed.keys() - {'shard_times'}))}")
+    (shard, token), files = meta["place"], identity["train_files"]
+    if meta["step"] > cfg.total_steps or shard >= len(files) or token > files[shard][1]:
+        raise UserError(f"{flag}: {folder} goes on after step {meta['step']} at token {token} of shard {shard}, beyond "
+                        "the steps or the shards of this run; put them back")
     return folder, meta, notes + [f"changed: {text}" for text in changed.values()]
 
 def config_from_dict(values: dict) -> Hyperparameters:
@@ -2114,9 +2135,9 @@ def main() -> int:
             print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 3
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise
-        print(f"{Path(__file__).name}: {error}; free space or choose another --out_dir", file=sys.stderr)
+        print(f"{Path(__file__).name}: {UserError(error)}; free space or choose another folder", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):

@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from fineweb import RETRY_WAITS, Refused, Transient, Web, given_source
+from fineweb import RETRY_WAITS, Refused, Transient, Web, given_source, one_line
 
 PUBLISHED = {
     "eval_bundle.zip": "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
@@ -33,13 +33,14 @@ PUBLISHED = {
 }
 ROOTS = ("core/", "eval_bundle/", "")  # where core.yaml may be
 ENDS = ("", ".xz")
-MAX_FILE, MAX_ZIP, MAX_TASKS = 1 << 28, 1 << 31, 1000  # bytes, bytes, files: more is not what it should be
+MAX_LINE, MAX_FILE, MAX_ZIP = 1 << 20, 1 << 26, 1 << 31  # bytes: more is not what it should be
+MAX_TASKS = 1000
 BLOCK_BYTES = 1 << 20
 
 
 def fail(message):
     """Print one line to stderr and end with exit code 2."""
-    print(f"evals.py: {message}", file=sys.stderr)
+    print(f"evals.py: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -180,7 +181,7 @@ def describe(path, name):
     items = 0
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
-            while line := file.readline(MAX_FILE):
+            while line := file.readline(MAX_LINE):  # of a longer one, the rest is no object
                 if not isinstance(json.loads(line), dict):
                     raise ValueError("not an object")
                 items += 1
@@ -195,13 +196,18 @@ def describe(path, name):
 
 def intact(out_dir):
     """The manifest in out_dir if nothing is missing and every file is as it says, else None."""
+    def content(name, limit):
+        path = out_dir / name
+        if not path.is_file() or path.stat().st_size > limit or not re.fullmatch(r"[\w/-]+(\.\w+)+", name, re.ASCII):
+            raise ValueError  # reading a pipe would wait for its writer
+        return path.read_bytes()
     try:
-        manifest = json.loads((out_dir / "manifest.json").read_text())
-        whole = all(type(entry.get("items", 0)) is int
-                    and hashlib.sha256((out_dir / name).read_bytes()).hexdigest() == entry["sha256"]
+        manifest = json.loads(content("manifest.json", MAX_LINE))
+        whole = all(type(items := entry.get("items", 0)) is int and 0 <= items < MAX_FILE
+                    and hashlib.sha256(content(name, MAX_FILE)).hexdigest() == entry["sha256"]
                     for name, entry in manifest["files"].items())
         return manifest if whole and manifest["files"] and not manifest["missing"] else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -231,7 +237,10 @@ def fetch_all(source, out_dir, about):
         manifest = {"format": 1, "files": files, "missing": missing, "made_by": about}
         write_synced(work / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
         for name in names:
-            (out_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            folder = (out_dir / name).parent
+            if folder.resolve() != (out_dir.resolve() / name).parent:
+                raise Refused(f"{folder} is a link to elsewhere; remove it")
+            folder.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, out_dir / name)
             other = f"{name}.xz" if name.endswith(".jsonl") else name.removesuffix(".xz")
             if other not in files:

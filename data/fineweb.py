@@ -725,7 +725,7 @@ def parse_arguments(argv):
     if not 1 <= args.jobs <= 64:
         fail(f"--jobs={args.jobs} is out of range: 1 to 64")
     args.out = args.out or Path(__file__).resolve().parent / (variant.folder + "_tokenized" * args.tokenize)
-    if args.source and args.out.exists() and os.path.exists(args.source) and args.out.samefile(args.source):
+    if args.source and all(map(os.path.exists, (args.out, args.source))) and args.out.samefile(args.source):
         fail(f"--from and --out are the same folder: {args.source}")
     return args
 

@@ -19,6 +19,7 @@ import argparse
 import base64
 import concurrent.futures as futures
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -49,8 +50,9 @@ LAYOUT = 1  # raise it when the same input and options would give other shards
 TASK_BYTES = 4 << 20  # input one task reads; a block of decompressed lines has this size too
 DOC_BYTES = 8 << 20  # a longer text file counts as several documents, so that no file has to fit in memory
 WINDOW = 1 << 16  # bytes searched for a paragraph end when a long text file is cut
-MANIFEST_BYTES = 1 << 26  # a larger manifest.json is none
-LINE_BYTES = 1 << 26  # a longer line of .jsonl is left out
+MANIFEST_BYTES = 1 << 24  # a larger manifest.json is none
+VOCAB_BYTES = 1 << 22  # larger files are not GPT-2's vocabulary
+LINE_BYTES = 1 << 25  # a longer line of .jsonl is left out: as objects it can take 24 times as much
 CHUNK_TOKENS = 1024  # --stream: longest chunk, when --max_doc_tokens does not say
 SORT_ROWS = 4_000_000  # document records sorted at a time, 40 bytes each
 MAX_GATHERERS = 8  # processes that each hold one shard in memory
@@ -116,7 +118,10 @@ def gpt2_tokenizer_json(vocab_dir=None):
 def _read_checked(path, sha256):
     """The file's bytes; LookupError when it cannot be read or its sha256 is another."""
     try:
-        data = path.read_bytes()
+        if not path.is_file():  # reading a pipe would wait for its writer
+            raise FileNotFoundError(errno.ENOENT, "no such file")
+        with open(path, "rb") as file:
+            data = file.read(VOCAB_BYTES)
     except OSError as e:
         raise LookupError(f"{path} cannot be read ({e.strerror})") from None
     if (found := hashlib.sha256(data).hexdigest()) != sha256:

@@ -32,6 +32,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from runs import UserError, read_run
 
 BOS, STREAM, VAL_TOKENS, STEPS = 8, 256, 700, 6         # 8 tokens of one byte and a begin-of-document id
 FROM_MACHINE = {"vocab_size", "bos_id", "attention", "compile", "kernels", "float8"}    # what a run fills in itself
@@ -259,13 +260,16 @@ def main() -> int:
         module = load_script(args.script)
         config = asdict(next(iter(module.PRESETS.values())))
         if args.run:
-            info = json.loads(args.run.read_text())
+            info = read_run(args.run.parent).info
             check_run(module, info)
             config = info["config"]
         check_script(module, json.loads(json.dumps(config)), args.device)
     except Dishonest as found:
         print(f"{args.script}: {found}", file=sys.stderr)
         return 1
+    except (UserError, OSError) as error:
+        print(f"guard.py: {UserError(error)}; name another path", file=sys.stderr)
+        return 2
     print(f"{args.script}: the loss is normalised, causal, complete, and validating changes nothing")
     return 0
 

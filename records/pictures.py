@@ -25,6 +25,7 @@ def new_figure(*size):
 
 def save(figure, path: Path):
     """Writes a picture without a date in it, so that the same logs give the same file."""
+    path.unlink(missing_ok=True)         # it may be a link, which writing would follow
     figure.savefig(path, facecolor="white", **({"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 150}))
 
 

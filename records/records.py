@@ -418,8 +418,8 @@ def run_half(folder: Path, ledger: dict, arm: str, seed: int, args):
 def keep_run(source: Path, target: Path):
     """Copies what the archive keeps of a run folder: run.json and log.txt."""
     target.mkdir()
-    for name in ("run.json", "log.txt"):
-        shutil.copy(source / name, target / name)
+    for name, limit in (("run.json", MAX_JSON), ("log.txt", MAX_LOG)):
+        (target / name).write_text(read_text(source / name, limit))
 
 
 def log_hashes(folder: Path) -> dict[str, str]:
@@ -778,7 +778,7 @@ def main() -> int:
         print(f"records.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"records.py: {error}", file=sys.stderr)
+        print(f"records.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("records.py: interrupted" + "; the same command goes on from here" * ("compare" in sys.argv),

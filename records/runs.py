@@ -76,7 +76,8 @@ def check_fields(values, fields: dict, where):
 def write_text(path: Path, text: str):
     """Writes under a temporary name, then renames, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    temporary.unlink(missing_ok=True)    # it may be a link, which writing would follow
+    with open(temporary, "x") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -84,6 +85,9 @@ def write_text(path: Path, text: str):
 
 
 def sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal; raises UserError if it is none, as a pipe, whose reader waits."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there, or not a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -343,7 +343,8 @@ def write_until_killed(root, step, report):
     """Writes checkpoints of the next steps, whose tensors hold the step, and reports each."""
     for step in range(step + 1, 1 << 30):
         files = {name: {"x": torch.full((5000,), step)} for name in train_gpt.FILES}
-        meta = {"step": step, "identity": {}, "place": [0, 0], "history": [], "train_time": 0.5, "tokens_seen": 1}
+        meta = {"step": step, "identity": {}, "place": [0, 0], "history": [[0, 0.0, 9.0]], "train_time": 0.5,
+                "tokens_seen": 1}
         write_checkpoint(root, meta, files, b"{}", keep=2)
         os.write(report, step.to_bytes(4, "little"))
 

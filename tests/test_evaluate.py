@@ -586,7 +586,7 @@ def test_shards_of_another_tokenizer_are_refused(refused, tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"{", "cannot be read"), (b"[]", "does not hold items of hellaswag"),
-    (b'{"ctx": "x"}', "does not hold items of hellaswag (KeyError: 'label')"),
+    (b'{"ctx": "x"}', "does not hold items of hellaswag (KeyError: 'endings')"),
 ], ids=str)
 def test_damaged_items_are_refused(refused, tmp_path, content, words):
     (tmp_path / "hellaswag_val.jsonl").write_bytes(content)

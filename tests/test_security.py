@@ -9,10 +9,10 @@ folders, manifests, archives and records, next to a file that must stay as it is
 Run: python -m pytest tests/test_security.py
 """
 import ast
-import contextlib
 import hashlib
 import importlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -405,18 +405,18 @@ def test_building_shards_replaces_links(name, tmp_path, victim):
 
 @pytest.mark.parametrize("uri", ("../../home/victim", "/etc/x.jsonl", "a/../../b.jsonl", "a/b/c.jsonl",
                                  "a\\..\\b.jsonl", "~/b.jsonl"))
-def test_names_in_an_archive_of_questions_are_refused(uri, tmp_path, victim):
+def test_names_in_an_archive_of_questions_are_refused(uri, tmp_path, victim, capsys):
     if not evals:
         pytest.skip("data/evals.py is not there")
     source, out = tmp_path / "source", tmp_path / "evals"
     source.mkdir()
     with zipfile.ZipFile(source / "eval_bundle.zip", "w") as bundle:
-        bundle.writestr("core.yaml", f"- dataset_uri: {uri}\n")
+        bundle.writestr("core.yaml", f"dataset_uri: {uri}\n")
         bundle.writestr(f"eval_data/{uri}", "{}\n")
         bundle.writestr("../home/victim", "overwritten")
     with pytest.raises(SystemExit):
         evals.main([f"--from={source}", f"--out={out}"])
-    assert not out.exists()
+    assert not out.exists() and "names the data file" in capsys.readouterr().err
 
 
 def test_an_archive_that_unfolds_to_gigabytes_is_refused(tmp_path, monkeypatch):
@@ -448,10 +448,7 @@ def test_names_in_a_record_are_refused(change, tmp_path, victim):
         runs.read_record(record)
 
 
-PENDING = pytest.mark.xfail(reason="open() follows the link", strict=True)
-
-
-@pytest.mark.parametrize("name", (pytest.param(".README.md.tmp", marks=PENDING), "README.md"))
+@pytest.mark.parametrize("name", (".README.md.tmp", "README.md"))
 def test_tables_are_never_written_through_a_link(name, tmp_path):
     if not runs:
         pytest.skip("records/ has no tool yet")
@@ -463,17 +460,61 @@ def test_tables_are_never_written_through_a_link(name, tmp_path):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=PENDING) for name in (
-    "log.txt", "train_gpt.py", ".run.json.tmp", "checkpoint/.latest.tmp")])
-def test_a_run_that_goes_on_never_writes_through_a_link(name, checkpoint, tmp_path):
-    """--resume=PATH in a run folder that came from elsewhere; a refusal is fine, too."""
-    folder, path = checkpoint.parents[1], tmp_path / "victim"
-    path.write_text("precious")
-    (folder / "run.json").write_text("{}")
-    (folder / name).symlink_to(path)
-    machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-    with contextlib.suppress(train_gpt.UserError):
+@pytest.fixture
+def goes_on(checkpoint):
+    """Function that opens the run folder of the checkpoint as --resume=PATH does."""
+    def start():
+        machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
         cfg = train_gpt.replace(train_gpt.PRESETS["tiny"], kernels=False)
-        run = train_gpt.Run(cfg, machine, [], checkpoint, {"step": 1})
-        run.log_file.close()
-    assert path.read_text() == "precious"
+        train_gpt.Run(cfg, machine, [], checkpoint, {"step": 1}).log_file.close()
+    (checkpoint.parents[1] / "run.json").write_text("{}")
+    return start
+
+
+@pytest.mark.parametrize("name", ("log.txt", "train_gpt.py", ".run.json.tmp", "curve.svg", "checkpoint/.latest.tmp",
+                                  "checkpoint/.step_000002.tmp"))
+@pytest.mark.parametrize("make", (lambda path, victim: path.symlink_to(victim), lambda path, _: os.mkfifo(path)))
+def test_a_run_that_goes_on_never_writes_through_a_link(name, make, goes_on, checkpoint, victim):
+    """In a run folder that came from elsewhere; nor does it wait for the reader of a pipe."""
+    make(checkpoint.parents[1] / name, victim)
+    with pytest.raises(train_gpt.UserError, match=f"{name} is a link or no file"):
+        goes_on()
+
+
+def test_checkpoints_are_never_written_behind_a_link(goes_on, checkpoint, victim):
+    """There, old ones would be removed."""
+    shutil.copytree(checkpoint.parent, elsewhere := victim.parents[1] / "elsewhere")
+    shutil.rmtree(checkpoint.parent)
+    checkpoint.parent.symlink_to(elsewhere)
+    with pytest.raises(train_gpt.UserError, match="checkpoint is a link"):
+        goes_on()
+
+
+@pytest.mark.parametrize("said", ("[1]", '{"resumed": "x"}', '{"resumed": 1}', "[" * 100_000, '{"started": []}'))
+def test_a_run_goes_on_whatever_its_run_json_says(said, goes_on, checkpoint):
+    path = checkpoint.parents[1] / "run.json"
+    path.write_text(said)
+    goes_on()
+    assert [entry["step"] for entry in json.loads(path.read_text())["resumed"]] == [1]
+
+
+def test_questions_are_never_put_behind_a_link(tmp_path, victim):
+    (tmp_path / "source" / "core").mkdir(parents=True)
+    (tmp_path / "source" / "core" / "core.yaml").write_text("dataset_uri: a/b.jsonl\n")
+    (tmp_path / "source" / "hellaswag_val.jsonl").write_text("{}\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "core").symlink_to(victim.parent)
+    with pytest.raises(evals.Refused, match="core is a link"):
+        evals.fetch_all(fineweb.Folder(tmp_path / "source"), tmp_path / "out", {})
+
+
+@pytest.mark.parametrize("target", ("/dev/zero", "pipe"))
+def test_logs_without_end_are_not_copied(target, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    os.mkfifo(tmp_path / "run" / "pipe")
+    (tmp_path / "run" / "log.txt").symlink_to(target)
+    with pytest.raises(runs.UserError, match="not a plain file"):
+        records.keep_run(tmp_path / "run", tmp_path / "kept")
+    with pytest.raises(runs.UserError, match="not a file"):
+        runs.sha256(tmp_path / "run" / "log.txt")
