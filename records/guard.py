@@ -2,6 +2,7 @@
 
     python records/guard.py train_gpt.py                       # with the tables of its default preset
     python records/guard.py SCRIPT --run=FOLDER/run.json       # with the tables of a run; did SCRIPT make that run?
+    python records/guard.py SCRIPT --run=A/run.json --run=B/run.json       # of several; equal tables are examined once
     python records/guard.py SCRIPT --device=cuda               # with the GPU's attention instead of the plain one
 
 It imports the script, so it runs its code, trains a model of a few channels on made-up text, and looks at it from
@@ -35,12 +36,13 @@ import torch.nn.functional as F
 from runs import UserError, read_run
 
 BOS, STREAM, VAL_TOKENS, STEPS = 8, 256, 700, 6         # 8 tokens of one byte and a begin-of-document id
-FROM_MACHINE = {"vocab_size", "bos_id", "attention", "compile", "kernels", "float8"}    # what a run fills in itself
+# what a run fills in itself
+FROM_MACHINE = {"vocab_size", "bos_id", "attention", "compile", "kernels", "float8", "host_state"}
 SMALL = {"val_tokens": VAL_TOKENS, "val_stream_tokens": STREAM, "slot_tokens": 128, "micro_batch_tokens": 0,
          "num_iterations": STEPS, "stop_after": 0, "final_windows": [24, 64], "head_dim": 16, "mlp_dim": 64,
          "gate_dim": 8, "vocab_size": 0, "vocab_multiple": 1, "bos_id": -1, "bigram_rows": 61, "bigram_signs": 8,
          "precision": "fp32", "attention": "auto", "kernels": False, "float8": False, "compile": False, "seed": 0,
-         "resume": "", "save_every": 0}
+         "resume": "", "save_every": 0, "compile_cache": ""}
 
 
 class Dishonest(Exception):
@@ -208,6 +210,11 @@ def disturb(model):
             param += 0.1 * torch.randn(param.shape, generator=generator).to(param)
 
 
+def same_to_the_guard(config: dict, device: str) -> str:
+    """What is the same for two configurations if and only if they make the same small runs."""
+    return json.dumps(small_flags(config, Path(), device, val_every=0))
+
+
 def check_script(module, config: dict, device: str = "cpu"):
     """All that the guard knows, for the tables of one configuration; raises Dishonest."""
     torch.set_num_threads(1)
@@ -248,22 +255,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="guard.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, help="a training script")
-    parser.add_argument("--run", type=Path, metavar="RUN.JSON", help="run.json of a run that the script made")
+    parser.add_argument("--run", type=Path, metavar="RUN.JSON", action="append", default=[],
+                        help="run.json of a run that the script made; may be given several times")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
     args = parser.parse_args()
     try:
-        for path in filter(None, (args.script, args.run)):
+        for path in (args.script, *args.run):
             if not path.is_file():
                 print(f"guard.py: {path} is not a file; name a training script, and with --run a run.json",
                       file=sys.stderr)
                 return 2
         module = load_script(args.script)
-        config = asdict(next(iter(module.PRESETS.values())))
-        if args.run:
-            info = read_run(args.run.parent).info
+        configs = [] if args.run else [json.loads(json.dumps(asdict(next(iter(module.PRESETS.values())))))]
+        for path in args.run:
+            info = read_run(path.parent).info
             check_run(module, info)
-            config = info["config"]
-        check_script(module, json.loads(json.dumps(config)), args.device)
+            configs.append(info["config"])
+        for config in {same_to_the_guard(config, args.device): config for config in configs}.values():
+            check_script(module, config, args.device)
     except Dishonest as found:
         print(f"{args.script}: {found}", file=sys.stderr)
         return 1

@@ -256,15 +256,14 @@ def check_readme(record: Record) -> list[str]:
 
 def check_guard(record: Record) -> list[str]:
     """Each script passes the metric guard with the tables of its own runs."""
-    problems, seen = [], set()
+    scripts, problems = {}, []
     for arm in record.ledger["arms"]:
-        runs = record.of_arm(arm)
-        key = (sha256(record.script(arm)), *record.ledger["arms"][arm]["flags"])
-        if not runs or key in seen:
-            continue
-        seen.add(key)
-        done = subprocess.run([sys.executable, str(HERE / "guard.py"), str(record.script(arm)),
-                               f"--run={runs[0].folder / 'run.json'}"], capture_output=True, text=True,
+        if runs := record.of_arm(arm):
+            path = record.script(arm)
+            sources = tuple(map(sha256, filter(Path.is_file, (path, path.with_name("triton_kernels.py")))))
+            scripts.setdefault(sources, [str(path)]).append(f"--run={runs[0].folder / 'run.json'}")
+    for arguments in scripts.values():
+        done = subprocess.run([sys.executable, str(HERE / "guard.py"), *arguments], capture_output=True, text=True,
                               env=child_environment() | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             problems.append((done.stderr.strip().splitlines() or [f"guard.py ends with {done.returncode}"])[-1])

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import importlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -97,6 +97,24 @@ def only_folder(logs):
     return folders[0]
 
 
+# Files that take long, the longest first: with two processes the last ones to end are short.
+LONG = ["test_hostile.py", "test_records.py", "test_checkpoint.py", "test_metric.py", "test_decode.py", "test_ranks.py",
+        "test_evaluate.py", "test_text.py", "test_train.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """The long files come first, each as a whole."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one process, which makes what they share once; files are begun in the order above."""
+    from xdist.scheduler import LoadFileScheduling
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Sound shards that tests only read."""
@@ -122,6 +140,7 @@ def small_config(data, script):
 @pytest.fixture
 def run_main(script, monkeypatch, capsys):
     """Function of command line arguments that calls main(), and returns exit code, output and errors."""
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)  # no curve: it takes as long as the steps
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv):
@@ -163,8 +182,9 @@ def call_with_output(output, environment, function, arguments):
 
 
 def main_of(argv):
-    """What `python train_gpt.py argv` does."""
+    """What `python train_gpt.py argv` does, but for the curve, which takes as long as the steps."""
     import train_gpt
+    sys.modules["matplotlib.backends.backend_svg"] = None
     sys.argv = ["train_gpt.py", *argv]
     return train_gpt.main()
 
@@ -172,7 +192,9 @@ def main_of(argv):
 @pytest.fixture(scope="session")
 def forkserver():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.nn.attention.flex_attention", "safetensors.torch"])
+    context.set_forkserver_preload(["torch._dynamo", "torch.nn.attention.flex_attention", "safetensors.torch", "pytest",
+                                    "torch.distributed.run", "train_gpt", "sample"])
+    multiprocessing.forkserver.ensure_running()     # now, while the project's root is the current folder
     return context
 
 

@@ -1,7 +1,8 @@
 """Runs of train_gpt.py that end before their time, by a signal, a fault or a full disk, and go on from a checkpoint.
 
 Against: runs that nobody disturbed, bit for bit on as many ranks. The runs take a second each and are processes of
-their own where they get killed; one test starts torchrun. Run: python -m pytest tests/test_checkpoint.py
+their own where they get killed; in one test torchrun's agents start them.
+Run: python -m pytest tests/test_checkpoint.py
 """
 import json
 import os
@@ -11,7 +12,6 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, join, main_of, make_data, only_folder, rank_starter, small_flags
+from conftest import join, main_of, make_data, only_folder, rank_starter, small_flags
 from safetensors.torch import load_file
 
 import sample
@@ -60,7 +60,6 @@ def disturbed_main(argv, number, logs, rank, kind):
         os.kill(os.getpid(), kind)
     if int(os.environ["RANK"]) == rank and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         at_step(number, action)
-    train_gpt.Run.plot = lambda run: None  # saves a second
     return main_of(argv)
 
 
@@ -166,7 +165,6 @@ def signalled_main(argv, moment):
             time.sleep(0.1)
         return original(*args, **named)
     setattr(train_gpt, name, disturbed)
-    train_gpt.Run.plot = lambda run: None  # saves a second
     return main_of(argv)
 
 
@@ -182,24 +180,34 @@ def test_sigterm_at_any_moment_then_the_same_command_again(runs, start_ranks, da
     assert_same(only_folder(tmp_path / "logs"), only_folder(runs[1][0]))
 
 
-def test_two_agents_train_as_one_with_two_ranks_even_when_one_rank_is_killed(runs, data, tmp_path):
-    """torchrun starts the ranks again, which go on with their own run; the script is started by another, which kills."""
-    logs, script = tmp_path / "logs", tmp_path / "run.py"
-    script.write_text(f"import signal, sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-                      f"from test_checkpoint import disturbed_main\n"
-                      f"sys.exit(disturbed_main(sys.argv[1:], 13, {str(logs)!r}, 1, signal.SIGKILL))\n")
+def worker_main(*arguments):
+    if code := disturbed_main(*arguments):
+        sys.exit(code)
+
+
+def agent_main(flags, *arguments):
+    """torchrun with these flags, but that its ranks are forked from it: they need not load PyTorch again."""
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+    # else agents may count restarts differently, and then their ranks look for each other under different names
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    config = config_from_args(parse_args([*flags, "--start_method=fork", "train_gpt.py"]))[0]
+    elastic_launch(config, worker_main)(*arguments)
+    return 0
+
+
+def test_two_agents_train_as_one_with_two_ranks_even_when_one_rank_is_killed(runs, start_ranks, data, tmp_path):
+    """torchrun starts the ranks again, which go on with their own run."""
+    logs = tmp_path / "logs"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test",
-               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
-               "--max-restarts=1", script, *small_flags(data, out_dir=logs, save_every=10)]
-    # else agents may count restarts differently, and then their ranks look for each other under different names
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, text=True,
-                               env=environment) for _ in range(2)]
-    outputs = [agent.communicate(timeout=100)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    flags = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test", "--rdzv_backend=c10d", "--max-restarts=1",
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+    argv = small_flags(data, out_dir=logs, save_every=10)
+    agents = [start_ranks(1, agent_main, flags, argv, 13, logs, 1, signal.SIGKILL)[0] for _ in range(2)]
+    codes, outputs = join(agents, 100), [agent.output.read_text() for agent in agents]
+    assert codes == [0, 0], outputs
     said = "".join(outputs)
     assert said.count("no answer from rank 1,") == 1 and said.count("goes on from") == 1, said
     assert_same(only_folder(logs), only_folder(runs[2][0]))
@@ -315,7 +323,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs, find, tm
 
 
 def test_it_goes_on_from_the_one_before_and_replaces_the_damaged_one(runs, run_main, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt.Run, "plot", lambda self: None)
     run = Path(shutil.copytree(only_folder(runs[1][0]), tmp_path / "logs" / "run"))
     flip(run / "checkpoint" / "step_000020" / "model.safetensors")
     done = run_main(*small_flags(data, out_dir=tmp_path / "logs", save_every=10, resume=run))
@@ -399,7 +406,6 @@ def test_a_full_disk_while_saving_is_a_warning(run_main, data, tmp_path, monkeyp
     """For four steps no file may grow: the checkpoint of step 12 is not written, nor is the log until it can be."""
     limits, seen = resource.getrlimit(resource.RLIMIT_FSIZE), {}
     monkeypatch.setattr(train_gpt, "training_step", train_gpt.training_step)
-    monkeypatch.setattr(train_gpt.Run, "plot", lambda self: None)
 
     def restore():
         wait_for(lambda: all("write" not in thread.name for thread in threading.enumerate()))

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,26 @@ def test_the_tables_of_a_run_are_those_that_its_flags_make():
                            (info | {"val_losses": [{"step": 13}]}, "ends at step 12, the run at step 13")):
         with pytest.raises(guard.Dishonest, match=words):
             guard.check_run(module, changed)
+
+
+def test_several_runs_are_examined_once_if_nothing_differs_that_the_guard_sees(tmp_path, monkeypatch, capsys):
+    module, examined = guard.load_script(ROOT / "train_gpt.py"), []
+    monkeypatch.setattr(guard, "check_script", lambda module, config, device: examined.append(config["seed"]))
+    argv = ["guard.py", str(ROOT / "train_gpt.py")]
+    for seed, more in enumerate(([], ["--compile_cache=here"], ["--num_iterations=12"], ["--momentum=0.5,0.6"])):
+        cfg = module.parse_config(["--preset=tiny", f"--seed={seed}", *more])
+        path = tmp_path / str(seed) / "run.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"argv": ["--preset=tiny", f"--seed={seed}", *more], "config": asdict(cfg),
+                                    "val_losses": [{"step": cfg.total_steps}]}))
+        argv.append(f"--run={path}")
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(guard, "read_run", lambda folder: SimpleNamespace(
+        info=json.loads((folder / "run.json").read_text())))
+    assert guard.main() == 0 and sorted(examined) == [2, 3]
+    path = tmp_path / "1" / "run.json"
+    path.write_text(path.read_text().replace("here", "there", 1))
+    assert guard.main() == 1 and "compile_cache" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("track", sorted(path.parent.name for path in ROOT.glob("records/track_*/track.json")))

@@ -23,7 +23,6 @@ WORLDS = (1, 2, 3)
 def recorded_main(argv, out):
     """main() of one rank; leaves its batches, the first step's summed gradients and its last parameters in a file."""
     import train_gpt
-    sys.modules["matplotlib"] = None  # saves a second
     batches, record, step = [], {}, train_gpt.Optimizer.step
     original = train_gpt.training_batches
 

@@ -316,7 +316,6 @@ def main_killed_at(argv, number):
         return call
     for name in ("replace", "rename", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
-    sys.modules["matplotlib"] = None  # saves a second: the curve is written last
     assert main_of(argv) == 0
     return len(calls)
 
