@@ -50,7 +50,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint as recompute
 
 try:
@@ -2228,6 +2227,7 @@ def with_flex(tiles: dict, starts_T: Tensor, window: Tensor, longest: int, max_d
 
 def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):
     """torch's variable-length attention, whose kernels --attention=fa3 replaces; see ATTENTION."""
+    from torch.nn.attention.varlen import varlen_attn               # loading it takes two seconds
     begins = list_documents(starts_T)
     return lambda q, k, v: varlen_attn(q, k, v, begins, begins, max_doc_tokens, max_doc_tokens, scale=1.0,
                                        window_size=(window, 0))
