@@ -23,7 +23,6 @@ import contextlib
 import errno
 import glob
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -48,7 +47,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint as recompute
 
 try:
     import triton_kernels
@@ -1274,8 +1272,8 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
         return cfg, min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares)), "memory plan: none"
     # fits what was measured on an H200 with 16k to 131k tokens, one and four ranks, within 1.5 GiB: activations take 11
-    # numbers per token, layer and channel and 2 per hidden unit (4 without kernels), logits 4 bytes; a weight and its
-    # gradient take 4 bytes, and 8 more over all ranks for what the optimizer keeps
+    # numbers per token, layer and channel and 2 per hidden unit (4 without kernels), a logit 2 (4); a weight and its
+    # gradient are two, and what the optimizer keeps is 8 bytes a weight over all ranks
     width = 2 if cfg.precision == "bf16" else 4
     tables = ((2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows) * cfg.model_dim
     matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim) * cfg.model_dim
@@ -1285,7 +1283,7 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters
     have = 0.92 * cap * torch.cuda.get_device_properties(machine.device).total_memory
     def need(tokens, host_state):        # bytes: static ones, logits, activations
         kept = 8 * (matrices + tables * (not host_state)) / machine.world_size
-        logits = 2 * width * min(tokens, chunk) * min(cfg.candidates or cfg.vocab_size, cfg.vocab_size)
+        logits = (2 if cfg.kernels else 4) * width * min(tokens, chunk) * min(cfg.candidates or cfg.vocab_size, cfg.vocab_size)
         return 2 * width * (tables + matrices) + kept, logits, per_token * tokens
     def padding(slots):                  # empty slots that fill up the last micro-steps
         return sum(-share % slots for share in shares)
@@ -2005,7 +2003,6 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     if cfg.compile:
         warm_up(forward, optimizer, machine, micro_slots)
         run.print(f"compiled and warmed up in {clock.seconds:.1f} s; the initial state is back, bit for bit")
-    importlib.import_module("torch._dynamo")    # recomputation needs it, and would load it, in seconds, on the clock
     clock.stop()
     run.save(compile_seconds=round(clock.seconds, 1))
     graphs, clock = compiled_graphs(), Clock(machine)
@@ -2238,7 +2235,7 @@ ATTENTION = {"flex": partial(with_flex, TILES), "flex_small": partial(with_flex,
              "fa3": with_varlen, "plain": with_plain, "auto": with_plain}
 
 LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0, 5.0, 7.5             # logits lie in 0..23 (#54)
-HEAD_CHUNK = 16_384                      # tokens whose logits exist at one time
+HEAD_CHUNK = 8192                        # tokens whose logits exist at one time
 
 def choose_candidates(targets_TK: Tensor, vocab_size: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(ids (count,), how many tokens each stands for (count,) fp32, targets as places among the ids, -1: none).
@@ -2259,19 +2256,36 @@ def choose_candidates(targets_TK: Tensor, vocab_size: int, count: int) -> tuple[
     places = torch.full((vocab_size + 1,), -1, device=device).scatter(0, ids, torch.arange(count, device=device))
     return ids, counts, places[targets]
 
+class HeadLoss(torch.autograd.Function):
+    """head_loss with both gradients in one pass, chunk by chunk, so that logits are neither kept nor computed twice."""
+
+    @staticmethod
+    def forward(ctx, x_TC, weight_VC, targets_TK, weights_K, counts_V):
+        loss, dx, dweight = x_TC.new_zeros((), dtype=torch.float32), [], torch.zeros_like(weight_VC, dtype=torch.float32)
+        for x, targets in zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK)):
+            logits, wanted, places = map_logits(F.linear(x, weight_VC)), weights_K * (targets >= 0), targets.clamp(min=0)
+            counted = logits if counts_V is None else logits + counts_V.log()
+            total = counted.logsumexp(dim=1, keepdim=True)
+            loss += ((total - logits.gather(1, places)) * wanted).sum()
+            grad = (counted - total).exp() * wanted.sum(dim=1, keepdim=True)
+            grad = grad.scatter_add(1, places, -wanted) * logits * (1 - logits / LOGIT_SCALE) / LOGIT_WIDTH
+            grad = grad.to(x.dtype)      # by the raw product: of a sigmoid s it is s (1 - s)
+            dx.append(grad @ weight_VC)
+            dweight += grad.T @ x
+        ctx.save_for_backward(torch.cat(dx), dweight.to(weight_VC.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors), None, None, None
+
 def head_loss(x_TC: Tensor, weight_VC: Tensor, targets_TK: Tensor, weights_K: Tensor,
               counts_V: Tensor | None = None) -> Tensor:
     """Sum over tokens of the weighted cross-entropies of K targets (int64, -1: none), a fp32 scalar.
 
     counts (V,) fp32: for how many tokens each row of the weight stands in the sum of exponentials; None: for one.
     """
-    def of_chunk(x, targets):
-        logits = map_logits(F.linear(x, weight_VC))
-        total = (logits if counts_V is None else logits + counts_V.log()).logsumexp(dim=1, keepdim=True)
-        return ((total - logits.gather(1, targets.clamp(min=0))) * weights_K * (targets >= 0)).sum()
-    # each chunk's logits are computed again in the backward instead of kept
-    chunks = zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK))
-    return torch.stack([recompute(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return HeadLoss.apply(x_TC, weight_VC, targets_TK, weights_K, counts_V)
 
 def map_logits(logits: Tensor) -> Tensor:
     """fp32 logits in 0..23 from the head's raw product."""

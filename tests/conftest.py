@@ -192,7 +192,7 @@ def main_of(argv):
 @pytest.fixture(scope="session")
 def forkserver():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.nn.attention.flex_attention", "safetensors.torch", "pytest",
+    context.set_forkserver_preload(["torch.nn.attention.flex_attention", "safetensors.torch", "pytest",
                                     "torch.distributed.run", "train_gpt", "sample"])
     multiprocessing.forkserver.ensure_running()     # now, while the project's root is the current folder
     return context
