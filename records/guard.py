@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from runs import UserError, read_run
 
-BOS, STREAM, VAL_TOKENS, STEPS = 8, 256, 700, 6         # 8 tokens of one byte and a begin-of-document id
+BOS, STREAM, VAL_TOKENS, STEPS = 8, 256, 500, 4         # 8 tokens of one byte and a begin-of-document id
 # what a run fills in itself
 FROM_MACHINE = {"vocab_size", "bos_id", "attention", "compile", "kernels", "float8", "host_state"}
 SMALL = {"val_tokens": VAL_TOKENS, "val_stream_tokens": STREAM, "slot_tokens": 128, "micro_batch_tokens": 0,
@@ -231,8 +231,8 @@ def check_script(module, config: dict, device: str = "cpu"):
     disturb(disturbed)
     forward, compiled = (torch.compile(model, dynamic=False, fullgraph=True) if device == "cuda" else model
                          for model in (disturbed, honest))
-    check_causal(forward, stream, targets, (border - 1, border, 63, 127, 201), tolerance)
-    check_normalised(forward, stream, (border - 1, 100, 201), 10 * tolerance)
+    check_causal(forward, stream, targets, (border - 1, border, 127, 201), tolerance)
+    check_normalised(forward, stream, (border - 1, 201), 10 * tolerance)
     check_complete(compiled, tokens, run.info["val_losses"][-1]["val_loss"], device, tolerance)
 
 

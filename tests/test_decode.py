@@ -165,11 +165,10 @@ def test_in_bf16_decoding_is_as_exact_as_forward(model):
     assert errors[1] < 1.2 * errors[0]
 
 
-@pytest.mark.parametrize("script", sorted({script for script, _ in MODELS}))
-def test_a_step_compiles_to_one_graph(script):
-    """By torch.compile's front end alone."""
-    model, tokens = random_model(script, "tiny"), random_tokens(2, 60)
-    cache, calls = model.new_cache(2, 60, 1), []
+def test_a_step_compiles_to_one_graph():
+    """By torch.compile's front end alone; Model and Decoding are the same in every script."""
+    model, tokens = random_model("train_gpt", "tiny"), random_tokens(2, 30)
+    cache, calls = model.new_cache(2, 30, 1), []
 
     def backend(graph, inputs):
         calls.append(len(inputs))

@@ -158,6 +158,7 @@ needs_data = pytest.mark.skipif(not SHARED.exists(), reason="no development data
 @needs_data
 def test_the_vocabulary_comes_from_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    text.gpt2_tokenizer_json.cache_clear()
     with pytest.raises(gpt2.UserError, match="has no vocabulary of GPT-2.*put vocab.json and merges.txt there"):
         read_tokenizer(tmp_path)
     shutil.copy(SHARED / "gpt2_bpe" / "encoder.json", tmp_path / "vocab.json")
