@@ -1855,9 +1855,9 @@ def config_from_dict(values: dict) -> Hyperparameters:
 
 def digest(tensors: dict[str, Tensor]) -> dict[str, int]:
     """A 64-bit sum per tensor that changes with any bit of it, computed where the tensor lies."""
-    sums = dict.fromkeys(tensors, 0)
+    sums, integer = dict.fromkeys(tensors, 0), {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, tensor in tensors.items():
-        words = tensor.detach().contiguous().flatten().view(torch.uint8)
+        words = tensor.detach().contiguous().flatten().view(integer[tensor.element_size()])
         for i, chunk in enumerate(words.split(1 << 24)):
             weights = torch.arange(chunk.numel(), device=chunk.device) * 2654435761 + 2 * i + 1
             sums[name] += int((chunk.long() * (weights | 1)).sum())
