@@ -221,8 +221,8 @@ PRESETS = {
     "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5,      # on one
                               candidates=16_384),
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
-        train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=131_072,
-        val_stream_tokens=8192, slot_tokens=1024, num_iterations=110, val_every=50, stages=TINY_STAGES,
+        train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=65_536,
+        val_stream_tokens=8192, slot_tokens=1024, num_iterations=90, val_every=45, stages=TINY_STAGES,
         final_windows=(64, 256), layers=TINY_LAYERS, model_dim=192, head_dim=48, mlp_dim=768, gate_dim=16,
         bigram_rows=32_768, bigram_signs=256, vocab_multiple=1, precision="fp32", compile=False),
 }
