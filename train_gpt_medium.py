@@ -315,7 +315,8 @@ def check_config(cfg: Hyperparameters):
     need(lambda pair: len(pair) == 2 and 1 <= min(pair) and max(pair) <= MAX_TOKENS, "final_windows",
          f"must be two numbers in 1..{MAX_TOKENS}")
     need(lambda pair: len(pair) == 2 and all(0 <= item < 1 for item in pair), "momentum", "must be two numbers in 0..1")
-    for name, known in (("device", "auto cuda cpu mps"), ("precision", "bf16 fp32"), ("attention", " ".join(ATTENTION))):
+    choices = ("device", "auto cuda cpu mps"), ("precision", "bf16 fp32"), ("attention", " ".join(ATTENTION))
+    for name, known in choices:
         need(lambda value: value in known.split(), name, f"is unknown; choose from {known}")
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
     need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
@@ -472,7 +473,7 @@ def documents(shards: list[Shard], token: int = 0):
             yield ids, start, len(ids)
 
 def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (int32), targets (int64) of one slot from (ids, start, length) pieces, padded with documents of 0 and -1."""
+    """Inputs (int32), targets (int64) of one slot from (ids, start, length) pieces, then documents of 0 and -1."""
     inputs, targets, filled = np.zeros(slot_tokens, np.int32), np.full(slot_tokens, -1, np.int64), 0
     for ids, start, length in pieces:
         inputs[filled:filled + length] = ids[start:start + length]
@@ -1273,7 +1274,7 @@ def fits_backends(cfg: Hyperparameters, cuda: bool) -> bool:
     return cuda and cfg.slot_tokens % BLOCK == 0 and cfg.val_stream_tokens % BLOCK == 0
 
 def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters, int, str]:
-    """The config, with host_state on if that is needed, slots per micro-batch on this rank, and the sentence on them."""
+    """The config, with host_state on if need be, slots per micro-batch on this rank, and the sentence on them."""
     shares = [math.ceil(stage.batch_tokens // cfg.slot_tokens / machine.world_size) for stage in cfg.stages]
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
         return cfg, min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares)), "memory plan: none"
@@ -1285,11 +1286,12 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters
     matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim) * cfg.model_dim
     per_token = width * len(cfg.layers) * (11 * cfg.model_dim + (2 if cfg.kernels else 4) * cfg.mlp_dim)
     chunk = triton_kernels.HEAD_CHUNK if cfg.kernels else HEAD_CHUNK
+    columns = min(cfg.candidates or cfg.vocab_size, cfg.vocab_size)
     cap = torch.cuda.get_per_process_memory_fraction(machine.device)
     have = 0.92 * cap * torch.cuda.get_device_properties(machine.device).total_memory
     def need(tokens, host_state):        # bytes: static ones, logits, activations
         kept = 8 * (matrices + tables * (not host_state)) / machine.world_size
-        logits = (2 if cfg.kernels else 4) * width * min(tokens, chunk) * min(cfg.candidates or cfg.vocab_size, cfg.vocab_size)
+        logits = (2 if cfg.kernels else 4) * width * min(tokens, chunk) * columns
         return 2 * width * (tables + matrices) + kept, logits, per_token * tokens
     def padding(slots):                  # empty slots that fill up the last micro-steps
         return sum(-share % slots for share in shares)
@@ -1303,8 +1305,8 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters
     slots = min(fits, key=lambda slots: (padding(slots), -slots))
     parts = [part / 2**30 for part in need(slots * cfg.slot_tokens, host_state)]
     return replace(cfg, host_state=host_state), slots, (
-        "memory plan: {:.1f} GiB of parameters, gradients and {}state + {:.1f} of logits + {:.1f} of activations = {:.1f} "
-        "of {:.1f} GiB".format(parts[0], "matrix " * host_state, *parts[1:], sum(parts), have / 2**30)
+        "memory plan: {:.1f} GiB of parameters, gradients and {}state + {:.1f} of logits + {:.1f} of activations = "
+        "{:.1f} of {:.1f} GiB".format(parts[0], "matrix " * host_state, *parts[1:], sum(parts), have / 2**30)
         + "; the moments of tables are in host memory" * host_state)
 
 def everyone(machine: Machine, value) -> list:
@@ -1553,7 +1555,8 @@ def probe(cfg: Hyperparameters, name: str, device: torch.device) -> tuple[float,
     if name == "fa3":
         torch.nn.attention.activate_flash_attention_impl("FA3")
     function, plain, inputs = probe_case(cfg, name, device)
-    function = torch.compile(function, dynamic=False, fullgraph=True) if cfg.compile else function
+    if cfg.compile and name.startswith("flex"):                     # the others are kernels as they are
+        function = torch.compile(function, dynamic=False, fullgraph=True)
     inputs = [tensor.to({"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.precision]) for tensor in inputs]
     def run(function, inputs):
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -1586,9 +1589,11 @@ def try_backends(cfg: Hyperparameters, names: list[str], device: torch.device) -
     They run in another process, for one that breaks the GPU's context takes the process along; then the rest is tried
     in a new one.
     """
-    found = {}
-    start = "import sys; sys.path.insert(0, {!r}); import {} as script; script.probe_all()".format(
-        str(Path(__file__).resolve().parent), Path(__file__).stem)
+    found, path = {}, Path(__file__).resolve()          # its name may be none that `import` can take
+    start = ("import importlib.util as util, sys; sys.path.insert(0, {!r}); "
+             "spec = util.spec_from_file_location('probed', {!r}); "
+             "sys.modules['probed'] = script = util.module_from_spec(spec); spec.loader.exec_module(script); "
+             "script.probe_all()").format(str(path.parent), str(path))
     while left := [name for name in names if name not in found]:
         order = json.dumps({"config": asdict(cfg), "names": left, "device": str(device)})
         try:
@@ -2180,8 +2185,8 @@ def block_mask(first_T: Tensor, max_blocks: int) -> BlockMask:
         return (kv_index <= q_index) & (kv_index >= first_T[q_index])
     return BlockMask((first_T.numel(), first_T.numel()), *kv, *full_kv, *q, *full_q, (BLOCK, BLOCK), visible)
 
-# 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md); the small ones are
-# for GPUs with 99 KiB of shared memory a block
+# 64 x 64 tiles: with windows of 128 to 1664 larger ones waste work at the edges (dev/EXPERIMENTS.md); the small ones
+# are for GPUs with 99 KiB of shared memory a block
 TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3, "bwd_BLOCK_M1": 32,
          "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 3}
 SMALL_TILES = TILES | {"fwd_BLOCK_N": 32, "fwd_num_stages": 2, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32,
@@ -2267,9 +2272,11 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TC, weight_VC, targets_TK, weights_K, counts_V):
-        loss, dx, dweight = x_TC.new_zeros((), dtype=torch.float32), [], torch.zeros_like(weight_VC, dtype=torch.float32)
+        loss, dx = x_TC.new_zeros((), dtype=torch.float32), []
+        dweight = torch.zeros_like(weight_VC, dtype=torch.float32)
         for x, targets in zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK)):
-            logits, wanted, places = map_logits(F.linear(x, weight_VC)), weights_K * (targets >= 0), targets.clamp(min=0)
+            logits = map_logits(F.linear(x, weight_VC))
+            wanted, places = weights_K * (targets >= 0), targets.clamp(min=0)
             counted = logits if counts_V is None else logits + counts_V.log()
             total = counted.logsumexp(dim=1, keepdim=True)
             loss += ((total - logits.gather(1, places)) * wanted).sum()

@@ -47,7 +47,7 @@ def edited_script(script: Path, name: str, edits: list[tuple[str, str]]) -> Path
 
 
 def run_variant(args, name: str, script: Path, flags: list[str], gpu: str | None) -> dict:
-    """Runs one variant, on that GPU alone unless it is None; returns what its run.json says, with a note if it failed."""
+    """Runs one variant, on that GPU alone unless None; returns what its run.json says, with a note if it failed."""
     folder = args.out / name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}",
                str(script), *args.common, *flags, f"--out_dir={folder}"]

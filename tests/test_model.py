@@ -223,7 +223,7 @@ def test_flex_attention_against_plain_attention(window):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("preset", [("train_gpt", "speedrun")], ids=" ".join, indirect=True)    # slow without a compiler
+@pytest.mark.parametrize("preset", [("train_gpt", "speedrun")], ids=" ".join, indirect=True)  # slow uncompiled
 def test_the_model_gives_the_same_logits_with_flex_attention(model):
     tokens = torch.cat(random_documents([200, 56]))
     plain = logits_of(model, tokens)

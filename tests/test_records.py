@@ -743,7 +743,7 @@ def test_a_record_of_a_comparison_keeps_the_runs_that_left_nothing(toy_track, to
     folder = toy_track / "2026-12-01_Pairs"
     ledger = json.loads((folder / "runs.json").read_text())
     assert [run["folder"] for run in ledger["runs"]].count(None) == 1 and len(ledger["runs"]) == 6
-    assert (folder / "train_toy.py").is_file() and not list(folder.glob("*/train_toy.py"))  # one script, two sets of flags
+    assert (folder / "train_toy.py").is_file() and not list(folder.glob("*/train_toy.py"))    # one script
     path = folder / "README.md"
     assert "exit code 1" in path.read_text() and "half a pair" in path.read_text()
     path.write_text(path.read_text().replace("TODO", ""))
