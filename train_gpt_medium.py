@@ -32,7 +32,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1278,7 +1277,7 @@ def memory_plan(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters
     shares = [math.ceil(stage.batch_tokens // cfg.slot_tokens / machine.world_size) for stage in cfg.stages]
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
         return cfg, min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares)), "memory plan: none"
-    # fits what was measured on an H200 with 16k to 131k tokens, one and four ranks, within 1.5 GiB: activations take 11
+    # fits what was measured on an H200 with 16k to 131k tokens, one and four ranks, within 2 GiB: activations take 11
     # numbers per token, layer and channel and 2 per hidden unit (4 without kernels), a logit 2 (4); a weight and its
     # gradient are two, and what the optimizer keeps is 8 bytes a weight over all ranks
     width = 2 if cfg.precision == "bf16" else 4
@@ -1611,13 +1610,16 @@ def try_backends(cfg: Hyperparameters, names: list[str], device: torch.device) -
     return found
 
 def remember_backends(cfg: Hyperparameters, names: list[str], machine: Machine) -> dict[str, dict]:
-    """What try_backends finds; beside the compiled code it is kept for the next start, if nothing is at fault."""
+    """What try_backends finds; it is kept for the next start with the same facts, if nothing is at fault."""
     sources = [__file__] + ([triton_kernels.__file__] if triton_kernels else [])
     facts = [names, machine.name, torch.__version__, cfg.slot_tokens, cfg.stages[0].long, cfg.model_dim, cfg.head_dim,
              cfg.mlp_dim, cfg.vocab_size, cfg.candidates > 0, cfg.precision, cfg.compile, *map(file_sha256, sources)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir(), f"backends_{key}.json")
-    if found := read_json(path):
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.expanduser("~/.cache/minutegpt")
+    path = Path(folder, f"backends_{key}.json")
+    found = read_json(path)
+    if found.keys() == set(names) and all(isinstance(result, dict) and result.keys() == {"fault", "error", "seconds"}
+                                          and result["fault"] == "" for result in found.values()):
         return found
     found = try_backends(cfg, names, machine.device)
     if not any(result["fault"] for result in found.values()):

@@ -93,8 +93,7 @@ def main():
     parser.add_argument("--limit", type=float, default=300)
     args, args.common = parser.parse_known_args()
     variants = read_variants(args.variants)
-    scripts = [edited_script(args.script, name, edits) for name, _, edits in variants]
-    free = queue.SimpleQueue()
+    scripts, free = [], queue.SimpleQueue()
     for gpu in range(args.gpus):
         free.put(str(gpu) if args.gpus > 1 else None)
 
@@ -107,6 +106,8 @@ def main():
         print(" | ".join(row), flush=True)
         return row
     try:
+        for name, _, edits in variants:
+            scripts.append(edited_script(args.script, name, edits))
         with ThreadPoolExecutor(args.gpus) as pool:
             rows = [COLUMNS.split(), *pool.map(run, variants, scripts)]
     finally:

@@ -190,6 +190,18 @@ def test_what_was_found_is_remembered_until_something_changes(monkeypatch):
     assert choose(monkeypatch, ALL, ms)[2]
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "x", '{"flex": 1}', "null", '{"flex": {"fault": ""}}'])
+def test_a_damaged_memory_is_no_memory(monkeypatch, tmp_path, content):
+    ms = {"flex": 2, "flex_small": 3, "varlen": 4}
+    choose(monkeypatch, ALL, ms)
+    path, = (tmp_path / "compiled").glob("backends_*.json")
+    whole = json.loads(path.read_text())
+    for damaged in (content, json.dumps(whole | {"flex": 1}), json.dumps(whole | {"flex": {"fault": ""}})):
+        path.write_text(damaged)
+        cfg, _, tried = choose(monkeypatch, ALL, ms)
+        assert cfg.attention == "flex" and tried
+
+
 def test_a_fault_is_looked_at_again_next_time(monkeypatch):
     assert choose(monkeypatch, ALL, {"flex": 2, "varlen": 4})[0].attention == "flex"
     assert choose(monkeypatch, ALL, {"flex": 2, "flex_small": 1, "varlen": 4})[0].attention == "flex_small"
