@@ -24,6 +24,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small products are slower with more
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what it starts would not know Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))        # train_gpt comes first
 BOS, VOCAB = 256, 257
