@@ -14,6 +14,7 @@ same seed gives the same text whatever else is in the batch (on the same kind of
 import argparse
 import base64
 import codecs
+import functools
 import hashlib
 import importlib.util
 import json
@@ -445,6 +446,28 @@ def gumbel_noise(seed_B, step, ids_V):
 # -----------------------------------------------------------------------------
 # Engine
 
+def in_parts(x_BV):
+    """(B, 64, V / 64): the same in order, filled up with -inf."""
+    import torch
+    fill = torch.nn.functional.pad(x_BV, (0, -x_BV.size(1) % 64), value=-math.inf)
+    return fill.view(x_BV.size(0), 64, -1)
+
+@functools.cache                         # compiled code is for one class
+def product_sums():
+    """A class of contexts in which a matrix of one row is multiplied by summing up, as compiled code does fastest."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    linear, product = torch.nn.functional.linear, torch.Tensor.__matmul__
+
+    class ProductSums(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function not in (linear, product) or len(args) != 2 or args[0].numel() > args[0].size(-1):
+                return function(*args, **(kwargs or {}))
+            row, matrix = args
+            y = (row.reshape(1, -1).float() * (matrix if function is linear else matrix.T).float()).sum(1)
+            return y.to(row.dtype).view(*row.shape[:-1], -1)
+    return ProductSums
+
 class Engine:
     """Continues prompts: `batch` rows at a time, each of up to max_tokens tokens with its prompt.
 
@@ -464,11 +487,16 @@ class Engine:
             self.seed, self.count = torch.zeros(batch, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
             self.ids = torch.arange(vocab_size)
             self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool) if draw.repetition_penalty != 1 else None
-        self.step = self.advance
-        if compile:                      # the option makes products with one row fused sums, at the memory's speed
-            options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else None
-            self.step = torch.compile(self.advance, dynamic=False, fullgraph=True, options=options)
-        if self.device.type == "cuda":
+        self.step, cuda = self.advance, self.device.type == "cuda"
+        if compile:                      # products of one row are at the memory's speed as sums only
+            options = {"coordinate_descent_tuning": True} if cuda else None     # makes them sums
+            step = torch.compile(self.advance, dynamic=False, fullgraph=True, options=options)
+
+            def summing():
+                with product_sums()():
+                    step()
+            self.step = step if cuda or batch > 1 else summing
+        if cuda:
             self.capture()
 
     def choose(self, logits_BV):
@@ -477,10 +505,14 @@ class Engine:
         scores = filter_logits(logits, self.draw, self.seen)
         if self.draw.temperature:
             scores = scores + gumbel_noise(self.seed, self.count, self.ids)
-        token = scores.argmax(1, keepdim=True)
+        # in two steps each, of which the first keeps all of a GPU busy also with one row
+        best, places = (parts := in_parts(scores)).max(2)
+        part = best.argmax(1, keepdim=True)
+        token = part * parts.size(2) + places.gather(1, part)
         if self.seen is not None:
             self.seen.scatter_(1, token, True)
-        self.logprob.copy_((logits.gather(1, token) - logits.logsumexp(1, keepdim=True))[:, 0])
+        total = in_parts(logits).logsumexp(2).logsumexp(1)
+        self.logprob.copy_(logits.gather(1, token)[:, 0] - total)
         self.token.copy_(token[:, 0])
         self.count.add_(1)
 

@@ -575,7 +575,7 @@ def mlp(u_TC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
 
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotates channel pairs (j, j + D/4) of the first half; the tables leave the other half where it is (#17)."""
-    swapped = x_THD.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    swapped = x_THD.view(*x_THD.shape[:-1], 2, 2, -1).flip(-2).flatten(-3)
     return x_THD * cos_TD[:, None] + swapped * sin_TD[:, None]
 
 def rotary_tables(position_T: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -729,7 +729,7 @@ class GPT(nn.Module):
         low = sum(size for other in names[:net] for _, size, _ in other)
         part = slice(low, low + sum(sizes))
         scale = self.gate_scale.to(x_TC.dtype) if kind == "gate" else 0.1
-        out = F.linear(F.gelu(F.linear(x_TC, fc[net])), proj[part], bias[part]) * scale
+        out = (F.linear(F.gelu(F.linear(x_TC, fc[net])), proj[part]) + bias[part]) * scale
         return {name: value for (name, _, _), value in zip(names[net], out.split(sizes, dim=1))}
 
     def matrices(self) -> dict[int, tuple[Tensor, ...]]:
@@ -920,6 +920,7 @@ class Cache:
         self.start = torch.zeros_like(self.position)                                # of its document
         head, power = (cfg.num_heads, cfg.head_dim), cfg.head_dim & (cfg.head_dim - 1) == 0
         self.kernels = cfg.kernels and like.is_cuda and triton_kernels is not None and power
+        self.done = torch.zeros(batch, cfg.num_heads, dtype=torch.int32, device=like.device)    # see decode_attention
         self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
         self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
         for i, matrices in model.matrices().items():
@@ -980,15 +981,15 @@ class Rows:
 
     def before(self, name: str, x: Tensor) -> Tensor:
         """x (B * T, ...) of the token before."""
-        return self.carry(self.cache.carried[name], x.unflatten(0, self.shape)).flatten(0, 1)
+        return self.carry(self.cache.carried[name], x.view(*self.shape, *x.shape[1:])).flatten(0, 1)
 
     def attend(self, i: int, window: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention output (B * T, H, D) of layer i, whose ring takes in the new keys and values."""
         keys, values = self.cache.keys[i], self.cache.values[i]
         if self.kernel:
             return triton_kernels.decode_attention(q, k, v, keys, values, self.place[:, 0], self.starts,
-                                                   self.cache.windows[window])
-        q, k, v = (x.unflatten(0, self.shape) for x in (q, k, v))
+                                                   self.cache.windows[window], self.cache.done)
+        q, k, v = (x.view(*self.shape, *x.shape[1:]) for x in (q, k, v))
         keys[self.cache.rows, self.slots[window]] = k
         values[self.cache.rows, self.slots[window]] = v
         q, k, v = (x.transpose(1, 2) for x in (q, keys, values))
