@@ -2233,10 +2233,10 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
 
 def with_flex(tiles: dict, starts_T: Tensor, window: Tensor, longest: int, max_doc_tokens: int):
     """FlexAttention with these tiles; see ATTENTION."""
-    # as_strided fixes the layout, which the mask needs in graphs where a fused kernel computes the starts (PR 182737)
-    starts_T = starts_T.as_strided(starts_T.shape, (1,))
     index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
-    mask = block_mask(torch.maximum(starts_T, index - window), -(-longest // BLOCK) + 2)
+    # as_strided puts what the mask reads into memory of its own; compiled code is wrong without (PyTorch PR 182737)
+    first = torch.maximum(starts_T, index - window).as_strided(starts_T.shape, (1,))
+    mask = block_mask(first, -(-longest // BLOCK) + 2)
     return lambda q, k, v: flex(q, k, v, mask, tiles)
 
 def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):

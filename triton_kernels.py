@@ -280,12 +280,12 @@ def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, positio
         index = tl.arange(0, PARTS)
         there = index < parts
         # past the cache of this multiprocessor, where others' results are not
-        most = tl.load(max_BHS + out + index, mask=there, other=float("-inf"), cache_modifier=".cg")
-        scale = tl.exp(most - tl.max(most))
-        total = tl.sum(tl.load(total_BHS + out + index, mask=there, other=0.0, cache_modifier=".cg") * scale)
-        sums = tl.load(sum_BHSD + (out + index[:, None]) * D + channel[None, :], mask=there[:, None], other=0.0,
-                       cache_modifier=".cg")
-        tl.store(y_BHD + own, tl.sum(sums * scale[:, None], 0) / total)
+        mosts = tl.load(max_BHS + out + index, mask=there, other=float("-inf"), cache_modifier=".cg")
+        scales = tl.exp(mosts - tl.max(mosts))
+        totals = tl.load(total_BHS + out + index, mask=there, other=0.0, cache_modifier=".cg") * scales
+        values = tl.load(sum_BHSD + (out + index[:, None]) * D + channel[None, :], mask=there[:, None], other=0.0,
+                         cache_modifier=".cg")
+        tl.store(y_BHD + own, tl.sum(values * scales[:, None], 0) / tl.sum(totals))
         tl.store(done_BH + row * H + head, 0)                       # for the next call
 
 def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Tensor, values_BRHD: Tensor,
