@@ -920,7 +920,6 @@ class Cache:
         self.start = torch.zeros_like(self.position)                                # of its document
         head, power = (cfg.num_heads, cfg.head_dim), cfg.head_dim & (cfg.head_dim - 1) == 0
         self.kernels = cfg.kernels and like.is_cuda and triton_kernels is not None and power
-        self.done = torch.zeros(batch, cfg.num_heads, dtype=torch.int32, device=like.device)    # see decode_attention
         self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
         self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
         for i, matrices in model.matrices().items():
@@ -988,7 +987,7 @@ class Rows:
         keys, values = self.cache.keys[i], self.cache.values[i]
         if self.kernel:
             return triton_kernels.decode_attention(q, k, v, keys, values, self.place[:, 0], self.starts,
-                                                   self.cache.windows[window], self.cache.done)
+                                                   self.cache.windows[window])
         q, k, v = (x.view(*self.shape, *x.shape[1:]) for x in (q, k, v))
         keys[self.cache.rows, self.slots[window]] = k
         values[self.cache.rows, self.slots[window]] = v
@@ -2234,9 +2233,7 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
 def with_flex(tiles: dict, starts_T: Tensor, window: Tensor, longest: int, max_doc_tokens: int):
     """FlexAttention with these tiles; see ATTENTION."""
     index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
-    # as_strided puts what the mask reads into memory of its own; compiled code is wrong without (PyTorch PR 182737)
-    first = torch.maximum(starts_T, index - window).as_strided(starts_T.shape, (1,))
-    mask = block_mask(first, -(-longest // BLOCK) + 2)
+    mask = block_mask(torch.maximum(starts_T, index - window), -(-longest // BLOCK) + 2)
     return lambda q, k, v: flex(q, k, v, mask, tiles)
 
 def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):

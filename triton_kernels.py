@@ -236,13 +236,9 @@ def float8_mlp(u_TC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
 # Decoding: attention of one query a row over a ring of keys and values
 
 @triton.jit
-def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, position_B, start_B, y_BHD, sum_BHSD,
-                            total_BHS, max_BHS, done_BH, R, window, H: tl.constexpr, D: tl.constexpr,
-                            BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """One part of a ring a program: maximum and sum of its exponentials, and the values weighted with them.
-
-    The program that is done last puts the parts of its row and head together.
-    """
+def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, position_B, start_B, sum_BHSD, total_BHS,
+                            max_BHS, R, window, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One part of a ring a program: maximum and sum of its exponentials, and the values weighted with them."""
     row, head, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     position, start = tl.load(position_B + row), tl.load(start_B + row)
     first, newest = tl.maximum(start, position - window), position % R
@@ -271,37 +267,24 @@ def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, positio
         value = tl.load(values_BRHD + place, mask=seen[:, None], other=0.0).to(tl.float32)
         sums = sums * fade + tl.sum(weight[:, None] * value, 0)
         total, most = total * fade + tl.sum(weight), newmost
-    out = (row * H + head) * parts
-    tl.store(sum_BHSD + (out + part) * D + channel, sums)
-    tl.store(total_BHS + out + part, total)
-    tl.store(max_BHS + out + part, most)
-    tl.debug_barrier()                   # what this program wrote comes before its mark
-    if tl.atomic_add(done_BH + row * H + head, 1, sem="acq_rel") == parts - 1:
-        index = tl.arange(0, PARTS)
-        there = index < parts
-        # past the cache of this multiprocessor, where others' results are not
-        mosts = tl.load(max_BHS + out + index, mask=there, other=float("-inf"), cache_modifier=".cg")
-        scales = tl.exp(mosts - tl.max(mosts))
-        totals = tl.load(total_BHS + out + index, mask=there, other=0.0, cache_modifier=".cg") * scales
-        values = tl.load(sum_BHSD + (out + index[:, None]) * D + channel[None, :], mask=there[:, None], other=0.0,
-                         cache_modifier=".cg")
-        tl.store(y_BHD + own, tl.sum(values * scales[:, None], 0) / tl.sum(totals))
-        tl.store(done_BH + row * H + head, 0)                       # for the next call
+    out = (row * H + head) * parts + part
+    tl.store(sum_BHSD + out * D + channel, sums)
+    tl.store(total_BHS + out, total)
+    tl.store(max_BHS + out, most)
 
 def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Tensor, values_BRHD: Tensor,
-                     position_B: Tensor, start_B: Tensor, window: int, done_BH: Tensor) -> Tensor:
+                     position_B: Tensor, start_B: Tensor, window: int) -> Tensor:
     """Attention output (B, H, D) of the token at position_B of each row, which enters the rings at slot position % R.
 
     A query sees itself and what the ring holds from position max(start, position - window) on; the softmax scale is
-    already in q. D is a power of two. done (B, H) int32 is zero, and is so again after the call. As GPT.decode does it
-    without kernels.
+    already in q. D is a power of two. As GPT.decode does it without kernels.
     """
     (B, R, H, D), block = keys_BRHD.shape, 64
     parts = min(triton.cdiv(R, block), triton.cdiv(256, B * H))     # enough programs for every multiprocessor
     sums, (total, most) = q_BHD.new_empty(B, H, parts, D, dtype=torch.float32), (
         q_BHD.new_empty(B, H, parts, dtype=torch.float32) for _ in range(2))
-    y_BHD = torch.empty(B, H, D, dtype=q_BHD.dtype, device=q_BHD.device)
     decode_attention_kernel[(B, H, parts)](
-        q_BHD.contiguous(), k_BHD.contiguous(), v_BHD.contiguous(), keys_BRHD, values_BRHD, position_B, start_B, y_BHD,
-        sums, total, most, done_BH, R, window, H=H, D=D, BLOCK=block, PARTS=triton.next_power_of_2(parts), num_warps=4)
-    return y_BHD
+        q_BHD.contiguous(), k_BHD.contiguous(), v_BHD.contiguous(), keys_BRHD, values_BRHD, position_B, start_B, sums,
+        total, most, R, window, H=H, D=D, BLOCK=block, num_warps=4)
+    scale = torch.exp(most - most.amax(dim=2, keepdim=True))
+    return ((sums * scale[..., None]).sum(2) / (total * scale).sum(2)[..., None]).to(q_BHD.dtype)
