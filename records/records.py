@@ -285,34 +285,50 @@ def child_environment() -> dict:
     return os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def launch(script: Path, flags: list[str], ranks: int, out_dir: Path) -> tuple[int, Path | None, str]:
-    """Runs a training script in a fresh folder: its exit code, its run folder, and the last line it printed.
+def launch(jobs: list[tuple[Path, list[str], Path]], ranks: int) -> list[tuple[int, Path | None, str]]:
+    """Runs training scripts at once: exit code, run folder and last printed line of each (script, flags, fresh folder).
 
-    Ctrl-C and SIGTERM end the script first, which saves what it has, and then raise KeyboardInterrupt.
+    With two each has half of the cores and, in the order of the jobs, GPUs of its own. Ctrl-C and SIGTERM end the scripts
+    first, which save what they have, and then raise KeyboardInterrupt.
     """
-    shutil.rmtree(out_dir, ignore_errors=True)
-    out_dir.mkdir(parents=True)
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    with open(out_dir / "output.txt", "wb") as output:
-        process = subprocess.Popen([sys.executable, *start, str(script), *flags, f"--out_dir={out_dir}"], stdout=output,
-                                   stderr=subprocess.STDOUT, env=child_environment())
-        try:
-            code = process.wait()
-        except BaseException:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = given.split(",") if given else [str(i) for i in range(len(jobs) * ranks)]
+    processes = []
+    try:
+        for i, (script, flags, out_dir) in enumerate(jobs):
+            shutil.rmtree(out_dir, ignore_errors=True)
+            out_dir.mkdir(parents=True)
+            environment = child_environment()
+            if len(jobs) > 1:
+                environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(jobs) // ranks)),
+                                "CUDA_VISIBLE_DEVICES": ",".join(devices[i * ranks:(i + 1) * ranks])}
+            with open(out_dir / "output.txt", "wb") as output:
+                processes.append(subprocess.Popen([sys.executable, *start, str(script), *flags, f"--out_dir={out_dir}"],
+                                                  stdout=output, stderr=subprocess.STDOUT, env=environment))
+        codes = [process.wait() for process in processes]
+    except BaseException:
+        for process in processes:
             process.terminate()
+        for process in processes:
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
-            raise
-    lines = (out_dir / "output.txt").read_bytes()[-4000:].decode(errors="replace").strip().splitlines()
-    return code, next((path.parent for path in out_dir.glob("*/run.json")), None), (lines or [""])[-1]
+        raise
+    results = []
+    for code, (_, _, out_dir) in zip(codes, jobs):
+        lines = (out_dir / "output.txt").read_bytes()[-4000:].decode(errors="replace").strip().splitlines()
+        made = next((path.parent for path in out_dir.glob("*/run.json")), None)
+        results.append((code, made, (lines or [""])[-1]))
+    return results
 
 
 def compare(args, flags: list[str]) -> int:
     """Alternates A and B; writes the ledger as it goes and the verdict at the end."""
     plan = comparison_plan(args, flags)
-    key = json.dumps([[sha256(path), path.name, arm_flags] for path, arm_flags in plan.values()] + [args.ranks])
+    key = json.dumps([[sha256(path), path.name, arm_flags] for path, arm_flags in plan.values()] + [args.ranks]
+                     + ["at once"] * args.at_once)
     stems = dict.fromkeys(path.stem for path, _ in plan.values())
     folder = args.out or Path("logs") / f"compare_{'_'.join(stems)}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     ledger = open_comparison(folder, plan, args, key)
@@ -324,12 +340,14 @@ def compare(args, flags: list[str]) -> int:
         for run in ledger["runs"]:       # a pair belongs together in time: half of one does not count
             if run["seed"] == seed and run["counted"]:
                 run.update(counted=False, why=f"{HALF}: the comparison was interrupted before the other half")
-        for arm in "AB" if seed % 2 == 0 else "BA":
-            run_half(folder, ledger, arm, seed, args)
+        order = "AB" if seed % 2 == 0 else "BA"
+        for arms in [order] if args.at_once else order:
+            run_arms(folder, ledger, arms, seed, args)
     ledger["looks"] = sorted({*ledger["looks"], args.n})
     save_ledger(folder, ledger)
     record = read_record(folder)
     title = f"# {' against '.join(f'{arm}: ' + path.name for arm, (path, _) in plan.items())}"
+    title += "\n\nThe runs of a pair ran at once, each with half of the cores." * args.at_once
     text = "\n\n".join([title, marked("verdict"), marked("tables"), "## Setup", marked("setup")]) + "\n"
     write_text(folder / "README.md", fill(text, regions(record)))
     print(f"\n{arms_table(record.runs)}\n\n{verdict_text(record)}\n\nledger, logs and tables are in {folder}")
@@ -383,35 +401,43 @@ def save_ledger(folder: Path, ledger: dict):
     write_text(folder / "runs.json", json.dumps(ledger, indent=1) + "\n")
 
 
-def run_half(folder: Path, ledger: dict, arm: str, seed: int, args):
-    """One run of a comparison, listed before it starts; raises UserError if the script refuses to run."""
-    entry = {"folder": None, "arm": arm, "seed": seed, "status": "killed", "counted": False,
-             "why": "killed while it ran"}
-    ledger["runs"].append(entry)
+def run_arms(folder: Path, ledger: dict, arms: str, seed: int, args):
+    """A run of each of `arms`, at once, listed before they start; raises UserError if a script refuses to run."""
+    entries = [{"folder": None, "arm": arm, "seed": seed, "status": "killed", "counted": False,
+                "why": "killed while it ran"} for arm in arms]
+    ledger["runs"] += entries
     save_ledger(folder, ledger)
-    plan, name = ledger["arms"][arm], f"{arm}_seed{seed}"
-    tries = sum(run["arm"] == arm and run["seed"] == seed for run in ledger["runs"])
-    name += f"_{tries}" * (tries > 1)
+    plans, running = [ledger["arms"][arm] for arm in arms], folder / ".running"
     try:
-        code, made, last = launch(folder / plan["script"], plan["flags"] + [f"--seed={seed}"], args.ranks,
-                                  folder / ".running")
+        results = launch([(folder / plan["script"], plan["flags"] + [f"--seed={seed}"], running / arm)
+                          for arm, plan in zip(arms, plans)], args.ranks)
     except KeyboardInterrupt:
-        entry.update(status="interrupted", why="interrupted while it ran")
+        for entry in entries:
+            entry.update(status="interrupted", why="interrupted while it ran")
         save_ledger(folder, ledger)
         raise
-    if made:
-        keep_run(made, folder / name)
-        run = read_run(folder / name)
-        entry.update(folder=name, status=run.info["status"].replace("running", "killed"), sha256=log_hashes(run.folder))
-        entry.update(counted=run.finished, why="" if run.finished else f"{entry['status']}: {last[:200]}")
-    else:
-        entry.update(status="refused", why=f"exit code {code}: {last[:200]}")
-    shutil.rmtree(folder / ".running")
+    refusal = ""
+    for entry, plan, (code, made, last) in zip(entries, plans, results):
+        arm, result = entry["arm"], "diverged"
+        tries = sum(run["arm"] == arm and run["seed"] == seed for run in ledger["runs"])
+        if made:
+            name = f"{arm}_seed{seed}" + f"_{tries}" * (tries > 1)
+            keep_run(made, folder / name)
+            run = read_run(folder / name)
+            status = run.info["status"].replace("running", "killed")
+            entry.update(folder=name, status=status, sha256=log_hashes(run.folder), counted=run.finished,
+                         why="" if run.finished else f"{status}: {last[:200]}")
+            result = f"loss {run.loss:.6f} in {seconds_text(run.seconds)} s" if run.finished else result
+        else:
+            entry.update(status="refused", why=f"exit code {code}: {last[:200]}")
+        if entry["status"] in ("finished", "diverged"):
+            print(f"pair {seed + 1}/{args.n}, {arm}: {result}", flush=True)
+        else:
+            refusal = refusal or f"{plan['script']} ends with exit code {code}: {last[:300]}"
+    shutil.rmtree(running)
     save_ledger(folder, ledger)
-    if entry["status"] not in ("finished", "diverged"):
-        raise UserError(f"{plan['script']} ends with exit code {code}: {last[:300]}")
-    result = f"loss {run.loss:.6f} in {seconds_text(run.seconds)} s" if run.finished else "diverged"
-    print(f"pair {seed + 1}/{args.n}, {arm}: {result}", flush=True)
+    if refusal:
+        raise UserError(refusal)
 
 
 def keep_run(source: Path, target: Path):
@@ -446,7 +472,7 @@ def replay(args, flags: list[str]) -> int:
     print(f"replay of {args.record}: {arm}, {ranks} rank(s), {' '.join(plan)}", flush=True)
     done = []
     for seed in range(first, first + args.n):        # a seed of its own: another draw from the same distribution
-        code, made, last = launch(script, plan + [f"--seed={seed}"], ranks, base / f"seed{seed}")
+        [(code, made, last)] = launch([(script, plan + [f"--seed={seed}"], base / f"seed{seed}")], ranks)
         if not made or code:
             raise UserError(f"{script.name} ends with exit code {code}: {last[:300]}")
         done.append(read_run(made))
@@ -739,6 +765,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--p", type=float, default=0.05, help="level of the tests: how often equal scripts may look different; for a "
         "claim take 0.01 (default: %(default)s)")
     add("--ranks", type=int, default=1, help="GPUs for each run, through torchrun (default: %(default)s)")
+    add("--at_once", action="store_true", help="A and B of a pair run side by side, each with half of the cores and "
+        "GPUs of its own, so that what slows the machine down slows both")
     add("--out", type=Path, metavar="FOLDER", help="where the comparison goes (default: logs/compare_...)")
 
     add = command("plot", "curves over steps, time and tokens, as SVG and PNG",

@@ -532,6 +532,31 @@ def test_the_order_alternates_and_seeds_are_pairwise_the_same(toy, tool):
     assert not list(Path("here").rglob("checkpoint")) and not Path("here/.running").exists()
 
 
+def test_pairs_at_once_see_each_other_and_half_of_the_machine(toy, tool, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    path = toy("train_a.py")
+    path.write_text("""
+import os, sys, time
+from pathlib import Path
+seed = next(flag for flag in sys.argv if flag.startswith("--seed="))[7:]
+arm = Path(next(flag for flag in sys.argv if flag.startswith("--out_dir="))[10:]).name
+Path(f"seen_{seed}_{arm}").write_text(os.environ["CUDA_VISIBLE_DEVICES"] + " " + os.environ["OMP_NUM_THREADS"])
+deadline = time.monotonic() + 30
+while len(list(Path().glob(f"seen_{seed}_?"))) < 2:
+    assert time.monotonic() < deadline, "the other one of the pair does not run"
+    time.sleep(0.01)
+""" + path.read_text())
+    code, out, errors = tool("compare", "train_a.py", "--noise", "--n=2", "--at_once", toy.state, "--out=here")
+    assert (code, errors) == (0, []) and out.count("pair 2/2") == 2
+    threads = max(1, os.cpu_count() // 2)
+    assert {path.name: path.read_text() for path in Path().glob("seen_*")} == {
+        "seen_0_A": f"0 {threads}", "seen_0_B": f"1 {threads}", "seen_1_B": f"0 {threads}", "seen_1_A": f"1 {threads}"}
+    assert "ran at once, each with half of the cores" in Path("here/README.md").read_text()
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    code, _, errors = tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
+    assert code == 2 and "another comparison" in errors[0]
+
+
 def test_a_comparison_is_checked_and_summarized_like_a_record(toy, tool):
     toy("train_a.py")
     tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
@@ -582,7 +607,7 @@ def test_an_interrupted_comparison_goes_on(name, status, toy, tool):
     process = subprocess.Popen([sys.executable, ROOT / "records" / "records.py", *command], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 30
-    while len(list(Path("here").glob(".running/*/run.json"))) < 1 or Path("count").read_text().count("x") < 3:
+    while len(list(Path("here").glob(".running/?/*/run.json"))) < 1 or Path("count").read_text().count("x") < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, name) if name == signal.SIGKILL else os.kill(process.pid, name)
