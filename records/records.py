@@ -288,8 +288,8 @@ def child_environment() -> dict:
 def launch(jobs: list[tuple[Path, list[str], Path]], ranks: int) -> list[tuple[int, Path | None, str]]:
     """Runs training scripts at once: exit code, run folder and last printed line of each (script, flags, fresh folder).
 
-    With two each has half of the cores and, in the order of the jobs, GPUs of its own. Ctrl-C and SIGTERM end the scripts
-    first, which save what they have, and then raise KeyboardInterrupt.
+    With two each has half of the cores and, in the order of the jobs, GPUs of its own. Ctrl-C and SIGTERM end the
+    scripts first, which save what they have, and then raise KeyboardInterrupt.
     """
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
