@@ -567,7 +567,8 @@ def board_text() -> str:
             _, seconds, seconds_sd = describe(run.seconds for run in runs)
             info, name = runs[0].info, record.folder.name
             rows.append([name.split("_")[0], f"[{title_of(record)}]({track['name']}/{name}/)", record.ledger["claim"],
-                         f"{seconds_text(seconds)} ({seconds_text(seconds_sd)})", f"{loss:.4f} ({sd:.4f})", n,
+                         seconds_text(seconds) + f" ({seconds_text(seconds_sd)})" * (n > 1),
+                         f"{loss:.4f}" + f" ({sd:.4f})" * (n > 1), n,
                          p_text(t_test([run.loss for run in runs], track["target"])) if n > 1 else "-", runs[0].steps,
                          f"{info['world_size']} x {info['device']}"])
         if rows:

@@ -329,14 +329,17 @@ def result_text(record: Record) -> str:
     n, loss, sd = describe(run.loss for run in runs)
     _, seconds, seconds_sd = describe(run.seconds for run in runs)
     info, p = runs[0].info, t_test([run.loss for run in runs], track["target"])
-    text = (f"**{loss:.4f}** (sd {sd:.4f}, n = {n}) after {runs[0].steps} steps in **{seconds_text(seconds)} s** (sd "
-            f"{seconds_text(seconds_sd)}) of training on {info['world_size']} x {info['device']}.")
-    if p < track["p"] and n > 1:
+    spread = (f"sd {sd:.4f}, n = {n}", f" (sd {seconds_text(seconds_sd)})") if n > 1 else ("n = 1", "")
+    text = (f"**{loss:.4f}** ({spread[0]}) after {runs[0].steps} steps in **{seconds_text(seconds)} s**{spread[1]} of "
+            f"training on {info['world_size']} x {info['device']}.")
+    if n == 1:
+        return text + f" A reference, not a record: one run cannot show that the mean is below {track['target']:g}."
+    if p < track["p"]:
         return text + f" Mean loss below the target {track['target']:g}: {p_text(p)}."
     more = needed_n((track["target"] - loss) / sd, track["p"], sides=1) if sd > 0 else None
     more = f"about {more} runs with this mean and sd would show it" if more else "more runs of this kind would not help"
     return text + (f" A reference, not a record: that the mean loss is below {track['target']:g} is not shown at p < "
-                   f"{track['p']:g} ({p_text(p) if n > 1 else 'n = 1'}); {more}.")
+                   f"{track['p']:g} ({p_text(p)}); {more}.")
 
 
 def setup_text(record: Record) -> str:
