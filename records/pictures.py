@@ -79,7 +79,7 @@ def label_ends(axis, ends: list[tuple], gap: float):
     """Writes beside the end (loss, x, text, color) of each line its text, moved up where two would touch."""
     width, placed = axis.get_xlim()[1], []
     for loss, x, text, color in sorted(ends):
-        height = max([loss, *(other + gap for at, other in placed if abs(x - at) < 0.04 * width)])
+        height = max([loss, *(other + gap for at, other in placed if abs(x - at) < 0.02 * len(text) * width)])
         axis.text(x + 0.015 * width, height, text, va="center", fontsize=9, color=color,
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         placed.append((x, height))
