@@ -285,6 +285,18 @@ def child_environment() -> dict:
     return os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, or else the numbers of all NVIDIA GPUs here."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        try:
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            return []
+        return [str(i) for i in range(listed.count("GPU "))]
+    return [name for name in given.split(",") if name]
+
+
 def launch(jobs: list[tuple[Path, list[str], Path]], ranks: int) -> list[tuple[int, Path | None, str]]:
     """Runs training scripts at once: exit code, run folder and last printed line of each (script, flags, fresh folder).
 
@@ -292,17 +304,16 @@ def launch(jobs: list[tuple[Path, list[str], Path]], ranks: int) -> list[tuple[i
     scripts first, which save what they have, and then raise KeyboardInterrupt.
     """
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = given.split(",") if given else [str(i) for i in range(len(jobs) * ranks)]
-    processes = []
+    gpus, processes = visible_gpus() if len(jobs) > 1 else [], []
     try:
         for i, (script, flags, out_dir) in enumerate(jobs):
             shutil.rmtree(out_dir, ignore_errors=True)
             out_dir.mkdir(parents=True)
             environment = child_environment()
             if len(jobs) > 1:
-                environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(jobs) // ranks)),
-                                "CUDA_VISIBLE_DEVICES": ",".join(devices[i * ranks:(i + 1) * ranks])}
+                environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(jobs) // ranks))
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[i * ranks:(i + 1) * ranks])
             with open(out_dir / "output.txt", "wb") as output:
                 processes.append(subprocess.Popen([sys.executable, *start, str(script), *flags, f"--out_dir={out_dir}"],
                                                   stdout=output, stderr=subprocess.STDOUT, env=environment))
@@ -373,6 +384,8 @@ def comparison_plan(args, flags: list[str]) -> dict[str, tuple[Path, list[str]]]
             "change one, give --b_flags, or ask for the noise with --noise" if same else "--noise is for one script"))
     if args.n < 2 or args.ranks < 1 or not 0 < args.p < 0.5:
         raise UserError(f"--n={args.n} --ranks={args.ranks} --p={args.p:g}: at least 2 pairs, 1 rank, and p below 0.5")
+    if args.at_once and 0 < len(gpus := visible_gpus()) < 2 * args.ranks:
+        raise UserError(f"--at_once needs {2 * args.ranks} GPUs, or none, and finds {len(gpus)}; leave it away")
     return {"A": (a, flags + a_flags), "B": (b, flags + b_flags)}
 
 

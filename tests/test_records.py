@@ -533,7 +533,7 @@ def test_the_order_alternates_and_seeds_are_pairwise_the_same(toy, tool):
 
 
 def test_pairs_at_once_see_each_other_and_half_of_the_machine(toy, tool, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     path = toy("train_a.py")
     path.write_text("""
 import os, sys, time
@@ -550,11 +550,14 @@ while len(list(Path().glob(f"seen_{seed}_?"))) < 2:
     assert (code, errors) == (0, []) and out.count("pair 2/2") == 2
     threads = max(1, os.cpu_count() // 2)
     assert {path.name: path.read_text() for path in Path().glob("seen_*")} == {
-        "seen_0_A": f"0 {threads}", "seen_0_B": f"1 {threads}", "seen_1_B": f"0 {threads}", "seen_1_A": f"1 {threads}"}
+        "seen_0_A": f"4 {threads}", "seen_0_B": f"7 {threads}", "seen_1_B": f"4 {threads}", "seen_1_A": f"7 {threads}"}
     assert "ran at once, each with half of the cores" in Path("here/README.md").read_text()
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
     code, _, errors = tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
     assert code == 2 and "another comparison" in errors[0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    code, _, errors = tool("compare", "train_a.py", "--noise", "--n=2", "--at_once", toy.state, "--out=there")
+    assert code == 2 and "needs 2 GPUs, or none, and finds 1" in errors[0] and not Path("there").exists()
 
 
 def test_a_comparison_is_checked_and_summarized_like_a_record(toy, tool):
