@@ -461,10 +461,12 @@ def product_sums():
 
     class ProductSums(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function not in (linear, product) or len(args) != 2 or args[0].numel() > args[0].size(-1):
+            known = function in (linear, product) and not kwargs and args[1].dim() == 2
+            if not known or args[0].numel() > args[0].size(-1):
                 return function(*args, **(kwargs or {}))
-            row, matrix = args
+            row, matrix, *bias = args
             y = (row.reshape(1, -1).float() * (matrix if function is linear else matrix.T).float()).sum(1)
+            y = y if bias in ([], [None]) else y + bias[0]
             return y.to(row.dtype).view(*row.shape[:-1], -1)
     return ProductSums
 

@@ -4,12 +4,14 @@ The layer table of each preset, made narrow, with random values in every paramet
 GPU, in bf16. Run: python -m pytest tests/test_decode.py
 """
 import importlib
+import operator
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SCRIPTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -178,6 +180,33 @@ def test_a_step_compiles_to_one_graph():
     assert len(calls) == 1
     for row, logits in zip(tokens, logits):
         assert_close(logits, model(row))
+
+
+def test_with_one_row_compiled_products_are_sums(monkeypatch):
+    """By torch.compile's front end alone: the same tokens as step by step, and no product is left."""
+    graphs, real, written = [], torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function, options, **how: real(
+        function, backend=lambda graph, _: graphs.append(graph) or graph, **how))
+    model = random_model("train_gpt", "tiny")
+    for compiled in (False, True):
+        engine = sample.Engine(model, VOCAB, sample.Draw(), 1, 60, compiled)
+        written.append(list(zip(*engine.steps([[BOS, 5, 6]], [(0, 1)], 40))))
+    assert written[0][0] == written[1][0] and len(set(map(tuple, written[0][0]))) > 10 and len(graphs) == 1
+    torch.testing.assert_close(torch.tensor(written[0][1]), torch.tensor(written[1][1]), rtol=1e-4, atol=1e-5)
+    products = {F.linear, operator.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul}
+    matrices = [node.args[1] for node in graphs[0].graph.nodes if node.target in products]
+    assert not [matrix for matrix in matrices if matrix.meta["example_value"].dim() == 2]
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (1, 1, 7), (2, 7)])
+def test_product_sums_are_products(shape):
+    row, weight, bias = torch.randn(shape), torch.randn(5, 7), torch.randn(5)
+    calls = (lambda: F.linear(row, weight), lambda: F.linear(row, weight, bias), lambda: row @ weight.T,
+             lambda: F.linear(row, weight, bias=bias), lambda: row @ weight[0])
+    for call in calls:
+        with sample.product_sums()():
+            found = call()
+        torch.testing.assert_close(found, call())
 
 
 # -----------------------------------------------------------------------------
