@@ -810,7 +810,7 @@ def main() -> int:
     try:
         for one in [parser, *parser._subparsers._group_actions[0].choices.values()]:
             one.error = refuse
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)    # ends like Ctrl-C, also where that is ignored
         args, rest = parser.parse_known_args()
         if args.run in (compare, replay):
             return args.run(args, rest)

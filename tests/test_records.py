@@ -607,8 +607,10 @@ def test_a_script_that_refuses_stops_the_comparison_which_then_goes_on(toy, tool
 def test_an_interrupted_comparison_goes_on(name, status, toy, tool):
     toy("train_a.py")
     command = ["compare", "train_a.py", "--noise", "--n=2", toy.state, "--wait_at=2", "--out=here"]
-    process = subprocess.Popen([sys.executable, ROOT / "records" / "records.py", *command], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ignore = "trap '' INT; " * (name == signal.SIGTERM)              # as a shell does for a job in the background
+    process = subprocess.Popen(["sh", "-c", ignore + 'exec "$@"', "sh", sys.executable, ROOT / "records" / "records.py",
+                                *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     deadline = time.monotonic() + 30
     while len(list(Path("here").glob(".running/?/*/run.json"))) < 1 or Path("count").read_text().count("x") < 3:
         assert time.monotonic() < deadline and process.poll() is None
