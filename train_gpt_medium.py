@@ -115,8 +115,8 @@ LAYERS = (
 # a quarter of the batch in four times as many steps: one GPU loses little speed
 SINGLE_STAGES = tuple(replace(stage, batch_tokens=stage.batch_tokens // 4, lr=0.79 * stage.lr) for stage in STAGES)
 TINY_STAGES = (
-    Stage(1 / 3,   4_096,  512,   64,  128, 1.00, ((1, .5, .25), (1, .5, 0)), (0, 0)),
-    Stage(1.000,   8_192, 1024,   64,  256, 1.40, ((1, .5, 0), (1, 0, 0)),    (0, 0)),
+    Stage(1 / 3,   2_048,  512,   64,  128, 1.00, ((1, .5, .25), (1, .5, 0)), (0, 0)),
+    Stage(1.000,   4_096,  512,   64,  256, 1.40, ((1, .5, 0), (1, 0, 0)),    (0, 0)),
 )
 TINY_LAYERS = (
     Layer(values=0),                                                        # 0
@@ -227,7 +227,7 @@ PRESETS = {
     "single": Hyperparameters(num_iterations=18_800, val_every=1000, stages=SINGLE_STAGES),     # on one
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=65_536,
-        val_stream_tokens=8192, slot_tokens=1024, num_iterations=76, val_every=38, stages=TINY_STAGES,
+        val_stream_tokens=8192, slot_tokens=512, num_iterations=130, val_every=65, stages=TINY_STAGES,
         final_windows=(64, 256), layers=TINY_LAYERS, model_dim=192, head_dim=48, mlp_dim=768, gate_dim=16,
         bigram_rows=32_768, bigram_signs=256, vocab_multiple=1, precision="fp32", compile=False, lr=2.0, untie=2 / 3),
 }
