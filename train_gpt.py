@@ -221,7 +221,7 @@ PRESETS = {
                               candidates=16_384),
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=65_536,
-        val_stream_tokens=8192, slot_tokens=512, num_iterations=130, val_every=65, stages=TINY_STAGES,
+        val_stream_tokens=8192, slot_tokens=512, num_iterations=115, val_every=60, stages=TINY_STAGES,
         final_windows=(64, 256), layers=TINY_LAYERS, model_dim=192, head_dim=48, mlp_dim=768, gate_dim=16,
         bigram_rows=32_768, bigram_signs=256, vocab_multiple=1, precision="fp32", compile=False),
 }
