@@ -23,6 +23,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -1665,6 +1666,8 @@ def choose_backends(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparame
         wanted = ["flex", "flex_small", "varlen"]
     operators = [name for flag, names in OPERATORS.items() if getattr(cfg, flag) for name in names]
     begun = time.monotonic()
+    if cfg.compile:                      # loading the compiler takes seconds; another process tries the backends
+        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",)).start()
     found = first_rank(machine, lambda: remember_backends(cfg, wanted + operators, machine))
     right = {name: found[name]["seconds"] for name in wanted if not found[name]["fault"]}
     if cfg.attention in wanted and not right:
@@ -2030,6 +2033,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         model = GPT(cfg)
     share_parameters(model, machine)
     optimizer = Optimizer(model, machine.rank, machine.world_size)
+    if cfg.compile:                      # a second start need not trace the float8 products again
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
     run.print(f"{Path(__file__).name}: {machine.world_size} x {machine.name}, {cfg.precision}, "
               f"{cfg.attention} attention, torch {torch.__version__}")
