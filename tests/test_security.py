@@ -26,6 +26,7 @@ from conftest import BOS, ROOT, VOCAB, make_text, tokenizer_json, write_shard
 from safetensors.torch import save_file
 
 import sample
+import harness
 import train_gpt
 
 with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +63,7 @@ ALLOWED = {
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
     ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
-    ("train_gpt*.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
+    ("harness.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
     ("records/track_*.py", "torch.distributed.broadcast_object_list"): "frozen records: as they ran",
     ("records/track_*.py", "torch.distributed.all_gather_object"): "frozen records: as they ran",
 }
@@ -274,7 +275,7 @@ def checkpoint(tmp_path):
     (path / "tokenizer.json").write_bytes(tokenizer_json())
     (path.parent / "latest").write_text(path.name)
     (path / "meta.json").write_text(json.dumps({
-        "format": 1, "script": "train_gpt", "source_sha256": train_gpt.file_sha256(ROOT / "train_gpt.py"),
+        "format": 1, "script": "train_gpt", "source_sha256": harness.file_sha256(ROOT / "train_gpt.py"),
         "config": train_gpt.asdict(cfg), "step": 1, "stage": 0,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json()).hexdigest()}))
     return path
@@ -467,7 +468,7 @@ def goes_on(checkpoint):
     def start():
         machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
         cfg = train_gpt.replace(train_gpt.PRESETS["tiny"], kernels=False)
-        train_gpt.Run(cfg, machine, [], checkpoint, {"step": 1}).log_file.close()
+        train_gpt.Run(train_gpt.SCRIPT, cfg, machine, [], checkpoint, {"step": 1}).log_file.close()
     (checkpoint.parents[1] / "run.json").write_text("{}")
     return start
 
