@@ -29,9 +29,9 @@ sys.path.append(str(ROOT / "data"))
 
 import evaluate  # noqa: E402
 import gpt2  # noqa: E402
+import harness  # noqa: E402
 import sample  # noqa: E402
 import text  # noqa: E402
-import harness  # noqa: E402
 import train_gpt  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_metric.py
 """
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -82,6 +83,7 @@ def test_a_cheat_is_named(cheat, tmp_path):
     assert mark
     script = tmp_path / "train_cheat.py"
     script.write_text(honest + addition + mark + last)
+    shutil.copy(ROOT / "harness.py", tmp_path)
     module = guard.load_script(script)
     with pytest.raises(guard.Dishonest, match=words):
         guard.check_script(module, config_of(module, "tiny"))

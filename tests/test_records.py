@@ -650,6 +650,7 @@ def test_time_at_equal_loss_by_hand(tmp_path):
 def run_path(script, argv):
     """What `python script argv` does, but for the curve, which would take most of the time."""
     sys.modules["matplotlib"] = None
+    sys.modules.pop("harness", None)     # the preloaded one is not that beside the script
     sys.argv = [str(script), *argv]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(str(script), run_name="__main__")
@@ -677,6 +678,7 @@ def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
     step = "        loss = training_step(forward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
     assert source.count(step) == 1
     (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(0.3)\n"))
+    shutil.copy(ROOT / "harness.py", tmp_path)
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "train_slow.py", "--n=3", *flags,
                         "--b_flags=--lr=0.02", "--out=here")
     found = verdicts(out)

@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,8 +26,8 @@ import torch
 from conftest import BOS, ROOT, VOCAB, make_text, tokenizer_json, write_shard
 from safetensors.torch import save_file
 
-import sample
 import harness
+import sample
 import train_gpt
 
 with pytest.MonkeyPatch.context() as patch:
@@ -268,7 +269,7 @@ def checkpoint(tmp_path):
     """The folder of a sound checkpoint."""
     flags = dict(vocab_size=VOCAB, bos_id=BOS, attention="plain", compile=False, model_dim=32, head_dim=16, mlp_dim=16,
                  gate_dim=4, bigram_rows=16, bigram_signs=8)
-    cfg = train_gpt.replace(train_gpt.PRESETS["tiny"], **flags)
+    cfg = replace(train_gpt.PRESETS["tiny"], **flags)
     path = tmp_path / "logs" / "run" / "checkpoint" / "step_000001"
     path.mkdir(parents=True)
     save_file(train_gpt.GPT(cfg).state_dict(), path / "model.safetensors")
@@ -276,7 +277,7 @@ def checkpoint(tmp_path):
     (path.parent / "latest").write_text(path.name)
     (path / "meta.json").write_text(json.dumps({
         "format": 1, "script": "train_gpt", "source_sha256": harness.file_sha256(ROOT / "train_gpt.py"),
-        "config": train_gpt.asdict(cfg), "step": 1, "stage": 0,
+        "config": asdict(cfg), "step": 1, "stage": 0,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json()).hexdigest()}))
     return path
 
@@ -467,7 +468,7 @@ def goes_on(checkpoint):
     """Function that opens the run folder of the checkpoint as --resume=PATH does."""
     def start():
         machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-        cfg = train_gpt.replace(train_gpt.PRESETS["tiny"], kernels=False)
+        cfg = replace(train_gpt.PRESETS["tiny"], kernels=False)
         train_gpt.Run(train_gpt.SCRIPT, cfg, machine, [], checkpoint, {"step": 1}).log_file.close()
     (checkpoint.parents[1] / "run.json").write_text("{}")
     return start

@@ -99,8 +99,9 @@ def test_the_loss_falls(finished):
 
 
 def test_the_log_begins_with_the_source_and_has_a_line_for_each_step(finished):
-    source, _, rest = finished.log.partition("=" * 100 + "\n")
+    source, harness, rest = finished.log.split("=" * 100 + "\n")
     assert source.strip() == finished.source.read_text().strip()
+    assert harness.strip() == finished.source.with_name("harness.py").read_text().strip()
     steps = training_lines(rest)
     assert [(int(step), int(total)) for step, total, *_ in steps] == [(i, STEPS) for i in range(1, STEPS + 1)]
     validations = re.findall(VAL_LINE, rest, re.M)
@@ -131,10 +132,11 @@ def test_run_json_is_complete(finished):
 
 
 def test_the_run_folder_holds_the_source_and_a_curve_and_nothing_unfinished(finished):
-    assert (finished.folder / finished.source.name).read_bytes() == finished.source.read_bytes()
+    for name in (finished.source.name, "harness.py"):
+        assert (finished.folder / name).read_bytes() == finished.source.with_name(name).read_bytes()
     assert xml.etree.ElementTree.parse(finished.folder / "curve.svg").getroot().tag.endswith("svg")
-    assert sorted(path.name for path in finished.folder.iterdir()) == ["checkpoint", "curve.svg", "log.txt", "run.json",
-                                                                        finished.source.name]
+    assert sorted(path.name for path in finished.folder.iterdir()) == ["checkpoint", "curve.svg", "harness.py",
+                                                                        "log.txt", "run.json", finished.source.name]
 
 
 def test_the_checkpoint_is_complete(finished):
