@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +87,16 @@ def test_a_cheat_is_named(cheat, tmp_path):
     shutil.copy(ROOT / "harness.py", tmp_path)
     module = guard.load_script(script)
     with pytest.raises(guard.Dishonest, match=words):
+        guard.check_script(module, config_of(module, "tiny"))
+
+
+def test_a_cheat_in_the_harness_is_named_too(tmp_path):
+    honest, script = (ROOT / "harness.py").read_text(), Path(shutil.copy(ROOT / "train_gpt.py", tmp_path))
+    kept = "self.history.append((step, clock.seconds, val_loss))"
+    assert honest.count(kept) == 1
+    (tmp_path / "harness.py").write_text(honest.replace(kept, kept.replace("val_loss", "0.995 * val_loss")))
+    module = guard.load_script(script)
+    with pytest.raises(guard.Dishonest, match="reports a validation loss"):
         guard.check_script(module, config_of(module, "tiny"))
 
 
