@@ -40,7 +40,6 @@ from torch import Tensor
 # Command line
 
 MAX_TOKENS = 1 << 24                     # of a slot, a stream, a window: more is a slip of the pen
-ATTENTION = "flex flex_small varlen fa3 plain auto"     # the backends, see the table of this name in the scripts
 
 class UserError(Exception):
     """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
@@ -120,8 +119,9 @@ def check_config(cfg):
     need(lambda pair: len(pair) == 2 and 1 <= min(pair) and max(pair) <= MAX_TOKENS, "final_windows",
          f"must be two numbers in 1..{MAX_TOKENS}")
     need(lambda pair: len(pair) == 2 and all(0 <= item < 1 for item in pair), "momentum", "must be two numbers in 0..1")
-    choices = ("device", "auto cuda cpu mps"), ("precision", "bf16 fp32"), ("attention", ATTENTION)
-    for name, known in choices:
+    choices = {"device": "auto cuda cpu mps", "precision": "bf16 fp32",
+               "attention": "flex flex_small varlen fa3 plain auto"}
+    for name, known in choices.items():
         need(lambda value: value in known.split(), name, f"is unknown; choose from {known}")
     need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
     need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
@@ -159,7 +159,7 @@ def help_text(script: Path, presets: dict) -> str:
     source, (name, default) = script.read_text(), next(iter(presets.items()))
     lines = source.split("class Hyperparameters:")[1].split("@property")[0].splitlines()
     comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if ":" in line}
-    text = ["\n\n".join(source.split('"""')[1].split("\n\n")[:2]), "", f"Flags, --field=value, with the defaults of "
+    text = ["\n\n".join(source.split('"""')[1].split("\n\n")[:2]), "", "Flags, --field=value, with the defaults of "
             f"--preset={name} (all presets: {', '.join(presets)}):", ""]
     for field in fields(default):
         value = getattr(default, field.name)
@@ -408,7 +408,7 @@ def first_rank(machine: Machine, function):
     return outcome
 
 class Run:
-    """The run folder: log.txt, run.json, the source, the curve, checkpoints. Written as the run goes, by rank 0.
+    """The run folder: log.txt, run.json, the sources, the curve, checkpoints. Written as the run goes, by rank 0.
 
     A run that goes on from a checkpoint (folder and meta.json) keeps its folder.
     """
@@ -440,7 +440,7 @@ class Run:
                                      "clocks.sm,clocks.mem,power.limit"), started=self.info.get("started", now))
 
     def open_folder(self):
-        """Makes what is not there yet of the folder, the log and the copies of the source; raises UserError."""
+        """Makes what is not there yet of the folder, the log and the copies of the sources; raises UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.rglob("*"):                     # writing follows links and waits for pipes
@@ -569,7 +569,8 @@ def train_time(seconds: float, step: int) -> str:
 
 def source_files(script: Path, cfg) -> list[Path]:
     """The files of the project that a run of the script uses, itself first."""
-    return [script, Path(__file__)] + [script.with_name("triton_kernels.py")] * cfg.kernels
+    harness = Path(__file__)
+    return [script, harness] + [harness.with_name("triton_kernels.py")] * cfg.kernels
 
 def command_output(*words: str) -> str:
     """What a command prints, or nothing if it fails."""

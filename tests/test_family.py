@@ -95,6 +95,8 @@ def test_flags_and_presets(script):
         harness.check_config(cfg)
         assert script.stage_index(cfg, cfg.total_steps - 1) == len(cfg.stages) - 1
         assert script.config_from_dict(json.loads(json.dumps(asdict(cfg)))) == cfg
+    for name in script.ATTENTION:
+        assert script.parse_config([f"--attention={name}"]).attention == name
 
 
 def test_logits_loss_and_decoding(script):
