@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import harness
+# sample.py, evaluate.py and dev/ reach some of these through the script, for an old one holds them itself
 from harness import (ALL_GATHER, BLOCK, REDUCE_SCATTER, Clock, Machine, RankError, Run, Shard, UserError, check_tokens,
                      choose_backends, compiled_graphs, digest, documents, file_sha256, find_checkpoint, first_rank,
                      gather_state, memory_advice, memory_plan, open_shards, prefetch, read_tokenizer, resolve_config,
