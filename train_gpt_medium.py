@@ -698,6 +698,7 @@ class Cache:
         self.start = torch.zeros_like(self.position)                                # of its document
         head, power = (cfg.num_heads, cfg.head_dim), cfg.head_dim & (cfg.head_dim - 1) == 0
         self.kernels = cfg.kernels and like.is_cuda and triton_kernels is not None and power
+        self.done = torch.zeros(batch, cfg.num_heads, dtype=torch.int32, device=like.device)    # see decode_attention
         self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
         self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
         for i, matrices in model.matrices().items():
@@ -765,7 +766,7 @@ class Rows:
         keys, values = self.cache.keys[i], self.cache.values[i]
         if self.kernel:
             return triton_kernels.decode_attention(q, k, v, keys, values, self.place[:, 0], self.starts,
-                                                   self.cache.windows[window])
+                                                   self.cache.windows[window], self.cache.done)
         q, k, v = (x.view(*self.shape, *x.shape[1:]) for x in (q, k, v))
         keys[self.cache.rows, self.slots[window]] = k
         values[self.cache.rows, self.slots[window]] = v
@@ -817,6 +818,11 @@ def adam_update(grad, param, m, v, rate, decay, beta1, beta2, apply):
     update = rate * m / (v.sqrt() + 1e-10)
     param.copy_(torch.where(apply, p - update - decay * p * (update * p > 0), p))
 
+def adam_updates(updates: list[tuple], apply: Tensor):
+    """adam_update with each tuple of arguments: compiled, one graph for many small parameters."""
+    for arguments in updates:
+        adam_update(*arguments, apply)
+
 class Optimizer:
     """NorMuon and Adam over all parameters, by the rows of PARAMETERS, with state sharded over ranks.
 
@@ -829,10 +835,10 @@ class Optimizer:
         self.params, self.whole, self.state = dict(model.named_parameters()), {}, {}
         odd = sorted(self.params.keys() ^ PARAMETERS.keys())
         assert not odd, f"in one place only: {odd}"
-        self.normuon, self.adam = normuon_update, adam_update
-        if model.cfg.compile:
-            torch._dynamo.config.recompile_limit = 64               # one graph a parameter shape
-            self.normuon, self.adam = (torch.compile(rule, dynamic=False) for rule in (normuon_update, adam_update))
+        self.normuon, self.adam = normuon_update, adam_updates
+        if model.cfg.compile:                                       # one graph a shape; the small parameters have one
+            torch._dynamo.config.recompile_limit = 64
+            self.normuon, self.adam = (torch.compile(rule, dynamic=False) for rule in (normuon_update, adam_updates))
         for name, param in self.params.items():
             self.share_out(name, param)
         self.reset()
@@ -906,15 +912,18 @@ class Optimizer:
             embed.grad = None
         due = [name for name, rule in PARAMETERS.items()
                if (rule.rule == "muon" or step % 2) and not (tied and name == "embed")]
-        reduced = {name: self.reduce(name) for name in due}
-        gathers = []
-        for name in due:
-            grad, handle = reduced.pop(name)
-            if handle:
-                handle.wait()
-            self.update(name, grad, step, apply)
-            if self.world_size > 1 and PARAMETERS[name].shared == "shard":
-                gathers.append(ALL_GATHER(self.whole[name], self.part(name), async_op=True))
+        reduced, gathers = {name: self.reduce(name) for name in due}, []
+        small = [name for name in due if PARAMETERS[name].rule == "adam" and PARAMETERS[name].shared == "all"]
+        for names in [small] * bool(small) + [[name] for name in due if name not in small]:
+            grads = []
+            for grad, handle in map(reduced.pop, names):
+                if handle:
+                    handle.wait()
+                grads.append(grad)
+            rule = PARAMETERS[names[0]]
+            (self.update_adam if rule.rule == "adam" else self.update_muon)(names, grads, step, apply)
+            if self.world_size > 1 and rule.shared == "shard":
+                gathers.append(ALL_GATHER(self.whole[names[0]], self.part(names[0]), async_op=True))
         for handle in gathers:
             handle.wait()
         if tied and step % 2:
@@ -923,29 +932,38 @@ class Optimizer:
                 for key, value in self.state["lm_head"].items():
                     self.state["embed"][key].copy_(value)
 
-    def update(self, name: str, grad: Tensor, step: int, apply: Tensor):
-        """The rule of one parameter, on this rank's part."""
-        cfg, rule, state, part = self.model.cfg, PARAMETERS[name], self.state[name], self.part(name)
-        factor = cfg.lr * lr_factor(cfg, step)
-        scalar = lambda value: torch.tensor(value, dtype=torch.float32)         # a tensor, so that nothing recompiles
-        if rule.rule == "adam":
-            lr, (beta1, beta2) = rule.lr * factor, rule.betas
+    def update_adam(self, names: list[str], grads: list[Tensor], step: int, apply: Tensor):
+        """Adam on this rank's part of parameters: one table, or all the small ones."""
+        cfg, updates = self.model.cfg, []
+        for name, grad in zip(names, grads):
+            rule, state, part = PARAMETERS[name], self.state[name], self.part(name)
+            lr, (beta1, beta2) = rule.lr * cfg.lr * lr_factor(cfg, step), rule.betas
             state["count"] += 1
             corrected = lr * math.sqrt(1 - beta2 ** int(state["count"])) / (1 - beta1 ** int(state["count"]))
-            rows = HOST_ROWS if cfg.host_state and rule.shared == "shard" else len(part)
-            for g, p, *kept in zip(*(tensor.split(rows) for tensor in (grad, part, state["m"], state["v"]))):
-                m, v = (tensor.to(p.device, non_blocking=True) for tensor in kept)
-                self.adam(g, p, m, v, scalar(corrected), scalar(lr * lr * rule.decay), beta1, beta2, apply)
-                for tensor, new in zip(kept, (m, v)):
-                    tensor.copy_(new, non_blocking=True)            # nothing, if they are one
-        else:
-            rates = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,)
-            first = self.rank * part.size(0)
-            lr = torch.tensor([rates[(first + n) % len(rates)] * factor for n in range(part.size(0))])
-            lr = lr.view(-1, 1, 1).to(part.device, non_blocking=True)
-            self.normuon(grad, state["master"], state["m"], state["v"], lr, scalar(rule.decay * ATTN_LR * factor),
-                         scalar(momentum(cfg, step)), rule.betas[0], apply)
-            part.copy_(torch.where(apply, state["master"], part))
+            tensors, scalars = (grad, part, state["m"], state["v"]), (scalar(corrected), scalar(lr * lr * rule.decay))
+            updates.append((*tensors, *scalars, beta1, beta2))
+        if not cfg.host_state or rule.shared == "all":
+            return self.adam(updates, apply)
+        for g, p, *kept in zip(*(tensor.split(HOST_ROWS) for tensor in tensors)):
+            m, v = (tensor.to(p.device, non_blocking=True) for tensor in kept)
+            self.adam([(g, p, m, v, *scalars, beta1, beta2)], apply)
+            for tensor, new in zip(kept, (m, v)):
+                tensor.copy_(new, non_blocking=True)
+
+    def update_muon(self, names: list[str], grads: list[Tensor], step: int, apply: Tensor):
+        """NorMuon on this rank's part of one bank."""
+        cfg, rule, state, part = self.model.cfg, PARAMETERS[names[0]], self.state[names[0]], self.part(names[0])
+        rates, first, factor = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,), self.rank * part.size(0), (
+            cfg.lr * lr_factor(cfg, step))
+        lr = torch.tensor([rates[(first + n) % len(rates)] * factor for n in range(part.size(0))])
+        lr = lr.view(-1, 1, 1).to(part.device, non_blocking=True)
+        self.normuon(grads[0], state["master"], state["m"], state["v"], lr, scalar(rule.decay * ATTN_LR * factor),
+                     scalar(momentum(cfg, step)), rule.betas[0], apply)
+        part.copy_(torch.where(apply, state["master"], part))
+
+def scalar(value: float) -> Tensor:
+    """A number as a tensor, for which compiled code is not made anew."""
+    return torch.tensor(value, dtype=torch.float32)
 
 HOST_ROWS = 1 << 15                      # of a table, whose moments are on the GPU at one time when the host keeps them
 ATTN_LR = PARAMETERS["attn_vo"].lr       # matrix decay follows this rate, whatever a bank's own multiplier
@@ -1220,6 +1238,8 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
 
 def with_flex(tiles: dict, starts_T: Tensor, window: Tensor, longest: int, max_doc_tokens: int):
     """FlexAttention with these tiles; see ATTENTION."""
+    # as_strided fixes the layout, which the mask needs in graphs where a fused kernel computes the starts (PR 182737)
+    starts_T = starts_T.as_strided(starts_T.shape, (1,))
     index = torch.arange(starts_T.numel(), device=starts_T.device, dtype=torch.int32)
     mask = block_mask(torch.maximum(starts_T, index - window), -(-longest // BLOCK) + 2)
     return lambda q, k, v: flex(q, k, v, mask, tiles)
@@ -1269,21 +1289,20 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TC, weight_VC, targets_TK, weights_K, counts_V):
-        loss, dx = x_TC.new_zeros((), dtype=torch.float32), []
-        dweight = torch.zeros_like(weight_VC, dtype=torch.float32)
+        losses, dx, dweight = [], [], torch.zeros_like(weight_VC, dtype=torch.float32)
         for x, targets in zip(x_TC.split(HEAD_CHUNK), targets_TK.split(HEAD_CHUNK)):
             logits = map_logits(F.linear(x, weight_VC))
             wanted, places = weights_K * (targets >= 0), targets.clamp(min=0)
             counted = logits if counts_V is None else logits + counts_V.log()
             total = counted.logsumexp(dim=1, keepdim=True)
-            loss += ((total - logits.gather(1, places)) * wanted).sum()
+            losses.append(((total - logits.gather(1, places)) * wanted).sum())
             grad = (counted - total).exp() * wanted.sum(dim=1, keepdim=True)
             grad = grad.scatter_add(1, places, -wanted) * logits * (1 - logits / LOGIT_SCALE) / LOGIT_WIDTH
             grad = grad.to(x.dtype)      # by the raw product: of a sigmoid s it is s (1 - s)
             dx.append(grad @ weight_VC)
             dweight += grad.T @ x
         ctx.save_for_backward(torch.cat(dx), dweight.to(weight_VC.dtype))
-        return loss
+        return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx, grad):

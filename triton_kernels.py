@@ -236,55 +236,76 @@ def float8_mlp(u_TC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
 # Decoding: attention of one query a row over a ring of keys and values
 
 @triton.jit
-def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, position_B, start_B, sum_BHSD, total_BHS,
-                            max_BHS, R, window, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One part of a ring a program: maximum and sum of its exponentials, and the values weighted with them."""
+def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, position_B, start_B, y_BHD, sum_BHSD,
+                            total_BHS, max_BHS, done_BH, R, window, H: tl.constexpr, D: tl.constexpr,
+                            BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """One part of what a query sees a program: maximum and sum of its exponentials, and the values weighted with them.
+
+    The program that is done last puts the parts of its row and head together.
+    """
     row, head, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    position, start = tl.load(position_B + row), tl.load(start_B + row)
-    first, newest = tl.maximum(start, position - window), position % R
-    channel = tl.arange(0, D)
+    position, start = tl.load(position_B + row).to(tl.int32), tl.load(start_B + row).to(tl.int32)
+    newest, before = position % R, tl.minimum(position - start, window)         # so many tokens before it are seen
+    lane, channel = tl.arange(0, BLOCK), tl.arange(0, D)
     own = (row * H + head) * D + channel
     q = tl.load(q_BHD + own).to(tl.float32)
     k, v = tl.load(k_BHD + own), tl.load(v_BHD + own)
     ring = row.to(tl.int64) * R * H * D + head * D + channel
     # the first part begins with the new token and puts it into the ring; nobody reads it from there
-    most = tl.where(part == 0, tl.sum(q * k.to(tl.float32)), float("-inf"))
-    total = tl.where(part == 0, 1.0, 0.0)
-    sums = tl.where(part == 0, v.to(tl.float32), 0.0)
+    first = (lane == 0) & (part == 0)
     if part == 0:
         tl.store(keys_BRHD + ring + newest * H * D, k)
         tl.store(values_BRHD + ring + newest * H * D, v)
-    for block in range(part, tl.cdiv(R, BLOCK), parts):
-        slot = block * BLOCK + tl.arange(0, BLOCK)
-        age = (newest - slot + R) % R
-        seen = (slot < R) & (age > 0) & (position - age >= first)
-        place = ring[None, :] + slot[:, None] * H * D
-        score = tl.sum(tl.load(keys_BRHD + place, mask=seen[:, None], other=0.0).to(tl.float32) * q[None, :], 1)
-        score = tl.where(seen, score, float("-inf"))
-        newmost = tl.maximum(most, tl.max(score))
-        base = tl.where(newmost == float("-inf"), 0.0, newmost)     # nothing seen so far
-        weight, fade = tl.exp(score - base), tl.exp(most - base)
-        value = tl.load(values_BRHD + place, mask=seen[:, None], other=0.0).to(tl.float32)
-        sums = sums * fade + tl.sum(weight[:, None] * value, 0)
-        total, most = total * fade + tl.sum(weight), newmost
-    out = (row * H + head) * parts + part
-    tl.store(sum_BHSD + out * D + channel, sums)
-    tl.store(total_BHS + out, total)
-    tl.store(max_BHS + out, most)
+    # a softmax in each lane; nothing goes from thread to thread before the end but the sum of a score
+    most_S = tl.where(first, tl.sum(q * k.to(tl.float32)), float("-inf"))
+    total_S = tl.where(first, 1.0, 0.0)
+    sum_SD = tl.where(first[:, None], v.to(tl.float32)[None, :], 0.0)
+    for low in range(part * BLOCK, before, parts * BLOCK):
+        age = low + 1 + lane
+        seen, slot = age <= before, newest - age
+        place = ring[None, :] + tl.where(slot < 0, slot + R, slot)[:, None] * (H * D)
+        key = tl.load(keys_BRHD + place, mask=seen[:, None], other=0.0)
+        value = tl.load(values_BRHD + place, mask=seen[:, None], other=0.0)     # on its way before the key is used
+        score_S = tl.where(seen, tl.sum(key.to(tl.float32) * q[None, :], 1), float("-inf"))
+        newmost_S = tl.maximum(most_S, score_S)
+        base_S = tl.where(newmost_S == float("-inf"), 0.0, newmost_S)           # nothing seen so far
+        weight_S, fade_S = tl.exp(score_S - base_S), tl.exp(most_S - base_S)
+        sum_SD = sum_SD * fade_S[:, None] + weight_S[:, None] * value.to(tl.float32)
+        total_S, most_S = total_S * fade_S + weight_S, newmost_S
+    most = tl.max(most_S)
+    scale_S = tl.exp(most_S - tl.where(most == float("-inf"), 0.0, most))
+    total, sums = tl.sum(total_S * scale_S), tl.sum(sum_SD * scale_S[:, None], 0)
+    out = (row * H + head) * parts
+    tl.store(sum_BHSD + (out + part) * D + channel, sums)
+    tl.store(total_BHS + out + part, total)
+    tl.store(max_BHS + out + part, most)
+    tl.debug_barrier()                   # what this program wrote comes before its mark
+    if tl.atomic_add(done_BH + row * H + head, 1, sem="acq_rel") == parts - 1:
+        index = tl.arange(0, PARTS)
+        there = index < parts
+        # past the cache of this multiprocessor, where others' results are not
+        mosts = tl.load(max_BHS + out + index, mask=there, other=float("-inf"), cache_modifier=".cg")
+        scales = tl.exp(mosts - tl.max(mosts))
+        totals = tl.load(total_BHS + out + index, mask=there, other=0.0, cache_modifier=".cg") * scales
+        values = tl.load(sum_BHSD + (out + index[:, None]) * D + channel[None, :], mask=there[:, None], other=0.0,
+                         cache_modifier=".cg")
+        tl.store(y_BHD + own, tl.sum(values * scales[:, None], 0) / tl.sum(totals))
+        tl.store(done_BH + row * H + head, 0)                       # for the next call
 
 def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Tensor, values_BRHD: Tensor,
-                     position_B: Tensor, start_B: Tensor, window: int) -> Tensor:
+                     position_B: Tensor, start_B: Tensor, window: int, done_BH: Tensor) -> Tensor:
     """Attention output (B, H, D) of the token at position_B of each row, which enters the rings at slot position % R.
 
-    A query sees itself and what the ring holds from position max(start, position - window) on; the softmax scale is
-    already in q. D is a power of two. As GPT.decode does it without kernels.
+    A query sees itself and what the ring, longer than the window, holds from position max(start, position - window) on;
+    the softmax scale is already in q. D is a power of two. done (B, H) int32 is zero, and is so again after the call.
+    As GPT.decode does it without kernels.
     """
-    (B, R, H, D), block = keys_BRHD.shape, 64
-    parts = min(triton.cdiv(R, block), triton.cdiv(256, B * H))     # enough programs for every multiprocessor
+    (B, R, H, D), block = keys_BRHD.shape, 32
+    parts = min(triton.cdiv(R, block), triton.cdiv(768, B * H))     # several programs for a multiprocessor
     sums, (total, most) = q_BHD.new_empty(B, H, parts, D, dtype=torch.float32), (
         q_BHD.new_empty(B, H, parts, dtype=torch.float32) for _ in range(2))
+    y_BHD = torch.empty(B, H, D, dtype=q_BHD.dtype, device=q_BHD.device)
     decode_attention_kernel[(B, H, parts)](
-        q_BHD.contiguous(), k_BHD.contiguous(), v_BHD.contiguous(), keys_BRHD, values_BRHD, position_B, start_B, sums,
-        total, most, R, window, H=H, D=D, BLOCK=block, num_warps=4)
-    scale = torch.exp(most - most.amax(dim=2, keepdim=True))
-    return ((sums * scale[..., None]).sum(2) / (total * scale).sum(2)[..., None]).to(q_BHD.dtype)
+        q_BHD.contiguous(), k_BHD.contiguous(), v_BHD.contiguous(), keys_BRHD, values_BRHD, position_B, start_B, y_BHD,
+        sums, total, most, done_BH, R, window, H=H, D=D, BLOCK=block, PARTS=triton.next_power_of_2(parts), num_warps=2)
+    return y_BHD

@@ -198,8 +198,10 @@ def test_decode_attention(B, R, H, D, window, poisoned):
     kept, rows = (keys.clone(), values.clone()), torch.arange(B, device=DEVICE)
     for ring, new in zip(kept, (k, v)):
         ring[rows, position % R] = new
-    y = kernels.decode_attention(q, k, v, keys, values, position, start, window)
-    assert torch.equal(keys, kept[0]) and torch.equal(values, kept[1])
+    done = torch.zeros(B, H, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):                   # the second call finds the token in its slot and must not see it twice
+        y = kernels.decode_attention(q, k, v, keys, values, position, start, window, done)
+        assert torch.equal(keys, kept[0]) and torch.equal(values, kept[1]) and not done.any()
     held = position[:, None] - (position[:, None] - torch.arange(R, device=DEVICE)) % R
     seen = held >= torch.maximum(start, position - window)[:, None]
     scores = torch.einsum("bhd,brhd->bhr", q.double(), keys.double()).masked_fill(~seen[:, None], -math.inf)
