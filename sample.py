@@ -483,7 +483,7 @@ def product_sums():
                 return function(*args, **(kwargs or {}))
             row, matrix, *bias = args
             y = (row.reshape(1, -1).float() * (matrix if function is linear else matrix.T).float()).sum(1)
-            y = y if bias in ([], [None]) else y + bias[0]
+            y = y + bias[0] if bias and bias[0] is not None else y
             return y.to(row.dtype).view(*row.shape[:-1], -1)
     return ProductSums
 
