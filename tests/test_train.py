@@ -216,13 +216,13 @@ def test_runs_repeat_follow_the_seed_and_may_stop_early(run_main, data, tmp_path
 # Bad ends
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_parameter(run_main, data, tmp_path, monkeypatch):
-    update = train_gpt.Optimizer.update
+    honest = train_gpt.Optimizer.step
 
-    def spoiled(self, name, grad, step, apply):
-        update(self, name, grad, step, apply)
-        if name == "mlp" and step == 3:
-            self.params[name].data[1, 2, 3] = float("nan")
-    monkeypatch.setattr(train_gpt.Optimizer, "update", spoiled)
+    def spoiled(self, step, apply):
+        honest(self, step, apply)
+        if step == 3:
+            self.params["mlp"].data[1, 2, 3] = float("nan")
+    monkeypatch.setattr(train_gpt.Optimizer, "step", spoiled)
     done = run_main(*small_flags(data, out_dir=tmp_path / "logs"))
     assert done.code == 3
     folder = only_folder(tmp_path / "logs")
@@ -234,13 +234,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_parameter(
 
 
 def test_a_nan_in_the_last_update_is_not_reported_as_success(run_main, data, tmp_path, monkeypatch):
-    update = train_gpt.Optimizer.update
+    honest = train_gpt.Optimizer.step
 
-    def spoiled(self, name, grad, step, apply):
-        update(self, name, grad, step, apply)
-        if name == "lm_head" and step == 19:
-            self.params[name].data.fill_(float("nan"))
-    monkeypatch.setattr(train_gpt.Optimizer, "update", spoiled)
+    def spoiled(self, step, apply):
+        honest(self, step, apply)
+        if step == 19:
+            self.params["lm_head"].data.fill_(float("nan"))
+    monkeypatch.setattr(train_gpt.Optimizer, "step", spoiled)
     done = run_main(*small_flags(data, out_dir=tmp_path / "logs"))
     assert done.code == 3
     assert strict_json(only_folder(tmp_path / "logs") / "run.json")["status"] == "diverged"
