@@ -14,6 +14,7 @@ same seed gives the same text whatever else is in the batch (on the same kind of
 import argparse
 import base64
 import codecs
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -37,6 +38,7 @@ META_BYTES, TOKENIZER_BYTES, LATEST_BYTES, PROMPTS_BYTES = 1 << 20, 1 << 24, 256
 # for ever, and the engine behind tiktoken then ends the process.
 PATTERNS = ("", r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 PIECE = 1_000_000                                                   # letters; its stack ends at 3 million blanks
+COMPANIONS = ("harness", "triton_kernels")                          # what training scripts import from their folder
 TRAIN_FIRST = "train one with ./run.sh or python train_gpt.py --preset=tiny"
 OTHER = "choose another checkpoint with --checkpoint="
 BYTES_PROMPT, WORDS_PROMPT = "def ", "The"                          # the tiny preset learns Python, byte by byte
@@ -270,6 +272,20 @@ def find_script(name: str, script: Path | None) -> Path:
                         f"{', '.join(beside) or 'none'}; name its source with --script=PATH")
     return beside[name]
 
+@contextlib.contextmanager
+def companions_of(script: Path):
+    """While it lasts, `import` gives a script the companions in its own folder, not those that another one has."""
+    others = {name: module for name in COMPANIONS if (module := sys.modules.get(name))
+              and Path(module.__file__).parent != script.parent}
+    for name in others:
+        del sys.modules[name]
+    sys.path.insert(0, str(script.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(script.parent))
+        sys.modules.update(others)
+
 def import_script(path: Path, needs=("GPT", "config_from_dict", "UserError"), remedy="name another source with "
                   "--script=PATH"):
     """The module of a training script, imported once; raises UserError if it cannot be or lacks what it `needs`."""
@@ -278,7 +294,8 @@ def import_script(path: Path, needs=("GPT", "config_from_dict", "UserError"), re
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)   # before it runs: dataclasses look their module up
         try:
-            spec.loader.exec_module(sys.modules[name])
+            with companions_of(path):
+                spec.loader.exec_module(sys.modules[name])
         except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise UserError(f"{path} cannot be imported ({type(error).__name__}: {error}); {remedy}") from None

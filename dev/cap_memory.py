@@ -10,6 +10,6 @@ import torch
 
 if __name__ == "__main__":
     gib, sys.argv = float(sys.argv[1]), sys.argv[2:]
-    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))     # where the script finds its kernels
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))     # where the script finds its companions
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     runpy.run_path(sys.argv[0], run_name="__main__")

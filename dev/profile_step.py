@@ -55,8 +55,10 @@ def main():
     cfg = train_gpt.parse_config(argv)
     machine = train_gpt.setup_machine(cfg)
     shards, _ = train_gpt.open_shards(cfg.train_files, cfg.val_files)
-    cfg, _ = train_gpt.choose_backends(train_gpt.resolve_config(cfg, machine, shards[0]), machine)
-    cfg, slots, plan = train_gpt.memory_plan(cfg, machine)
+    cfg = train_gpt.resolve_config(cfg, machine, shards[0], train_gpt.triton_kernels is not None)
+    cfg, _ = train_gpt.choose_backends(train_gpt.SCRIPT, cfg, machine)
+    head_chunk = (train_gpt.triton_kernels if cfg.kernels else train_gpt).HEAD_CHUNK
+    cfg, slots, plan = train_gpt.memory_plan(cfg, machine, head_chunk)
     print(plan)
     with torch.device(machine.device):
         model = train_gpt.GPT(cfg)

@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from runs import UserError, read_run
+from runs import COMPANIONS, UserError, read_run
 
 BOS, STREAM, VAL_TOKENS, STEPS = 8, 256, 500, 4         # 8 tokens of one byte and a begin-of-document id
 # what a run fills in itself
@@ -56,8 +56,12 @@ def need(good: bool, sentence: str):
 
 
 def load_script(path: Path):
-    """The module of a training script; the files beside it can be imported by it."""
+    """The module of a training script; what it imports from its folder is not what another script has imported."""
     path = path.resolve()
+    others = {name: module for name in (Path(name).stem for name in COMPANIONS)
+              if (module := sys.modules.get(name)) and Path(module.__file__).parent != path.parent}
+    for name in others:
+        del sys.modules[name]
     sys.path.insert(0, str(path.parent))
     try:
         spec = importlib.util.spec_from_file_location(f"guarded_{path.stem}", path)
@@ -66,6 +70,7 @@ def load_script(path: Path):
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
+        sys.modules.update(others)
     missing = [name for name in ("PRESETS", "GPT", "parse_config", "config_from_dict", "main")
                if not hasattr(module, name)]
     need(not missing, f"the script has no {', '.join(missing)}, so it cannot be examined")

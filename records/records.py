@@ -32,13 +32,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from pictures import history, plot
-from runs import (MAX_JSON, MAX_LOG, NAME, REGION, Record, Run, UserError, arms_table, collect, fill, lost_runs, marked,
-                  p_text, read_json, read_record, read_run, read_text, read_track, regions, runs_table, seconds_text,
-                  sha256, table, tokens_after, verdict_text, write_text)
+from runs import (COMPANIONS, MAX_JSON, MAX_LOG, NAME, REGION, Record, Run, UserError, arms_table, collect, fill,
+                  lost_runs, marked, p_text, read_json, read_record, read_run, read_text, read_track, regions,
+                  runs_table, seconds_text, sha256, source_files, table, tokens_after, verdict_text, write_text)
 from student import describe, interval, t_test
 
 HERE = Path(__file__).resolve().parent
 RULE = "=" * 100 + "\n"                                  # ends each source at the head of a log
+IMPORTS_HARNESS = re.compile(r"^\s*(?:import|from)\b.*\bharness\b", re.M)
 HALF = "half a pair"                                     # begins the reason why such a run does not count
 LINE = re.compile(r"^step:(\d{1,12})/(\d{1,12}) (train|val)_loss:(\S{1,40}) train_time:(\d{1,15})ms "
                   r"step_avg:(\d{1,15}\.\d\d)ms$", re.M)
@@ -98,11 +99,11 @@ def check_logs(record: Record) -> list[str]:
     problems, entries = [], {entry.get("folder"): entry for entry in record.ledger["runs"]}
     exempt = record.track.get("exempt", {}).get(record.folder.resolve().name, {})
     for run in record.runs:
-        script = record.script(run.arm)
-        kernels = script.with_name("triton_kernels.py")
-        needed = run.info["config"].get("kernels") is True and "kernels" not in exempt
-        problem = log_problem(run, read_text(script, MAX_JSON),
-                              read_text(kernels, MAX_JSON) if needed or kernels.is_file() else "", needed)
+        script, text = record.script(run.arm), read_text(record.script(run.arm), MAX_JSON)
+        needs = {"harness.py": IMPORTS_HARNESS.search(text),
+                 "triton_kernels.py": run.info["config"].get("kernels") is True and "kernels" not in exempt}
+        problem = log_problem(run, text, {name: read_text(script.with_name(name), MAX_JSON)
+                                          for name in COMPANIONS if needs[name]})
         files = entries[run.folder.name].get("sha256")
         changed = [name for name, digest in log_hashes(run.folder).items()
                    if not isinstance(files, dict) or files.get(name) != digest]
@@ -112,14 +113,16 @@ def check_logs(record: Record) -> list[str]:
     return problems
 
 
-def log_problem(run: Run, script: str, kernels: str, needed: bool) -> str:
-    """The first thing in which log.txt contradicts run.json or itself, or nothing."""
+def log_problem(run: Run, script: str, companions: dict[str, str]) -> str:
+    """The first thing in which log.txt contradicts the sources, run.json or itself, or nothing."""
     log = read_text(run.folder / "log.txt", MAX_LOG)
     if not log.startswith(script + "\n" + RULE):
         return "log.txt does not begin with the script: another run's log"
     log = log[len(script) + 1 + len(RULE):]
-    if needed and not log.startswith(kernels + "\n" + RULE):
-        return "log.txt does not hold triton_kernels.py as it is here"
+    for name, text in companions.items():
+        if not log.startswith(text + "\n" + RULE):
+            return f"log.txt does not hold {name} as it is here"
+        log = log[len(text) + 1 + len(RULE):]
     lines = [(kind, int(step), int(total), loss, int(ms), float(avg))
              for step, total, kind, loss, ms, avg in LINE.findall(log.rpartition(RULE)[2])]
     for kind, step, total, loss, ms, avg in lines:
@@ -260,7 +263,7 @@ def check_guard(record: Record) -> list[str]:
     for arm in record.ledger["arms"]:
         if runs := record.of_arm(arm):
             path = record.script(arm)
-            sources = tuple(map(sha256, filter(Path.is_file, (path, path.with_name("triton_kernels.py")))))
+            sources = tuple(map(sha256, source_files(path)))
             scripts.setdefault(sources, [str(path)]).append(f"--run={runs[0].folder / 'run.json'}")
     for arguments in scripts.values():
         done = subprocess.run([sys.executable, str(HERE / "guard.py"), *arguments], capture_output=True, text=True,
@@ -338,8 +341,8 @@ def launch(jobs: list[tuple[Path, list[str], Path]], ranks: int) -> list[tuple[i
 def compare(args, flags: list[str]) -> int:
     """Alternates A and B; writes the ledger as it goes and the verdict at the end."""
     plan = comparison_plan(args, flags)
-    key = json.dumps([[sha256(path), path.name, arm_flags] for path, arm_flags in plan.values()] + [args.ranks]
-                     + ["at once"] * args.at_once)
+    key = json.dumps([[*map(sha256, source_files(path)), path.name, arm_flags] for path, arm_flags in plan.values()]
+                     + [args.ranks] + ["at once"] * args.at_once)
     stems = dict.fromkeys(path.stem for path, _ in plan.values())
     folder = args.out or Path("logs") / f"compare_{'_'.join(stems)}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     ledger = open_comparison(folder, plan, args, key)
@@ -378,7 +381,7 @@ def comparison_plan(args, flags: list[str]) -> dict[str, tuple[Path, list[str]]]
             raise UserError(f"{flag} cannot be passed on; flags of the scripts look like --field=value, and --seed and "
                             "--out_dir are set here")
     a, b = args.scripts[0], args.scripts[-1]
-    same = sha256(a) == sha256(b) and a_flags == b_flags
+    same = a_flags == b_flags and [*map(sha256, source_files(a))] == [*map(sha256, source_files(b))]
     if same != args.noise:
         raise UserError(f"A and B are {'the same' if same else 'different'}; " + (
             "change one, give --b_flags, or ask for the noise with --noise" if same else "--noise is for one script"))
@@ -401,9 +404,8 @@ def open_comparison(folder: Path, plan: dict, args, key: str) -> dict:
         return ledger | {"p": args.p}
     for arm, (path, _) in plan.items():  # what runs is a copy, so that editing goes on meanwhile
         (folder / arm).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder / arm / path.name)
-        if (kernels := path.with_name("triton_kernels.py")).is_file():
-            shutil.copy(kernels, folder / arm / kernels.name)
+        for source in source_files(path):
+            shutil.copy(source, folder / arm / source.name)
     ledger = {"format": 1, "kind": "comparison", "p": args.p, "looks": [], "setup_sha256": digest, "runs": [],
               "arms": {arm: {"script": f"{arm}/{path.name}", "flags": flags} for arm, (path, flags) in plan.items()}}
     save_ledger(folder, ledger)
@@ -641,9 +643,8 @@ def add_run(folder: Path, ledger: dict, run: Run):
         source = record.script(next(kept.arm for kept in record.runs if kept.folder == run.folder))
     if sha256(source) != run.info["source_sha256"]:
         raise UserError(f"{source} is not the script that {run.folder} ran (its sha256 differs)")
-    kernels = source.with_name("triton_kernels.py")
     if run.arm not in ledger["arms"]:
-        sources = [source, *[kernels] * kernels.is_file()]
+        sources = source_files(source)
         scripts = {plan["script"]: (folder / plan["script"]).parent for plan in ledger["arms"].values()}
         script = next((script for script, place in scripts.items() if all(      # arms that differ in flags share theirs
             (place / path.name).is_file() and sha256(place / path.name) == sha256(path) for path in sources)), None)

@@ -17,6 +17,7 @@ import numpy as np
 from student import describe, detectable, interval, needed_n, t_test
 
 MAX_JSON, MAX_LOG, MAX_RUNS = 4 << 20, 64 << 20, 1000    # bytes, bytes, runs in a ledger
+COMPANIONS = ("harness.py", "triton_kernels.py")         # what scripts import from their folder, in a log's order
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder or file in a record
 REGION = re.compile(r"(<!-- records\.py: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
@@ -90,6 +91,11 @@ def sha256(path: Path) -> str:
         raise UserError(f"{path} is not there, or not a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_files(script: Path) -> list[Path]:
+    """A training script and the companions beside it."""
+    return [script, *filter(Path.is_file, map(script.with_name, COMPANIONS))]
 
 
 # -----------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def small_config(data, script):
     def config(**changes):
         cfg = script.parse_config(small_flags(data, **changes))
         machine = script.Machine(script.torch.device("cpu"), 0, 1, "cpu")
-        return script.resolve_config(cfg, machine, script.open_shards(cfg.train_files, cfg.val_files)[0][0])
+        return script.resolve_config(cfg, machine, script.open_shards(cfg.train_files, cfg.val_files)[0][0], False)
     return config
 
 

@@ -4,12 +4,12 @@ Against: planted backends that are wrong, die, hang or are slow; a variable-leng
 document. The GPU part (skipped without CUDA) tries every backend on this device.
 Run: python -m pytest tests/test_backends.py
 """
-import importlib.util
 import io
 import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +17,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import harness
+import sample
 import train_gpt
 from conftest import BOS, ROOT, VOCAB, write_shard
-from train_gpt import ALLOWED, PRESETS, UserError, probe, with_plain, with_varlen
+from harness import ALLOWED, UserError
+from train_gpt import PRESETS, with_plain, with_varlen
 
-CPU = torch.device("cpu")
+CPU, SCRIPT = torch.device("cpu"), ROOT / "train_gpt.py"
+probe = partial(harness.probe, train_gpt.probe_case)
 ALLOWED["plain"] = 0.0                    # these tests try it, too
 TINY = replace(PRESETS["tiny"], vocab_size=VOCAB, bos_id=BOS, device="cpu", attention="plain")
 
@@ -86,21 +90,18 @@ def test_a_wrong_backend_is_noticed(monkeypatch, backend, worst):
 @pytest.fixture
 def deadly_script(tmp_path):
     """A copy of train_gpt.py in which trying varlen ends the process."""
-    text = (ROOT / "train_gpt.py").read_text().replace("\nALLOWED = {", '\nALLOWED = {"plain": 0.0, ')
+    text, harness_text = SCRIPT.read_text(), (ROOT / "harness.py").read_text()
+    (tmp_path / "harness.py").write_text(harness_text.replace("\nALLOWED = {", '\nALLOWED = {"plain": 0.0, '))
     head = "def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):\n"
     assert text.count(head) == 1
     path = tmp_path / "train-1.2 copied.py"         # as someone may call an idea
-    path.write_text(text.replace(head, head + "    os.abort()\n"))
-    spec = importlib.util.spec_from_file_location("train_copied", path)
-    module = sys.modules["train_copied"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_copied"]
+    path.write_text(text.replace(head, head + "    import os\n    os.abort()\n"))
+    return sample.import_script(path)
 
 
 def test_a_backend_that_dies_leaves_the_others(deadly_script):
     cfg = deadly_script.config_from_dict(asdict(TINY))
-    found = deadly_script.try_backends(cfg, ["varlen", "plain"], CPU)
+    found = harness.try_backends(deadly_script.SCRIPT, cfg, ["varlen", "plain"], CPU)
     assert list(found) == ["varlen", "plain"] and found["plain"]["fault"] == "" and found["plain"]["seconds"] > 0
     assert found["varlen"]["fault"] == "its process ended with exit code -6"
 
@@ -112,10 +113,10 @@ def test_a_backend_that_hangs_leaves_the_others(monkeypatch):
         if len(names) > 1:               # the first gets through, the second hangs
             raise subprocess.TimeoutExpired(words, timeout, right.encode())
         return subprocess.CompletedProcess(words, 0, right)
-    monkeypatch.setattr(train_gpt.subprocess, "run", run)
-    found = train_gpt.try_backends(TINY, ["flex", "varlen", "plain"], CPU)
+    monkeypatch.setattr(harness.subprocess, "run", run)
+    found = harness.try_backends(SCRIPT, TINY, ["flex", "varlen", "plain"], CPU)
     assert {name: result["fault"] for name, result in found.items()} == {
-        "flex": "", "varlen": f"no result within {train_gpt.PROBE_SECONDS} s", "plain": ""}
+        "flex": "", "varlen": f"no result within {harness.PROBE_SECONDS} s", "plain": ""}
 
 
 def out_of_memory(*_):
@@ -128,7 +129,7 @@ def test_why_a_backend_is_not_used(monkeypatch, capsys, backend, fault):
     monkeypatch.setitem(train_gpt.ATTENTION, "varlen", backend)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(
         {"config": asdict(TINY), "names": ["varlen", "plain"], "device": "cpu"})))
-    train_gpt.probe_all()
+    harness.probe_all(train_gpt)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["backend"], line["fault"]) for line in lines] == [("varlen", fault), ("plain", "")]
 
@@ -144,12 +145,12 @@ def choose(monkeypatch, cfg, ms, faulty=()):
     """choose_backends, with these milliseconds for backends that are right; and the names that it tried."""
     tried = []
 
-    def fake(cfg, names, device):
+    def fake(script, cfg, names, device):
         tried.extend(names)
         return {name: {"fault": "" if name in ms or name not in faulty and name not in train_gpt.ATTENTION else "bad",
                        "error": 0.01, "seconds": ms.get(name, 1) / 1000} for name in names}
-    monkeypatch.setattr(train_gpt, "try_backends", fake)
-    return *train_gpt.choose_backends(cfg, GPU), tried
+    monkeypatch.setattr(harness, "try_backends", fake)
+    return *harness.choose_backends(SCRIPT, cfg, GPU), tried
 
 
 @pytest.mark.parametrize("ms, best", [
@@ -229,8 +230,8 @@ def test_what_is_switched_off_is_not_tried(monkeypatch, flags, tried):
 
 
 def test_without_a_gpu_nothing_is_tried(monkeypatch):
-    monkeypatch.setattr(train_gpt, "try_backends", None)
-    assert train_gpt.choose_backends(TINY, train_gpt.Machine(CPU, 0, 1, "cpu")) == (TINY, [])
+    monkeypatch.setattr(harness, "try_backends", None)
+    assert harness.choose_backends(SCRIPT, TINY, train_gpt.Machine(CPU, 0, 1, "cpu")) == (TINY, [])
 
 
 # -----------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def short_documents(tmp_path):
     """A shard of documents of 1 to 40 tokens, then of some long ones."""
     lengths = [*np.random.default_rng(0).integers(1, 40, 3000), 500, 700, 900]
     tokens = np.concatenate([[BOS, *np.full(length, 5)] for length in lengths])
-    return train_gpt.read_header(write_shard(tmp_path / "a.bin", tokens))
+    return harness.read_header(write_shard(tmp_path / "a.bin", tokens))
 
 
 @pytest.mark.parametrize("attention", ["varlen", "fa3", "plain"])
@@ -290,11 +291,11 @@ def test_the_model_gives_the_same_logits_with_varlen_attention(monkeypatch):
 
 def plan(monkeypatch, cfg, gigabytes, world_size=1):
     """memory_plan for a card of that size."""
-    monkeypatch.setattr(train_gpt, "triton_kernels", SimpleNamespace(HEAD_CHUNK=32_768))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
         total_memory=2e9 * gigabytes))
-    return train_gpt.memory_plan(cfg, train_gpt.Machine(torch.device("cuda", 0), 0, world_size, "a GPU"))
+    machine = train_gpt.Machine(torch.device("cuda", 0), 0, world_size, "a GPU")
+    return harness.memory_plan(cfg, machine, 32_768 if cfg.kernels else train_gpt.HEAD_CHUNK)
 
 
 SINGLE = replace(PRESETS["single"], vocab_size=50304, bos_id=50256)
@@ -358,7 +359,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 @cuda
 def test_on_this_gpu_the_fast_backends_are_right():
     machine = train_gpt.Machine(torch.device("cuda", 0), 0, 1, torch.cuda.get_device_name())
-    cfg, lines = train_gpt.choose_backends(ALL, machine)
+    cfg, lines = harness.choose_backends(SCRIPT, ALL, machine)
     print("\n".join(lines))
     assert cfg.attention != "plain" and cfg.kernels, lines
     assert cfg.float8 == (torch.cuda.get_device_capability() >= (8, 9)), lines

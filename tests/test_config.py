@@ -13,6 +13,7 @@ import sys
 import pytest
 from conftest import ROOT, SMALL_STAGES, as_flags, small_flags
 
+import harness
 import train_gpt
 from train_gpt import PRESETS, Layer, Stage, parse_config
 
@@ -78,7 +79,7 @@ def test_a_preset_is_a_starting_point_for_the_other_flags():
 
 def test_presets_pass_their_own_check():
     for cfg in PRESETS.values():
-        train_gpt.check_config(cfg)
+        harness.check_config(cfg)
 
 
 def test_configurations_are_frozen():

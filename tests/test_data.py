@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from conftest import BOS, ROOT, SCRIPTS, VOCAB, make_data, make_text, small_flags, tokenizer_json, write_shard
 
+import harness
+
 GPT2_BPE = ROOT.parent / "shared" / "data" / "gpt2_bpe"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -26,26 +28,26 @@ def script(request):
 # -----------------------------------------------------------------------------
 # Shards
 
-def test_a_shard_of_our_own(script, tmp_path):
+def test_a_shard_of_our_own(tmp_path):
     tokens = [BOS, 1, 2, 3, BOS, 4]
-    shard = script.read_header(write_shard(tmp_path / "a.bin", tokens))
+    shard = harness.read_header(write_shard(tmp_path / "a.bin", tokens))
     assert (shard.num_tokens, shard.vocab_size, shard.bos_id, shard.width) == (6, VOCAB, BOS, 2)
     assert shard.tokenizer == hashlib.sha256(tokenizer_json()).hexdigest()
     assert shard.read().tolist() == tokens
 
 
-def test_a_published_shard_has_zeros_that_mean_gpt2(script, tmp_path):
+def test_a_published_shard_has_zeros_that_mean_gpt2(tmp_path):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, 4
     (tmp_path / "fineweb.bin").write_bytes(header.tobytes() + np.array([50256, 15496, 995, 50256], "<u2").tobytes())
-    shard = script.read_header(str(tmp_path / "fineweb.bin"))
+    shard = harness.read_header(str(tmp_path / "fineweb.bin"))
     assert (shard.num_tokens, shard.vocab_size, shard.bos_id, shard.width) == (4, 50257, 50256, 2)
-    assert shard.tokenizer == script.GPT2_TOKENIZER_SHA256
+    assert shard.tokenizer == harness.GPT2_TOKENIZER_SHA256
     assert shard.read().tolist() == [50256, 15496, 995, 50256]
 
 
-def test_a_shard_of_wide_tokens(script, tmp_path):
-    shard = script.read_header(write_shard(tmp_path / "a.bin", [99_999, 70_000, 65_536], w3=100_000, w4=99_999, w5=4))
+def test_a_shard_of_wide_tokens(tmp_path):
+    shard = harness.read_header(write_shard(tmp_path / "a.bin", [99_999, 70_000, 65_536], w3=100_000, w4=99_999, w5=4))
     assert shard.width == 4 and shard.read().tolist() == [99_999, 70_000, 65_536]
 
 
@@ -128,7 +130,7 @@ def test_the_tokenizer_must_be_the_one_of_the_shards(refused, tmp_path, content,
 
 def test_the_tokenizer_is_read_and_checked(script, data):
     shard = script.open_shards(f"{data}/train_*.bin", f"{data}/val_*.bin")[0][0]
-    assert script.read_tokenizer(shard) == tokenizer_json()
+    assert harness.read_tokenizer(shard) == tokenizer_json()
 
 
 @pytest.mark.parametrize("name, position", [("train_000000.bin", 20), ("val_000000.bin", 1000)])
@@ -143,7 +145,7 @@ def test_an_id_outside_the_vocabulary_is_refused(run_main, tmp_path, name, posit
 
 
 def test_ids_too_large_for_a_signed_number_are_refused(script, tmp_path):
-    shard = script.read_header(write_shard(tmp_path / "a.bin", [BOS, 5, 2**31 + 5, 7], w5=4))
+    shard = harness.read_header(write_shard(tmp_path / "a.bin", [BOS, 5, 2**31 + 5, 7], w5=4))
     with pytest.raises(script.UserError, match="outside the vocabulary"):
         script.fill_slot([(shard.read(), 0, 4)], 8, BOS, VOCAB)
 
@@ -179,9 +181,9 @@ def test_running_out_during_training(run_main, tmp_path):
 # Documents and slots
 
 def test_documents_of_several_shards(script, tmp_path):
-    first = script.read_header(write_shard(tmp_path / "a.bin", [7, 8, BOS, 1, 2, BOS, BOS, 3]))  # begins amid one
-    second = script.read_header(write_shard(tmp_path / "b.bin", [BOS, 4]))
-    third = script.read_header(write_shard(tmp_path / "c.bin", [9, 9]))
+    first = harness.read_header(write_shard(tmp_path / "a.bin", [7, 8, BOS, 1, 2, BOS, BOS, 3]))  # begins amid one
+    second = harness.read_header(write_shard(tmp_path / "b.bin", [BOS, 4]))
+    third = harness.read_header(write_shard(tmp_path / "c.bin", [9, 9]))
     found = [ids[start:end].tolist() for ids, start, end in script.documents([first, second, third])]
     assert found == [[BOS, 1, 2], [BOS], [BOS, 3], [BOS, 4]]
 
@@ -191,7 +193,7 @@ def test_documents_of_a_long_shard_lose_nothing(script, tmp_path):
     starts = np.sort(np.random.default_rng(0).choice(5_000_000, 500, replace=False))
     starts = np.union1d(starts, [0, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])  # where a search in pieces may go wrong
     tokens[starts] = BOS
-    shard = script.read_header(write_shard(tmp_path / "a.bin", tokens))
+    shard = harness.read_header(write_shard(tmp_path / "a.bin", tokens))
     found = [(int(start), int(end)) for _, start, end in script.documents([shard])]
     assert found == list(zip(starts.tolist(), [*starts.tolist()[1:], 5_000_000]))
 
@@ -220,7 +222,7 @@ def numbered_shards(script, folder, sizes, per_shard=2):
     for i in range(per_shard):
         part = tokens[i * len(tokens) // per_shard:(i + 1) * len(tokens) // per_shard]
         path = write_shard(folder / f"{i}.bin", np.concatenate(part), w3=number, w4=bos, w5=4)
-        shards.append(script.read_header(path))
+        shards.append(harness.read_header(path))
     return shards, tokens
 
 
@@ -336,7 +338,7 @@ def test_prefixes_against_a_search_through_all_pairs(script):
     assert found[-1] == -1 and (found >= 0).sum() > 100
 
 
-def test_the_constant_is_the_hash_of_gpt2s_tokenizer(script):
+def test_the_constant_is_the_hash_of_gpt2s_tokenizer():
     if not (GPT2_BPE / "vocab.bpe").exists():
         pytest.skip("needs GPT-2's vocabulary in ../shared/data/gpt2_bpe")
     # the published encoder writes bytes as printable characters: those that are printable stand for themselves
@@ -349,7 +351,7 @@ def test_the_constant_is_the_hash_of_gpt2s_tokenizer(script):
     content = {"name": "gpt2", "pattern": GPT2_PATTERN, "ranks": ranks,
                "special_tokens": {"<|endoftext|>": 50256}, "bos_id": 50256}
     text = json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n"
-    assert hashlib.sha256(text.encode("ascii")).hexdigest() == script.GPT2_TOKENIZER_SHA256
+    assert hashlib.sha256(text.encode("ascii")).hexdigest() == harness.GPT2_TOKENIZER_SHA256
 
 
 # -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ sys.path.append(str(ROOT / "data"))
 
 import evaluate  # noqa: E402
 import gpt2  # noqa: E402
+import harness  # noqa: E402
 import sample  # noqa: E402
 import text  # noqa: E402
 import train_gpt  # noqa: E402
@@ -357,7 +358,7 @@ def run(shards, tmp_path_factory):
     logs = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_gpt.py", *small_flags(shards, out_dir=logs, val_every=0, num_iterations=6)])
-        patch.setattr(train_gpt.signal, "signal", lambda *_: None)
+        patch.setattr(harness.signal, "signal", lambda *_: None)
         assert train_gpt.main() == 0
     return only_folder(logs)
 

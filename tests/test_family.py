@@ -16,6 +16,8 @@ from dataclasses import asdict, fields, replace
 import pytest
 from conftest import BOS, ROOT, SCRIPTS, VOCAB
 
+import harness
+
 SOURCES = {f"{script}.py": (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
 SIZE_VARIANTS = ["train_gpt_medium.py"]
 BANNER, TAG = "# " + "-" * 77 + "\n# ", " (same in every train_*.py)"
@@ -55,7 +57,7 @@ def test_sections_are_the_same_where_they_say_so_and_only_there():
     ("longest other token", "longest token", ["Data", "not the same"]),
     ("import base64\n", "", ["Imports", "not the same"]),
     (f"# Model{TAG}", "# Model", ["sections", "'Model'"]),
-    (f"{BANNER}Checkpoint{TAG}\n", "", ["sections", "Checkpoint"])])
+    (f"{BANNER}Optimizer{TAG}\n", "", ["sections", "Optimizer"])])
 def test_a_drift_of_one_script_is_named_and_undone(old, new, words):
     name = list(SOURCES)[-1]
     drifted = SOURCES | {name: SOURCES[name].replace(old, new)}
@@ -90,9 +92,11 @@ def test_flags_and_presets(script):
     assert {field.name for field in fields(script.Hyperparameters)} == FLAGS.keys()
     assert {"speedrun", "tiny"} <= script.PRESETS.keys()
     for cfg in script.PRESETS.values():
-        script.check_config(cfg)
+        harness.check_config(cfg)
         assert script.stage_index(cfg, cfg.total_steps - 1) == len(cfg.stages) - 1
         assert script.config_from_dict(json.loads(json.dumps(asdict(cfg)))) == cfg
+    for name in script.ATTENTION:
+        assert script.parse_config([f"--attention={name}"]).attention == name
 
 
 def test_logits_loss_and_decoding(script):

@@ -5,8 +5,10 @@ Run: python -m pytest tests/test_metric.py
 """
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -82,8 +84,19 @@ def test_a_cheat_is_named(cheat, tmp_path):
     assert mark
     script = tmp_path / "train_cheat.py"
     script.write_text(honest + addition + mark + last)
+    shutil.copy(ROOT / "harness.py", tmp_path)
     module = guard.load_script(script)
     with pytest.raises(guard.Dishonest, match=words):
+        guard.check_script(module, config_of(module, "tiny"))
+
+
+def test_a_cheat_in_the_harness_is_named_too(tmp_path):
+    honest, script = (ROOT / "harness.py").read_text(), Path(shutil.copy(ROOT / "train_gpt.py", tmp_path))
+    kept = "self.history.append((step, clock.seconds, val_loss))"
+    assert honest.count(kept) == 1
+    (tmp_path / "harness.py").write_text(honest.replace(kept, kept.replace("val_loss", "0.995 * val_loss")))
+    module = guard.load_script(script)
+    with pytest.raises(guard.Dishonest, match="reports a validation loss"):
         guard.check_script(module, config_of(module, "tiny"))
 
 

@@ -450,6 +450,8 @@ out = Path(flags["out_dir"]) / f"run_{count}"
 out.mkdir(parents=True)
 noise = [0.004, -0.003, 0.001, -0.006, 0.005, 0.002, -0.001, -0.002][count % 8]
 pace, source = SLOW * 100 * (1 + noise), Path(__file__).read_text()
+sources = {path.name: path.read_text() for path in (Path(__file__), *Path(__file__).parent.glob("harness.py"))}
+head = "".join(text + "\n" + "=" * 100 + "\n" for text in sources.values())
 loss = lambda step: 2 + 3 / (1 + step) * lr + 0.01 * (seed % 3) + (lr - 1) * 0.5 + noise / 10
 points = [dict(step=s, train_time_ms=round(s * pace), val_loss=round(loss(s), 6), tokens=1000) for s in (0, 10, 20)]
 config = dict(stages=[dict(until=1.0, batch_tokens=512)], num_iterations=20, val_tokens=1000)
@@ -457,15 +459,16 @@ info = dict(status="running", script=Path(__file__).name, argv=sys.argv[1:], con
             source_sha256=hashlib.sha256(source.encode()).hexdigest(), versions=dict(python="3"), world_size=1, gpu="",
             started="2026-11-22T00:00:00", val_losses=[])
 (out / "run.json").write_text(json.dumps(info))
-(out / Path(__file__).name).write_text(source)
+for name, text in sources.items():
+    (out / name).write_text(text)
 if count == int(flags.get("wait_at", -1)):
     time.sleep(60)
 if lr > 10:
-    (out / "log.txt").write_text(source + "\n" + "=" * 100 + "\n")
+    (out / "log.txt").write_text(head)
     (out / "run.json").write_text(json.dumps(info | dict(status="diverged")))
     sys.exit(3)
 line = "step:{}/20 {}_loss:{:.6f} train_time:{}ms step_avg:{:.2f}ms\n"
-log = source + "\n" + "=" * 100 + "\n" + line.format(0, "val", loss(0), 0, 0)
+log = head + line.format(0, "val", loss(0), 0, 0)
 for s in range(1, 21):
     log += line.format(s, "train", loss(s), round(s * pace), round(s * pace) / s)
     log += line.format(s, "val", loss(s), round(s * pace), round(s * pace) / s) if s in (10, 20) else ""
@@ -633,6 +636,40 @@ def test_another_comparison_is_not_mixed_in(toy, tool):
     assert code == 2 and "another comparison" in errors[0]
 
 
+@pytest.fixture
+def toy_with_harness(toy):
+    """Function that writes a stand-in and what it imports into a folder; the path of the stand-in."""
+    def write(folder, harness="MARK = 1\n"):
+        Path(folder).mkdir()
+        script = toy(f"{folder}/train_a.py")
+        script.write_text("import harness\n" + script.read_text())
+        script.with_name("harness.py").write_text(harness)
+        return script
+    write.state = toy.state
+    return write
+
+
+def test_scripts_that_differ_in_their_harness_only_are_compared(toy_with_harness, tool):
+    a, b = toy_with_harness("a"), toy_with_harness("b", harness="MARK = 2\n")
+    code, _, errors = tool("compare", a, b, "--n=2", toy_with_harness.state, "--out=here")
+    assert (code, errors) == (0, [])
+    assert [Path(f"here/{arm}/harness.py").read_text() for arm in "AB"] == ["MARK = 1\n", "MARK = 2\n"]
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    b.with_name("harness.py").write_text("MARK = 1\n")
+    code, _, errors = tool("compare", a, b, "--n=2", toy_with_harness.state)
+    assert code == 2 and "A and B are the same" in errors[0]
+
+
+@pytest.mark.parametrize("lie, words", [
+    (Path.unlink, "harness.py is not there"),
+    (lambda path: path.write_text("MARK = 2\n"), "log.txt does not hold harness.py as it is here")])
+def test_check_names_a_harness_that_is_not_what_ran(toy_with_harness, tool, lie, words):
+    tool("compare", toy_with_harness("a"), "--noise", "--n=2", toy_with_harness.state, "--out=here")
+    lie(Path("here/B/harness.py"))
+    code, _, errors = tool("check", "here", "--no_guard")
+    assert code == 1 and words in errors[0], errors
+
+
 def test_time_at_equal_loss_by_hand(tmp_path):
     def run(points):
         losses = [{"step": s, "train_time_ms": t, "val_loss": loss, "tokens": 1} for s, t, loss in points]
@@ -650,6 +687,7 @@ def test_time_at_equal_loss_by_hand(tmp_path):
 def run_path(script, argv):
     """What `python script argv` does, but for the curve, which would take most of the time."""
     sys.modules["matplotlib"] = None
+    sys.modules.pop("harness", None)     # the preloaded one is not that beside the script
     sys.argv = [str(script), *argv]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(str(script), run_name="__main__")
@@ -677,6 +715,7 @@ def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
     step = "        loss = training_step(forward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
     assert source.count(step) == 1
     (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(0.3)\n"))
+    shutil.copy(ROOT / "harness.py", tmp_path)
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "train_slow.py", "--n=3", *flags,
                         "--b_flags=--lr=0.02", "--out=here")
     found = verdicts(out)
@@ -715,6 +754,18 @@ def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
     assert "TODO" in tool("check", folder, "--no_guard")[2][0]
     path = folder / "README.md"
     path.write_text(path.read_text().replace("TODO what", "What").replace("TODO: what", "What"))
+    assert tool("check", folder, "--no_guard")[::2] == (0, [])
+
+
+def test_a_new_record_keeps_the_harness_of_its_runs(toy_track, toy_with_harness, tool):
+    for i in range(2):                   # the second run has another one
+        script = toy_with_harness(f"a{i}", harness=f"MARK = {i}\n")
+        subprocess.run([sys.executable, script, toy_with_harness.state, f"--seed={i}", f"--lr=1.{i}", "--out_dir=own"])
+    assert tool("new", "Own", "--track=track_1_small", "--date=2026-12-01", "own")[0] == 0
+    folder = toy_track / "2026-12-01_Own"
+    assert sorted(path.read_text() for path in folder.rglob("harness.py")) == ["MARK = 0\n", "MARK = 1\n"]
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("TODO", ""))
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
 
 

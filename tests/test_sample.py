@@ -408,9 +408,10 @@ def test_loaded_weights_and_stage_are_the_saved_ones(trained):
 def test_what_save_checkpoint_writes_loads(tmp_path):
     model = random_model(replace(CFG, precision="bf16"))
     machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-    run = train_gpt.Run(replace(CFG, out_dir=str(tmp_path), kernels=False), machine, [], None, {})
+    run = train_gpt.Run(train_gpt.SCRIPT, replace(CFG, out_dir=str(tmp_path), kernels=False), machine, [], None, {})
     run.history.append((0, 0.0, 5.5))
-    train_gpt.save_checkpoint(run, model, None, CFG.num_iterations, train_gpt.Clock(machine), tokenizer_file(), False)
+    train_gpt.save_checkpoint(run, model, train_gpt.Optimizer(model), CFG.num_iterations, len(CFG.stages) - 1,
+                              train_gpt.Clock(machine), tokenizer_file(), False)
     run.writing.result()
     folder = run.saved
     assert sample.find_checkpoint(tmp_path) == folder

@@ -17,6 +17,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from conftest import BOS, ROOT, VOCAB, make_text, tokenizer_json, write_shard
 from safetensors.torch import save_file
 
+import harness
 import sample
 import train_gpt
 
@@ -62,7 +64,7 @@ ALLOWED = {
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
     ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
-    ("train_gpt*.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
+    ("harness.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
     ("records/track_*.py", "torch.distributed.broadcast_object_list"): "frozen records: as they ran",
     ("records/track_*.py", "torch.distributed.all_gather_object"): "frozen records: as they ran",
 }
@@ -267,15 +269,15 @@ def checkpoint(tmp_path):
     """The folder of a sound checkpoint."""
     flags = dict(vocab_size=VOCAB, bos_id=BOS, attention="plain", compile=False, model_dim=32, head_dim=16, mlp_dim=16,
                  gate_dim=4, bigram_rows=16, bigram_signs=8)
-    cfg = train_gpt.replace(train_gpt.PRESETS["tiny"], **flags)
+    cfg = replace(train_gpt.PRESETS["tiny"], **flags)
     path = tmp_path / "logs" / "run" / "checkpoint" / "step_000001"
     path.mkdir(parents=True)
     save_file(train_gpt.GPT(cfg).state_dict(), path / "model.safetensors")
     (path / "tokenizer.json").write_bytes(tokenizer_json())
     (path.parent / "latest").write_text(path.name)
     (path / "meta.json").write_text(json.dumps({
-        "format": 1, "script": "train_gpt", "source_sha256": train_gpt.file_sha256(ROOT / "train_gpt.py"),
-        "config": train_gpt.asdict(cfg), "step": 1, "stage": 0,
+        "format": 1, "script": "train_gpt", "source_sha256": harness.file_sha256(ROOT / "train_gpt.py"),
+        "config": asdict(cfg), "step": 1, "stage": 0,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json()).hexdigest()}))
     return path
 
@@ -466,8 +468,8 @@ def goes_on(checkpoint):
     """Function that opens the run folder of the checkpoint as --resume=PATH does."""
     def start():
         machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-        cfg = train_gpt.replace(train_gpt.PRESETS["tiny"], kernels=False)
-        train_gpt.Run(cfg, machine, [], checkpoint, {"step": 1}).log_file.close()
+        cfg = replace(train_gpt.PRESETS["tiny"], kernels=False)
+        train_gpt.Run(train_gpt.SCRIPT, cfg, machine, [], checkpoint, {"step": 1}).log_file.close()
     (checkpoint.parents[1] / "run.json").write_text("{}")
     return start
 

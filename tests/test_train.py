@@ -99,8 +99,9 @@ def test_the_loss_falls(finished):
 
 
 def test_the_log_begins_with_the_source_and_has_a_line_for_each_step(finished):
-    source, _, rest = finished.log.partition("=" * 100 + "\n")
+    source, harness, rest = finished.log.split("=" * 100 + "\n")
     assert source.strip() == finished.source.read_text().strip()
+    assert harness.strip() == finished.source.with_name("harness.py").read_text().strip()
     steps = training_lines(rest)
     assert [(int(step), int(total)) for step, total, *_ in steps] == [(i, STEPS) for i in range(1, STEPS + 1)]
     validations = re.findall(VAL_LINE, rest, re.M)
@@ -131,10 +132,11 @@ def test_run_json_is_complete(finished):
 
 
 def test_the_run_folder_holds_the_source_and_a_curve_and_nothing_unfinished(finished):
-    assert (finished.folder / finished.source.name).read_bytes() == finished.source.read_bytes()
+    for name in (finished.source.name, "harness.py"):
+        assert (finished.folder / name).read_bytes() == finished.source.with_name(name).read_bytes()
     assert xml.etree.ElementTree.parse(finished.folder / "curve.svg").getroot().tag.endswith("svg")
-    assert sorted(path.name for path in finished.folder.iterdir()) == ["checkpoint", "curve.svg", "log.txt", "run.json",
-                                                                        finished.source.name]
+    assert sorted(path.name for path in finished.folder.iterdir()) == ["checkpoint", "curve.svg", "harness.py",
+                                                                        "log.txt", "run.json", finished.source.name]
 
 
 def test_the_checkpoint_is_complete(finished):
@@ -214,13 +216,13 @@ def test_runs_repeat_follow_the_seed_and_may_stop_early(run_main, data, tmp_path
 # Bad ends
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_parameter(run_main, data, tmp_path, monkeypatch):
-    update = train_gpt.Optimizer.update
+    honest = train_gpt.Optimizer.step
 
-    def spoiled(self, name, grad, step, apply):
-        update(self, name, grad, step, apply)
-        if name == "mlp" and step == 3:
-            self.params[name].data[1, 2, 3] = float("nan")
-    monkeypatch.setattr(train_gpt.Optimizer, "update", spoiled)
+    def spoiled(self, step, apply):
+        honest(self, step, apply)
+        if step == 3:
+            self.params["mlp"].data[1, 2, 3] = float("nan")
+    monkeypatch.setattr(train_gpt.Optimizer, "step", spoiled)
     done = run_main(*small_flags(data, out_dir=tmp_path / "logs"))
     assert done.code == 3
     folder = only_folder(tmp_path / "logs")
@@ -232,13 +234,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_parameter(
 
 
 def test_a_nan_in_the_last_update_is_not_reported_as_success(run_main, data, tmp_path, monkeypatch):
-    update = train_gpt.Optimizer.update
+    honest = train_gpt.Optimizer.step
 
-    def spoiled(self, name, grad, step, apply):
-        update(self, name, grad, step, apply)
-        if name == "lm_head" and step == 19:
-            self.params[name].data.fill_(float("nan"))
-    monkeypatch.setattr(train_gpt.Optimizer, "update", spoiled)
+    def spoiled(self, step, apply):
+        honest(self, step, apply)
+        if step == 19:
+            self.params["lm_head"].data.fill_(float("nan"))
+    monkeypatch.setattr(train_gpt.Optimizer, "step", spoiled)
     done = run_main(*small_flags(data, out_dir=tmp_path / "logs"))
     assert done.code == 3
     assert strict_json(only_folder(tmp_path / "logs") / "run.json")["status"] == "diverged"
