@@ -15,7 +15,6 @@ import contextlib
 import errno
 import glob
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -714,6 +713,10 @@ def remember_backends(script: Path, cfg, names: list[str], machine: Machine) -> 
             write_atomically(path, json.dumps(found).encode())
     return found
 
+def load_compiler():
+    """Imports what torch.compile needs; it takes seconds."""
+    import torch._inductor.compile_fx  # noqa: F401
+
 def choose_backends(script: Path, cfg, machine: Machine) -> tuple:
     """The config with the attention and the kernels that are right on this device, and lines on what was tried.
 
@@ -726,8 +729,8 @@ def choose_backends(script: Path, cfg, machine: Machine) -> tuple:
         wanted = ["flex", "flex_small", "varlen"]
     operators = [name for flag, names in OPERATORS.items() if getattr(cfg, flag) for name in names]
     begun = time.monotonic()
-    if cfg.compile:                      # loading the compiler takes seconds; another process tries the backends
-        threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",)).start()
+    if cfg.compile:                      # while another process tries the backends
+        threading.Thread(target=load_compiler).start()
     found = first_rank(machine, lambda: remember_backends(script, cfg, wanted + operators, machine))
     right = {name: found[name]["seconds"] for name in wanted if not found[name]["fault"]}
     if cfg.attention in wanted and not right:

@@ -507,14 +507,15 @@ class Engine:
             self.ids = torch.arange(vocab_size)
             self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool) if draw.repetition_penalty != 1 else None
         self.step, cuda = self.advance, self.device.type == "cuda"
-        if compile:                      # products of one row are at the memory's speed as sums only
-            options = {"coordinate_descent_tuning": True} if cuda else None     # makes them sums
+        if compile:
+            # from Hopper on a kernel is launched while the one before it ends
+            options = {"triton.enable_pdl": True} if cuda else None
             step = torch.compile(self.advance, dynamic=False, fullgraph=True, options=options)
 
             def summing():
                 with product_sums()():
                     step()
-            self.step = step if cuda or batch > 1 else summing
+            self.step = step if batch > 1 else summing              # products of one row are fast as sums only
         if cuda:
             self.capture()
 

@@ -235,6 +235,7 @@ PRESETS = {
 # Data (same in every train_*.py)
 
 DOC_TOKENS = 64                          # padding is cut into documents of this length
+
 def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
     """(V,) int64: for each token the longest other token whose bytes begin it, -1 if there is none (#88)."""
     longest, ancestors = np.full(vocab_size, -1, np.int64), []      # ancestors begin the current one, shortest first
