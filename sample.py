@@ -508,9 +508,7 @@ class Engine:
             self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool) if draw.repetition_penalty != 1 else None
         self.step, cuda = self.advance, self.device.type == "cuda"
         if compile:
-            # from Hopper on a kernel is launched while the one before it ends
-            options = {"triton.enable_pdl": True} if cuda else None
-            step = torch.compile(self.advance, dynamic=False, fullgraph=True, options=options)
+            step = torch.compile(self.advance, dynamic=False, fullgraph=True)
 
             def summing():
                 with product_sums()():

@@ -185,7 +185,7 @@ def test_a_step_compiles_to_one_graph():
 def test_with_one_row_compiled_products_are_sums(monkeypatch):
     """By torch.compile's front end alone: the same tokens as step by step, and no product is left."""
     graphs, real, written = [], torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda function, options, **how: real(
+    monkeypatch.setattr(torch, "compile", lambda function, **how: real(
         function, backend=lambda graph, _: graphs.append(graph) or graph, **how))
     model = random_model("train_gpt", "tiny")
     for compiled in (False, True):
