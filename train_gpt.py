@@ -5,8 +5,8 @@
     python train_gpt.py --preset=tiny                                     # three minutes on a laptop CPU
     cp train_gpt.py my_idea.py                                            # edit a table row, run both, compare the logs
 
-Result on one H200, development text (torch 2.11, records/track_0_dev): 3.887 in 26.3 s (--preset=single
---num_iterations=265, n=3), 3.891 in 49.6 s (--num_iterations=120, n=3). No run on eight GPUs or on FineWeb yet.
+Result on one H200, development text (torch 2.11, records/track_0_dev): 3.887 in 26.4 s (--preset=single
+--num_iterations=265, n=4), 3.891 in 49.6 s (--num_iterations=120, n=3). No run on eight GPUs or on FineWeb yet.
 This file is the experiment; what every run needs (flags, shards, logs, checkpoints, signals) is in harness.py.
 The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
 embeddings) beside a small transformer, NorMuon for matrices and Adam for tables, everything growing in stages.

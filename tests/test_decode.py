@@ -253,15 +253,15 @@ def test_greedy_text_in_bf16_is_that_of_full_recomputation(script, preset, capsy
 
 
 @needs_gpu
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("batch, compile", [(3, False), (3, True), (1, True)])     # of one row products are sums
 @pytest.mark.parametrize("script, preset", MODELS[:1])
-def test_the_captured_step_is_the_step(monkeypatch, script, preset, compile):
+def test_the_captured_step_is_the_step(monkeypatch, script, preset, batch, compile):
     """Tokens drawn from few, so that a graph that kept an old position, seed or key would show at once."""
     model, draw = wide_model(script, preset, "fp32"), sample.Draw(1.0, top_k=40, top_p=0.9, repetition_penalty=1.2)
-    captured = sample.Engine(model, 50_257, draw, 3, 400, compile)
+    captured = sample.Engine(model, 50_257, draw, batch, 400, compile)
     monkeypatch.setattr(sample.Engine, "capture", lambda self: None)
-    plain = sample.Engine(model, 50_257, draw, 3, 400)
-    for rows in ([(0, 1), (5, 1), (9, 2)], [(7, 3), (7, 4)]):          # the second time the graph starts anew
+    plain = sample.Engine(model, 50_257, draw, batch, 400)
+    for rows in ([(0, 1), (5, 1), (9, 2)][:batch], [(7, 3), (7, 4)][:batch]):       # the second time it starts anew
         ours, theirs = (list(engine.steps(PROMPTS, rows, 100)) for engine in (captured, plain))
         assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
         torch.testing.assert_close(*(torch.tensor([logprobs for _, logprobs in steps]) for steps in (ours, theirs)),
