@@ -327,7 +327,7 @@ def test_a_compiled_step_gives_the_same_text_from_one_graph(monkeypatch):
     """By torch.compile's front end alone, with every filter; test_decode.py has the model's part."""
     graphs, real = [], torch.compile
 
-    def compile(function, options, **how):
+    def compile(function, **how):
         return real(function, backend=lambda graph, _: graphs.append(graph) or graph, **how)
     monkeypatch.setattr(torch, "compile", compile)
     model, written = Scripted(()), []
