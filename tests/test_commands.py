@@ -135,7 +135,8 @@ def test_an_option_it_does_not_know_stops_it_with_one_line(machine, option):
 def test_a_fresh_machine_without_a_gpu(machine):
     done = machine.start("--prompt=The old house")
     assert done.returncode == 0, done.stderr
-    assert done.calls == ["python3: -m venv .venv", "python: -m pip install --no-input --no-compile -r requirements.txt",
+    assert done.calls == ["python3: -m venv .venv",
+                          "python: -m pip install --no-input --no-compile -r requirements.txt",
                           f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}", f"python: {SAMPLE} --prompt=The old house"]
     assert phases(done) == ["setup", "data", "train", "sample"]
     assert "Once there was a model." in done.stdout
@@ -308,6 +309,7 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
     arguments = () if script == ".ci/run" else ("tests/test_x.py", "-k", "a name")
     done = machine.start(*arguments, script=script)
     assert done.returncode == 0, done.stderr
-    assert done.calls[:2] == ["python3: -m venv .venv", "python: -m pip install --no-input --no-compile -r requirements.txt"]
+    assert done.calls[:2] == ["python3: -m venv .venv",
+                              "python: -m pip install --no-input --no-compile -r requirements.txt"]
     assert done.calls[2:] == ["python: -m pip install --no-input --no-compile --quiet -r tests/requirements.txt",
-                              " ".join(("python: -m pytest -q -n 2", *arguments))]
+                              " ".join(("python: -m pytest -q -n 3", *arguments))]
