@@ -28,7 +28,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pictures import history, plot
@@ -697,10 +699,10 @@ def check(args) -> int:
     if not args.all and not folders:
         raise UserError("name a record or comparison folder, or --all")
     lies = [f"{path}: a record folder without runs.json" for path in unlisted if args.all]
-    for folder in folders:
-        problems = check_record(folder, guard=not args.no_guard)
-        lies += [f"{folder}: {problem}" for problem in problems]
-        print(f"{folder}: {'NOT ' if problems else ''}ok", flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:             # the guard is a process for each script
+        for folder, problems in zip(folders, threads.map(partial(check_record, guard=not args.no_guard), folders)):
+            lies += [f"{folder}: {problem}" for problem in problems]
+            print(f"{folder}: {'NOT ' if problems else ''}ok", flush=True)
     lies += board_problem() if args.all and not lies else []
     for line in lies:
         print(f"records.py: {line}", file=sys.stderr)
