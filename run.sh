@@ -90,8 +90,7 @@ setup() { # makes .venv what requirements.txt says; nothing to do when its stamp
   fi
   rm -f "$stamp"
   say setup "installing the packages into .venv; PyTorch is large, so this can take some minutes"
-  # --no-compile: Python does so when it imports them; on two cores 61 s become 43, of which the first import takes 5
-  .venv/bin/python -m pip install --no-input --no-compile -r requirements.txt >.venv/pip.log 2>&1 || code=$?
+  .venv/bin/python -m pip install --no-input -r requirements.txt >.venv/pip.log 2>&1 || code=$?
   if ((code != 0)); then
     last_lines <.venv/pip.log
     fail "setup failed with exit code $code: pip install -r requirements.txt (more lines in .venv/pip.log)" "$code"

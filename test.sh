@@ -6,6 +6,6 @@ set -euo pipefail
 unset CDPATH # or cd may go elsewhere, and print where
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 ./run.sh --setup
-.venv/bin/python -m pip install --no-input --no-compile --quiet -r tests/requirements.txt
+.venv/bin/python -m pip install --no-input --quiet -r tests/requirements.txt
 # two processes of one thread are faster on two cores than one of two; a third works while those wait for something
 OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -q -n 3 "$@"

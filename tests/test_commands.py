@@ -135,8 +135,7 @@ def test_an_option_it_does_not_know_stops_it_with_one_line(machine, option):
 def test_a_fresh_machine_without_a_gpu(machine):
     done = machine.start("--prompt=The old house")
     assert done.returncode == 0, done.stderr
-    assert done.calls == ["python3: -m venv .venv",
-                          "python: -m pip install --no-input --no-compile -r requirements.txt",
+    assert done.calls == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt",
                           f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}", f"python: {SAMPLE} --prompt=The old house"]
     assert phases(done) == ["setup", "data", "train", "sample"]
     assert "Once there was a model." in done.stdout
@@ -174,7 +173,7 @@ def test_changed_requirements_are_installed_into_the_same_environment(machine):
     machine.start("--setup")
     with open(machine.project / "requirements.txt", "a") as file:
         file.write("one-more\n")
-    assert machine.start("--setup").calls == ["python: -m pip install --no-input --no-compile -r requirements.txt"]
+    assert machine.start("--setup").calls == ["python: -m pip install --no-input -r requirements.txt"]
     assert machine.start("--setup").calls == []
 
 
@@ -258,7 +257,7 @@ def test_failing_pip_shows_its_last_lines_and_is_tried_again(machine):
     assert done.stderr.splitlines()[-1].startswith("run.sh: setup failed with exit code 1: pip install")
     assert not any("data/" in call for call in done.calls)
     machine.answer(pip=0)
-    assert machine.start("--setup").calls == ["python: -m pip install --no-input --no-compile -r requirements.txt"]
+    assert machine.start("--setup").calls == ["python: -m pip install --no-input -r requirements.txt"]
 
 
 def test_an_environment_that_was_half_changed_is_not_taken_for_up_to_date(machine):
@@ -309,7 +308,6 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
     arguments = () if script == ".ci/run" else ("tests/test_x.py", "-k", "a name")
     done = machine.start(*arguments, script=script)
     assert done.returncode == 0, done.stderr
-    assert done.calls[:2] == ["python3: -m venv .venv",
-                              "python: -m pip install --no-input --no-compile -r requirements.txt"]
-    assert done.calls[2:] == ["python: -m pip install --no-input --no-compile --quiet -r tests/requirements.txt",
+    assert done.calls[:2] == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt"]
+    assert done.calls[2:] == ["python: -m pip install --no-input --quiet -r tests/requirements.txt",
                               " ".join(("python: -m pytest -q -n 3", *arguments))]
