@@ -954,8 +954,8 @@ class Optimizer:
     def update_muon(self, names: list[str], grads: list[Tensor], step: int, apply: Tensor):
         """NorMuon on this rank's part of one bank."""
         cfg, rule, state, part = self.model.cfg, PARAMETERS[names[0]], self.state[names[0]], self.part(names[0])
-        rates, first, factor = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,), self.rank * part.size(0), (
-            cfg.lr * lr_factor(cfg, step))
+        rates = rule.lr if isinstance(rule.lr, tuple) else (rule.lr,)
+        first, factor = self.rank * part.size(0), cfg.lr * lr_factor(cfg, step)
         lr = torch.tensor([rates[(first + n) % len(rates)] * factor for n in range(part.size(0))])
         lr = lr.view(-1, 1, 1).to(part.device, non_blocking=True)
         self.normuon(grads[0], state["master"], state["m"], state["v"], lr, scalar(rule.decay * ATTN_LR * factor),
