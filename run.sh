@@ -90,11 +90,13 @@ setup() { # makes .venv what requirements.txt says; nothing to do when its stamp
   fi
   rm -f "$stamp"
   say setup "installing the packages into .venv; PyTorch is large, so this can take some minutes"
-  .venv/bin/python -m pip install --no-input -r requirements.txt >.venv/pip.log 2>&1 || code=$?
+  .venv/bin/python -m pip install --no-input --no-compile -r requirements.txt >.venv/pip.log 2>&1 || code=$?
   if ((code != 0)); then
     last_lines <.venv/pip.log
     fail "setup failed with exit code $code: pip install -r requirements.txt (more lines in .venv/pip.log)" "$code"
   fi
+  # what pip does one file after the other; a package may hold files for another Python, which do not compile
+  .venv/bin/python -m compileall -q -j 0 .venv/lib >>.venv/pip.log 2>&1 || true
   printf '%s\n' "$want" >"$stamp"
   say setup ".venv is ready ($(took "$start")); to work in it by hand: source .venv/bin/activate"
 }

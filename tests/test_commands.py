@@ -22,6 +22,8 @@ SYSTEM_COMMANDS = ("bash", "cat", "chmod", "cksum", "cp", "cut", "dirname", "env
 SAMPLE = "sample.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint"
 TRAIN_TINY = "train_gpt.py --preset=tiny --train_files=data/local/train_*.bin --val_files=data/local/val_*.bin"
 TRAIN_SPEEDRUN = "torchrun: --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun"
+INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
+           "python: -m compileall -q -j 0 .venv/lib"]
 DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=1024 --out=data/local"
 
 # One stand-in for every command: it looks at its own name and at its arguments.
@@ -43,6 +45,7 @@ case "$*" in
     mkdir -p .venv/bin
     for made in python torchrun; do cp "$0" ".venv/bin/$made"; done ;;
   "-m pip install"*) echo "noise from pip"; exit "$(answer pip 0)" ;;
+  "-m compileall"*) echo "noise from compileall"; exit 1 ;;      # some package has a file that does not compile
   data/fineweb.py*) exit "$(answer fineweb 0)" ;;
   data/text.py*) exit "$(answer text 0)" ;;
   *train_gpt.py*)
@@ -135,11 +138,11 @@ def test_an_option_it_does_not_know_stops_it_with_one_line(machine, option):
 def test_a_fresh_machine_without_a_gpu(machine):
     done = machine.start("--prompt=The old house")
     assert done.returncode == 0, done.stderr
-    assert done.calls == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt",
-                          f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}", f"python: {SAMPLE} --prompt=The old house"]
+    assert done.calls == ["python3: -m venv .venv", *INSTALL, f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}",
+                          f"python: {SAMPLE} --prompt=The old house"]
     assert phases(done) == ["setup", "data", "train", "sample"]
     assert "Once there was a model." in done.stdout
-    assert "noise from pip" not in done.stdout + done.stderr
+    assert "noise" not in done.stdout + done.stderr
     assert "logs/2026-01-01_10-00-00_train_gpt_aa" in done.stdout
     for phase in phases(done):  # how long, and what to type next
         last = [line for line in done.stdout.splitlines() if line.startswith(f"[{phase}]")][-1]
@@ -173,7 +176,7 @@ def test_changed_requirements_are_installed_into_the_same_environment(machine):
     machine.start("--setup")
     with open(machine.project / "requirements.txt", "a") as file:
         file.write("one-more\n")
-    assert machine.start("--setup").calls == ["python: -m pip install --no-input -r requirements.txt"]
+    assert machine.start("--setup").calls == INSTALL
     assert machine.start("--setup").calls == []
 
 
@@ -211,7 +214,7 @@ def test_without_the_hub_the_gpu_trains_the_tiny_model_and_says_so(machine):
     machine.answer(nvidia_smi=0, torch_cuda=0, fineweb=2)
     done = machine.start()
     assert done.returncode == 0, done.stderr
-    assert done.calls[2:] == ["python: data/fineweb.py 9", f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}",
+    assert done.calls[3:] == ["python: data/fineweb.py 9", f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}",
                               f"python: {SAMPLE}"]
     assert len([line for line in done.stdout.splitlines() if "no speedrun without FineWeb" in line]) == 1
 
@@ -257,7 +260,7 @@ def test_failing_pip_shows_its_last_lines_and_is_tried_again(machine):
     assert done.stderr.splitlines()[-1].startswith("run.sh: setup failed with exit code 1: pip install")
     assert not any("data/" in call for call in done.calls)
     machine.answer(pip=0)
-    assert machine.start("--setup").calls == ["python: -m pip install --no-input -r requirements.txt"]
+    assert machine.start("--setup").calls == INSTALL
 
 
 def test_an_environment_that_was_half_changed_is_not_taken_for_up_to_date(machine):
@@ -308,6 +311,7 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
     arguments = () if script == ".ci/run" else ("tests/test_x.py", "-k", "a name")
     done = machine.start(*arguments, script=script)
     assert done.returncode == 0, done.stderr
-    assert done.calls[:2] == ["python3: -m venv .venv", "python: -m pip install --no-input -r requirements.txt"]
-    assert done.calls[2:] == ["python: -m pip install --no-input --quiet -r tests/requirements.txt",
+    assert done.calls[:3] == ["python3: -m venv .venv", *INSTALL]
+    assert done.calls[3:] == ["python: -m pip install --no-input --quiet --no-compile -r tests/requirements.txt",
+                              "python: -m compileall -q -j 0 .venv/lib",
                               " ".join(("python: -m pytest -q -n 3", *arguments))]
