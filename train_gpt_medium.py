@@ -1083,6 +1083,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     optimizer = Optimizer(model, machine.rank, machine.world_size)
     if cfg.compile:                      # a second start need not trace the float8 products again
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        torch._inductor.config.dynamic_scale_rblock = False         # its variants compile one by one, in this process
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
     run.print(f"{SCRIPT.name}: {machine.world_size} x {machine.name}, {cfg.precision}, "
               f"{cfg.attention} attention, torch {torch.__version__}")
