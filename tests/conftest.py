@@ -195,8 +195,7 @@ def main_of(argv):
 def forkserver():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.nn.attention.flex_attention", "safetensors.torch", "pytest",
-                                    "matplotlib.figure", "matplotlib.backends.backend_svg", "torch.distributed.run",
-                                    "train_gpt", "sample"])
+                                    "torch.distributed.run", "train_gpt", "sample"])
     multiprocessing.forkserver.ensure_running()     # now, while the project's root is the current folder
     return context
 

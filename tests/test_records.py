@@ -686,7 +686,7 @@ def test_time_at_equal_loss_by_hand(tmp_path):
 
 def run_path(script, argv):
     """What `python script argv` does, but for the curve, which would take most of the time."""
-    sys.modules["matplotlib.backends.backend_svg"] = None
+    sys.modules["matplotlib"] = None
     sys.modules.pop("harness", None)     # the preloaded one is not that beside the script
     sys.argv = [str(script), *argv]
     sys.path.insert(0, str(Path(script).parent))
