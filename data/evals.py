@@ -273,6 +273,9 @@ def parse_args(argv=None):
                         help="where they go (default: data/evals)")
     parser.add_argument("--force", action="store_true", help="fetch again what is there")
     parser.error = lambda message: fail(f"{message}; --help lists the flags")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
+        fail(f"{empty[0]} has no value")
     return parser.parse_args(argv)
 
 

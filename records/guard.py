@@ -266,8 +266,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         for path in (args.script, *args.run):
-            if not path.is_file():
-                print(f"guard.py: {path} is not a file; name a training script, and with --run a run.json",
+            if not path or not path.is_file():                      # argparse reads --run=-- as a list
+                print(f"guard.py: {path or '--'} is not a file; name a training script, and with --run a run.json",
                       file=sys.stderr)
                 return 2
         module = load_script(args.script)

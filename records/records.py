@@ -814,6 +814,8 @@ def main() -> int:
         for one in [parser, *parser._subparsers._group_actions[0].choices.values()]:
             one.error = refuse
         signal.signal(signal.SIGTERM, signal.default_int_handler)    # ends like Ctrl-C, also where that is ignored
+        if empty := [word for word in sys.argv[1:] if re.fullmatch("--.*=--", word, re.S)]:
+            refuse(f"{empty[0]} has no value")                       # argparse would read it as a list
         args, rest = parser.parse_known_args()
         if args.run in (compare, replay):
             return args.run(args, rest)

@@ -944,6 +944,9 @@ FOUND = [
     ("data/fineweb.py", lambda words: [*words, "--jobs=--"]),
     ("data/fineweb.py", lambda words: [*words, "--variant=--"]),
     ("data/fineweb.py", lambda words: [*words, "--x\n\33[31m"]),
+    ("data/evals.py", lambda words: [*words, "--from=--"]),
+    *((f"records.py {name}", lambda words, flag=flag: [*words, flag]) for name, flag in (
+        ("compare", "--p=--"), ("compare", "--b_flags=--"), ("summarize", "--target=--"), ("replay", "--ranks=--"))),
 ]
 
 
