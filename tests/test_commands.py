@@ -314,4 +314,4 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
     assert done.calls[:3] == ["python3: -m venv .venv", *INSTALL]
     assert done.calls[3:] == ["python: -m pip install --no-input --quiet --no-compile -r tests/requirements.txt",
                               "python: -m compileall -q -x /(tests?|testing|models)/ .venv/lib",
-                              " ".join(("python: -m pytest -q -n 3", *arguments))]
+                              " ".join(("python: -m pytest -q -p xdist -n 3", *arguments))]

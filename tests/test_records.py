@@ -707,14 +707,14 @@ def fast_start(forkserver, monkeypatch, tmp_path):
 
 
 def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
-    flags = small_flags(data, num_iterations=6, val_every=3)
+    flags = small_flags(data, num_iterations=4, val_every=2)
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=2", "--p=0.0001", *flags)
     assert code == 0 and all("not distinguishable" in line for line in verdicts(out).values()), out
     assert "the same in every pair" in verdicts(out)["loss"]    # the same seeds on the same machine
     source = (ROOT / "train_gpt.py").read_text()
     step = "        loss = training_step(forward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
     assert source.count(step) == 1
-    (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(0.6)\n"))
+    (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(0.4)\n"))
     shutil.copy(ROOT / "harness.py", tmp_path)
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "train_slow.py", "--n=3", *flags,
                         "--b_flags=--lr=0.02", "--out=here")
