@@ -9,7 +9,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 .venv/bin/python -m pip install --no-input --quiet --no-compile -r tests/requirements.txt
 # pip would compile the thousands of models of transformers too
 .venv/bin/python -m compileall -q -x '/(tests?|testing|models)/' .venv/lib >/dev/null || true
-# two processes of one thread are faster on two cores than one of two; a third works while those wait for something
-# plugins that come with other packages would cost each of them seconds
+# Two processes of one thread are faster on two cores than one of two; a third works while those wait for something.
+# Plugins that come with other packages would cost each of them seconds.
 export OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 exec .venv/bin/python -m pytest -q -p xdist -n 3 "$@"

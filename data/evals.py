@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from fineweb import RETRY_WAITS, Refused, Transient, Web, given_source, one_line
+from fineweb import RETRY_WAITS, Refused, Transient, Web, given_source, one_line, words
 
 PUBLISHED = {
     "eval_bundle.zip": "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
@@ -273,10 +273,7 @@ def parse_args(argv=None):
                         help="where they go (default: data/evals)")
     parser.add_argument("--force", action="store_true", help="fetch again what is there")
     parser.error = lambda message: fail(f"{message}; --help lists the flags")
-    argv = sys.argv[1:] if argv is None else argv
-    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
-        fail(f"{empty[0]} has no value")
-    return parser.parse_args(argv)
+    return parser.parse_args(words(argv, fail))
 
 
 def main(argv=None):

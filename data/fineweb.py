@@ -697,6 +697,14 @@ def folder_for(out):
             out.rmdir()
 
 
+def words(argv, fail):
+    """The command line, by default this process's, without --name=--, which argparse reads as a list."""
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:
+        fail(f"{empty[0]} has no value")
+    return argv
+
+
 def parse_arguments(argv):
     """Checked command line; bad values end with one line and exit code 2."""
     parser = argparse.ArgumentParser(prog="fineweb.py", allow_abbrev=False, description=__doc__,
@@ -711,10 +719,7 @@ def parse_arguments(argv):
     parser.add_argument("--jobs", type=int, metavar="N", default=8, help="downloads at a time (default 8)")
     parser.add_argument("--verify", action="store_true", help="compare every byte on disk with the manifest's sha256")
     parser.add_argument("--tokenize", action="store_true", help="make the shards here, from FineWeb's parquet files")
-    argv = sys.argv[1:] if argv is None else argv
-    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
-        fail(f"{empty[0]} has no value")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words(argv, fail))
     variant = VARIANTS[args.variant]
     if args.tokenize and not variant.parquet_repo:
         fail(f"--tokenize knows the variants 10B and edu, not {args.variant}")
