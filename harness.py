@@ -350,13 +350,15 @@ def fits_backends(cfg, cuda: bool) -> bool:
     return cuda and cfg.slot_tokens % BLOCK == 0 and cfg.val_stream_tokens % BLOCK == 0
 
 def memory_plan(cfg, machine: Machine, head_chunk: int) -> tuple:
-    """The config, with host_state on if need be, slots per micro-batch on this rank, and the sentence on them.
+    """The config, with host_state on if need be, slots per micro-batch on this rank, whether micro-steps are to be
+    CUDA graphs, and the sentence on all that.
 
     head_chunk: tokens whose logits exist at one time.
     """
     shares = [math.ceil(stage.batch_tokens // cfg.slot_tokens / machine.world_size) for stage in cfg.stages]
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
-        return cfg, min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares)), "memory plan: none"
+        slots = min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares))
+        return cfg, slots, False, f"memory plan: none; {slots * cfg.slot_tokens:,} tokens per forward"
     # fits what was measured on an H200 with 16k to 131k tokens, one and four ranks, within 2 GiB: activations take 11
     # numbers per token, layer and channel and 2 per hidden unit (4 without kernels), a logit 2 (4); a weight and its
     # gradient are two, and what the optimizer keeps is 8 bytes a weight over all ranks
@@ -381,11 +383,16 @@ def memory_plan(cfg, machine: Machine, head_chunk: int) -> tuple:
                         f"{sum(need(cfg.slot_tokens, True)) / 2**30:.1f}; "
                         + (f"try --slot_tokens={less}" if less else "take a larger GPU, or more of them"))
     slots = min(fits, key=lambda slots: (padding(slots), -slots))
-    parts = [part / 2**30 for part in need(slots * cfg.slot_tokens, host_state)]
-    return replace(cfg, host_state=host_state), slots, (
+    tokens = slots * cfg.slot_tokens
+    parts = [part / 2**30 for part in need(tokens, host_state)]
+    # what a graph keeps for its activations, a validation cannot use; windows must not be numbers, which it would keep
+    replays = (cfg.compile and cfg.attention.startswith("flex") and tokens <= cfg.graph_tokens
+               and sum(need(tokens, host_state)) <= have / 2)
+    return replace(cfg, host_state=host_state), slots, replays, (
         "memory plan: {:.1f} GiB of parameters, gradients and {}state + {:.1f} of logits + {:.1f} of activations = "
         "{:.1f} of {:.1f} GiB".format(parts[0], "matrix " * host_state, *parts[1:], sum(parts), have / 2**30)
-        + "; the moments of tables are in host memory" * host_state)
+        + "; the moments of tables are in host memory" * host_state
+        + f"; {tokens:,} tokens per forward" + ", replayed as CUDA graphs" * replays)
 
 def everyone(machine: Machine, value) -> list:
     """The value that each rank has, in their order."""
@@ -754,7 +761,7 @@ def choose_backends(script: Path, cfg, machine: Machine) -> tuple:
 FILES = ("model.safetensors", "optimizer.safetensors")
 # what may be another one when a run goes on: it changes no more than rounding, what is written, or where the run ends
 FREE = ("micro_batch_tokens", "stop_after", "val_every", "device", "attention", "kernels", "host_state", "compile",
-        "compile_cache", "out_dir", "save_every", "keep", "resume", "resume_override")
+        "graph_tokens", "compile_cache", "out_dir", "save_every", "keep", "resume", "resume_override")
 
 def run_identity(script: Path, cfg, tokenizer: bytes, **shards: list[Shard]) -> dict:
     """What makes the run the run it is, as plain JSON: flags, shards by name and tokens, tokenizer and source."""
@@ -959,6 +966,44 @@ def run_state(model, optimizer, machine: Machine) -> dict[str, Tensor]:
     if machine.device.type == "cuda":
         state["cuda rng"] = torch.cuda.get_rng_state(machine.device)
     return state | {f"{name}.{key}": t for name, part in optimizer.state.items() for key, t in part.items()}
+
+class Backward:
+    """Loss of a micro-batch, its gradients added to the parameters'; on CUDA, once `replays` is set, by CUDA graphs.
+
+    The CPU launches the kernels of a small micro-batch more slowly than the GPU runs them. Autograd adds to gradients
+    that exist and makes the others, so there is a graph for each set of them; it is captured when first met, and what
+    it makes stays in its memory. The model must have run before, that nothing is left to compile.
+    """
+
+    def __init__(self, model):
+        self.model, self.replays, self.graphs, self.inputs = model, False, {}, []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """model(*inputs), a scalar, detached; shapes are those of the first call."""
+        if not self.replays:
+            loss = self.model(*inputs)
+            loss.backward()
+            return loss.detach()
+        params = list(self.model.parameters())
+        self.inputs = self.inputs or [torch.empty_like(tensor) for tensor in inputs]
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
+        found = tuple(None if param.grad is None else param.grad.data_ptr() for param in params)
+        if found not in self.graphs:
+            self.graphs[found] = self.capture(params)
+        graph, loss, grads = self.graphs[found]
+        graph.replay()
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        return loss
+
+    def capture(self, params: list) -> tuple:
+        """(graph, loss, gradients of the parameters), in memory that all graphs share for what they do not keep."""
+        graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, *_ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):     # other threads go on working
+            loss = self.model(*self.inputs)
+            loss.backward()
+        return graph, loss.detach(), [param.grad for param in params]
 
 @contextlib.contextmanager
 def memory_advice(cfg, flag: str, tokens: int):

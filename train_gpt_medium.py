@@ -38,11 +38,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import harness
 # sample.py, evaluate.py and dev/ reach some of these through the script, for an old one holds them itself
-from harness import (ALL_GATHER, BLOCK, REDUCE_SCATTER, Clock, Machine, RankError, Run, Shard, UserError, check_tokens,
-                     choose_backends, compiled_graphs, digest, documents, file_sha256, find_checkpoint, first_rank,
-                     gather_state, memory_advice, memory_plan, open_shards, prefetch, read_tokenizer, resolve_config,
-                     restore_state, run_identity, run_main, run_state, save_checkpoint, setup_machine, share_parameters,
-                     to_device, was_restarted, watch_signals)
+from harness import (ALL_GATHER, BLOCK, REDUCE_SCATTER, Backward, Clock, Machine, RankError, Run, Shard, UserError,
+                     check_tokens, choose_backends, compiled_graphs, digest, documents, file_sha256, find_checkpoint,
+                     first_rank, gather_state, memory_advice, memory_plan, open_shards, prefetch, read_tokenizer,
+                     resolve_config, restore_state, run_identity, run_main, run_state, save_checkpoint, setup_machine,
+                     share_parameters, to_device, was_restarted, watch_signals)
 
 try:
     import triton_kernels
@@ -145,12 +145,12 @@ PARAMETERS = {
     "mix_fc":       Rule("adam", 0.001,          (0.90, 0.99), 0.005, "all"),
     "mix_proj":     Rule("adam", 0.001,          (0.90, 0.99), 0.005, "all"),
     "mix_bias":     Rule("adam", 0.001,          (0.90, 0.99), 0,     "all"),
+    "attn_qk":      Rule("muon", 0.015,          (0.95,),      1.2,   "shard"),
+    "attn_vo":      Rule("muon", 0.015,          (0.95,),      1.2,   "shard"),
     "value_embeds": Rule("adam", 0.3,            (0.75, 0.95), 0.025, "shard"),
     "bigram_embed": Rule("adam", 0.3,            (0.75, 0.95), 0.025, "shard"),
     "lm_head":      Rule("adam", 0.004,          (0.50, 0.95), 0.75,  "shard"),
     "embed":        Rule("adam", 0.004,          (0.50, 0.95), 0.75,  "shard"),     # trained from the untie step on
-    "attn_qk":      Rule("muon", 0.015,          (0.95,),      1.2,   "shard"),
-    "attn_vo":      Rule("muon", 0.015,          (0.95,),      1.2,   "shard"),
     "mlp":          Rule("muon", (0.03, 0.06),   (0.95,),      1.2,   "shard"),     # c_fc, c_proj
 }
 
@@ -199,6 +199,7 @@ class Hyperparameters:
     float8: bool = True                  # products in float8, if the GPU and the kernels can; never in validation
     host_state: bool = False             # Adam's moments of tables in host memory; on by itself if the GPU is small
     compile: bool = True                 # torch.compile; off on the CPU
+    graph_tokens: int = 16_384           # forwards of up to so many tokens become CUDA graphs, if memory allows
     compile_cache: str = ""              # folder that keeps what was compiled; "": torch's own in the temporary files
     seed: int = 0
     out_dir: str = "logs"                # each run makes a folder in it
@@ -827,8 +828,9 @@ def adam_updates(updates: list[tuple], apply: Tensor):
 class Optimizer:
     """NorMuon and Adam over all parameters, by the rows of PARAMETERS, with state sharded over ranks.
 
-    After backward, step() sums gradients over ranks (all reductions start at once, in the table's order), updates what
-    this rank owns, and gathers the new values. Adam parameters move on odd steps only, with the gradient of both.
+    After backward, step() sums gradients over ranks (all reductions start at once, in the order of PARAMETERS, so that
+    the large tables' go on while the attention matrices are updated), updates what this rank owns, and gathers the new
+    values. Adam parameters move on odd steps only, with the gradient of both.
     """
 
     def __init__(self, model: GPT, rank: int = 0, world_size: int = 1):
@@ -1009,15 +1011,14 @@ def is_tied(cfg: Hyperparameters, step: int) -> bool:
 # -----------------------------------------------------------------------------
 # Training and validation (same in every train_*.py)
 
-def training_step(model, optimizer: Optimizer, batches: list, step: int, machine: Machine, *wishes: bool) -> Tensor:
+def training_step(backward: Backward, optimizer: Optimizer, batches: list, step: int, machine: Machine,
+                  *wishes: bool) -> Tensor:
     """Trains on one batch; (its summed loss, how many ranks have each wish) over all ranks, on the device."""
     weights = torch.tensor(loss_weights(optimizer.model.cfg, step)).to(machine.device, non_blocking=True)
     total = torch.tensor([0.0, *map(float, wishes)]).to(machine.device, non_blocking=True)
     for batch in batches:
         with memory_advice(optimizer.model.cfg, "micro_batch_tokens", len(batch[0])):
-            loss = model(*to_device(batch, machine.device), weights)
-            loss.backward()
-        total[0] += loss.detach()
+            total[0] += backward(*to_device(batch, machine.device), weights)
     if machine.world_size > 1:
         dist.all_reduce(total)
     optimizer.step(step, torch.isfinite(total[0]))
@@ -1034,9 +1035,9 @@ def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> fl
         dist.all_reduce(total)
     return total.item() / cfg.val_tokens
 
-def warm_up(model, optimizer: Optimizer, machine: Machine, micro_slots: int):
+def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, micro_slots: int, replays: bool):
     """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit."""
-    cfg, raw = optimizer.model.cfg, optimizer.model
+    cfg, raw, model = optimizer.model.cfg, optimizer.model, backward.model
     before = digest(run_state(raw, optimizer, machine))
     generator = np.random.default_rng(0)
 
@@ -1045,12 +1046,15 @@ def warm_up(model, optimizer: Optimizer, machine: Machine, micro_slots: int):
         tokens[::512] = cfg.bos_id
         return tokens, np.roll(tokens, -1).astype(np.int64)
     untied = round(cfg.untie * cfg.num_iterations) // 2 * 2 + 3
-    for step, count in ((0, 2), (1, 2), (untied, 1)):               # Adam rests at even steps and moves at odd ones
-        training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)] * count, step, machine)
+    micro_batch = synthetic(micro_slots * cfg.slot_tokens)
+    for replay in (False, True) if replays else (False,):           # a graph can only be made of what is compiled
+        backward.replays = replay
+        for step in (0, 1, untied - 1, untied):                     # Adam rests at even steps and moves at odd ones
+            training_step(backward, optimizer, [micro_batch] * 2, step, machine)
     # backends that take windows as numbers need a graph for each
     for stage in range(len(cfg.stages)) if not cfg.attention.startswith("flex") else [0]:
         raw.set_stage(stage)
-        training_step(model, optimizer, [synthetic(micro_slots * cfg.slot_tokens)] * 2, 0, machine)
+        training_step(backward, optimizer, [micro_batch] * 2, 0, machine)
         validate(model, cfg, [synthetic(cfg.val_stream_tokens)] * machine.world_size, machine)
     raw.init_parameters()
     share_parameters(raw, machine)
@@ -1067,7 +1071,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     tokens, tokenizer = check_tokens(cfg, train_shards, num_steps), read_tokenizer(train_shards[0])
     cfg, tried = choose_backends(SCRIPT, cfg, machine)
     streams = validation_streams(cfg, val_shards)
-    cfg, micro_slots, plan = memory_plan(cfg, machine, triton_kernels.HEAD_CHUNK if cfg.kernels else HEAD_CHUNK)
+    head_chunk = triton_kernels.HEAD_CHUNK if cfg.kernels else HEAD_CHUNK
+    cfg, micro_slots, replays, plan = memory_plan(cfg, machine, head_chunk)
 
     identity = run_identity(SCRIPT, cfg, tokenizer, train_files=train_shards, val_files=val_shards)
     find = partial(find_checkpoint, SCRIPT, cfg, argv, num_steps, identity, was_restarted(machine))
@@ -1085,17 +1090,18 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         torch._inductor.config.dynamic_scale_rblock = False         # its variants compile one by one, in this process
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
+    backward = Backward(forward)
     run.print(f"{SCRIPT.name}: {machine.world_size} x {machine.name}, {cfg.precision}, "
               f"{cfg.attention} attention, torch {torch.__version__}")
     run.print(f"parameters: {sum(param.numel() for param in model.parameters()) / 1e6:.1f} M, of which "
               f"{model.matmul_parameters / 1e6:.1f} M in matrix products")
     run.print(f"{tokens}; validation on {cfg.val_tokens:,}")
-    run.print("\n".join([*tried, f"{plan}; {micro_slots * cfg.slot_tokens:,} tokens per forward", *notes]))
+    run.print("\n".join([*tried, plan, *notes]))
 
     clock = Clock(machine)
     clock.start()
     if cfg.compile:
-        warm_up(forward, optimizer, machine, micro_slots)
+        warm_up(backward, optimizer, machine, micro_slots, replays)
         run.print(f"compiled and warmed up in {clock.seconds:.1f} s; the initial state is back, bit for bit")
     clock.stop()
     run.save(compile_seconds=round(clock.seconds, 1))
@@ -1133,7 +1139,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         if stage != (stage := stage_index(cfg, done)):
             model.set_stage(stage)
         overdue = unit == "minutes" and machine.rank == 0 and time.monotonic() - last_save > 60 * every
-        loss = training_step(forward, optimizer, batches, done, machine, stopping.is_set(), overdue)
+        loss = training_step(backward, optimizer, batches, done, machine, stopping.is_set(), overdue)
         done += 1
         if pending is not None:
             stop, due = log(done - 1)

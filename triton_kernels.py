@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # float8 scales are fixed: rows of x are RMS-normalised, so no entry exceeds sqrt(C), and 28 fits; head weights to 1.75
 # (the public record allows 1.6), larger ones saturate; with target weights up to 2 in sum a logit gradient is at most
@@ -199,30 +200,69 @@ class Float8Linear(torch.autograd.Function):
         u, weight = ctx.saved_tensors
         return grad @ weight, grad.T @ u
 
+@triton.jit
+def relu2_kernel(a_TC, b_FC, square_TF, out_TF, out8_TF, inverse, scale, C, BACKWARD: tl.constexpr, TILE: tl.constexpr):
+    """One tile a program: a product of float8 matrices, made relu^2 or its gradient before it leaves the registers."""
+    row, column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
+    product = tl.zeros([TILE, TILE], tl.float32)
+    for k in range(0, C, TILE):          # what lies outside reads as zero
+        product = tl.dot(a_TC.load([row, k]), b_FC.load([column, k]).T, product)
+    product *= tl.load(inverse)
+    if BACKWARD:
+        out, largest = 2.0 * tl.sqrt(square_TF.load([row, column]).to(tl.float32)) * product, 57344.0
+    else:
+        root = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        out, largest = root * root, 448.0
+    out_TF.store([row, column], out.to(tl.bfloat16))
+    out = tl.clamp(out * tl.load(scale), -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+    out8_TF.store([row, column], out.to(out8_TF.dtype))
+
+@torch.library.custom_op("minutegpt::relu2_product", mutates_args=())
+def relu2_product(a8_TC: Tensor, b8_FC: Tensor, inverse: Tensor, scale: Tensor,
+                  square_TF: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out bf16 (T, F), out * scale in float8, saturating): out = relu(p)^2 for p = a8 @ b8.T * inverse.
+
+    With the square of a forward, out is the gradient by its p: 2 sqrt(square) p, and its float8 e5m2 instead of e4m3.
+    inverse and scale are fp32 scalars on the device; C and F multiples of 16.
+    """
+    (T, C), F, tile, backward = a8_TC.shape, b8_FC.size(0), 128, square_TF is not None
+    out, out8 = relu2_product_shapes(a8_TC, b8_FC, inverse, scale, square_TF)
+    blocks = [TensorDescriptor.from_tensor(x, [tile, tile])
+              for x in (a8_TC, b8_FC, square_TF if backward else out, out, out8)]
+    relu2_kernel[triton.cdiv(F, tile), triton.cdiv(T, tile)](
+        *blocks, inverse, scale, C, BACKWARD=backward, TILE=tile, num_warps=4, num_stages=3)
+    return out, out8
+
+@relu2_product.register_fake
+def relu2_product_shapes(a8_TC, b8_FC, inverse, scale, square_TF):
+    out = a8_TC.new_empty(a8_TC.size(0), b8_FC.size(0), dtype=torch.bfloat16)
+    return out, torch.empty_like(out, dtype=torch.float8_e4m3fn if square_TF is None else torch.float8_e5m2)
+
 class Float8MLP(torch.autograd.Function):
-    """The products of float8_mlp; the gradient of its input comes from float8 products too, those of the weights not."""
+    """The products of float8_mlp; the gradient of its input comes from float8 products too, those of the weights not.
+
+    Of the hidden layer only relu^2 is kept; the backward takes its root.
+    """
 
     @staticmethod
     def forward(ctx, u, up, down):
         (up8, up_scale), (down8, down_scale) = weight_to_float8(up), weight_to_float8(down.T)
-        pre = scaled_product(to_float8(u, X_SCALE), up8.T, X_SCALE * up_scale, u.dtype, fast=True)
         # for normalised u a pre-activation has about the norm of its row of `up`: units 20 times that still fit
         hidden_scale = 1 / up.float().square().sum(dim=1).mean().clamp(min=1e-6)
-        hidden8 = to_float8(pre.relu().float().square(), hidden_scale)
-        ctx.save_for_backward(u, pre, up, down)
+        square, hidden8 = relu2_product(to_float8(u, X_SCALE), up8, 1 / (X_SCALE * up_scale), hidden_scale, None)
+        ctx.save_for_backward(u, square, up, down)
         return scaled_product(hidden8, down8.T, hidden_scale * down_scale, u.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, grad):
-        u, pre, up, down = ctx.saved_tensors
+        u, square, up, down = ctx.saved_tensors
         (up8, up_scale), (down8, down_scale) = weight_to_float8(up.T), weight_to_float8(down)
-        grad_scale, relu = 16384 / grad.abs().amax().float().clamp(min=1e-20), pre.relu()
+        grad_scale = 16384 / grad.abs().amax().float().clamp(min=1e-20)
         grad8 = (grad.float() * grad_scale).to(torch.float8_e5m2)
-        dpre = 2 * relu * scaled_product(grad8, down8.T, grad_scale * down_scale, u.dtype, fast=True)
         dpre_scale = grad_scale / 16     # these may be larger than grad; e5m2 has room below
-        dpre8 = (dpre.float() * dpre_scale).clamp(-57344, 57344).to(torch.float8_e5m2)
+        dpre, dpre8 = relu2_product(grad8, down8, 1 / (grad_scale * down_scale), dpre_scale, square)
         du = scaled_product(dpre8, up8.T, dpre_scale * up_scale, u.dtype, fast=True)
-        return du, dpre.T @ u, relu.square().T @ grad
+        return du, dpre.T @ u, square.T @ grad
 
 def float8_linear(u_TC: Tensor, weight_FC: Tensor) -> Tensor:
     """u @ weight.T (T, F), the product in float8; u bf16 with RMS-normalised rows, weight bf16."""

@@ -77,19 +77,21 @@ def name_of(float8: bool) -> str:
 
 
 def products(table: Table):
-    """Forward of the float8 projections and of the MLP, compiled as in the model."""
+    """The float8 projections and the MLP, compiled as in the model."""
     u, qkv = train_gpt.norm(randn(T, C)), randn(3 * C, C, std=0.02)
     up, down = randn(HIDDEN, C, std=0.02), randn(HIDDEN, C, std=0.02)
     for name, plain, ours, weights, size in (
             ("float8_linear", F.linear, kernels.float8_linear, (qkv,), f"{T} x {C} -> {3 * C}"),
             ("float8_mlp", train_gpt.mlp, kernels.float8_mlp, (up, down), f"{T} x {C} -> {HIDDEN} -> {C}")):
+        leaves = [tensor.detach().requires_grad_() for tensor in (u, *weights)]
+        dy = randn(T, weights[-1].size(1 if name == "float8_mlp" else 0))
+        functions = [torch.compile(function, dynamic=False) for function in (plain, ours)]
         with torch.no_grad():
-            times = []
-            for function in (plain, ours):
-                compiled = torch.compile(function, dynamic=False)
-                times.append(milliseconds(lambda: compiled(u, *weights)))
+            forward = [milliseconds(lambda: function(u, *weights)) for function in functions]
+        both = [milliseconds(lambda: torch.autograd.grad(function(*leaves), leaves, dy)) for function in functions]
         operations = 2 * T * sum(weight.numel() for weight in weights)
-        table.row(f"{name} forward", size, times[1], operations, "TFLOP/s", times[0])
+        table.row(f"{name} forward", size, forward[1], operations, "TFLOP/s", forward[0])
+        table.row(f"{name} forward + backward", size, both[1], 3 * operations, "TFLOP/s", both[0])
 
 
 def attention(table: Table):

@@ -58,12 +58,12 @@ def main():
     cfg = train_gpt.resolve_config(cfg, machine, shards[0], train_gpt.triton_kernels is not None)
     cfg, _ = train_gpt.choose_backends(train_gpt.SCRIPT, cfg, machine)
     head_chunk = (train_gpt.triton_kernels if cfg.kernels else train_gpt).HEAD_CHUNK
-    cfg, slots, plan = train_gpt.memory_plan(cfg, machine, head_chunk)
+    cfg, slots, _, plan = train_gpt.memory_plan(cfg, machine, head_chunk)
     print(plan)
     with torch.device(machine.device):
         model = train_gpt.GPT(cfg)
     optimizer = train_gpt.Optimizer(model)
-    forward = torch.compile(model, dynamic=False, fullgraph=True)
+    backward = train_gpt.Backward(torch.compile(model, dynamic=False, fullgraph=True))
     model.set_stage(stage)
     step = (round(cfg.stages[stage].until * cfg.num_iterations) - 8) // 2 * 2
     started = time.perf_counter()
@@ -73,7 +73,7 @@ def main():
     batches = (batches[0][0] * 16)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
 
     def train(i):                        # Adam works at odd steps
-        train_gpt.training_step(forward, optimizer, batches, step + i, machine)
+        train_gpt.training_step(backward, optimizer, batches, step + i, machine)
     started = time.perf_counter()
     for i in range(4):
         train(i)

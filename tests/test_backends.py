@@ -307,7 +307,7 @@ SINGLE = replace(PRESETS["single"], vocab_size=50304, bos_id=50256)
 def test_the_memory_plan_is_what_was_measured_or_a_little_more(monkeypatch, cfg, micro_batch, world_size, measured):
     """GiB on H200s, torch 2.11, as README.md has them and row 28 of dev/EXPERIMENTS.md."""
     cfg = replace(cfg, stages=tuple(replace(stage, batch_tokens=micro_batch * world_size) for stage in cfg.stages))
-    _, slots, sentence = plan(monkeypatch, cfg, 150, world_size)
+    _, slots, _, sentence = plan(monkeypatch, cfg, 150, world_size)
     assert slots * cfg.slot_tokens == micro_batch
     assert measured - 0.1 < float(sentence.split(" = ")[1].split()[0]) < measured + 1.8
 
@@ -315,15 +315,23 @@ def test_the_memory_plan_is_what_was_measured_or_a_little_more(monkeypatch, cfg,
 @pytest.mark.parametrize("gigabytes, slots, host_state", [(16, 1, True), (24, 1, False), (40, 4, False),
                                                           (80, 8, False), (141, 8, False)])
 def test_the_micro_batch_follows_the_card(monkeypatch, gigabytes, slots, host_state):
-    cfg, found, sentence = plan(monkeypatch, ALL, gigabytes)
+    cfg, found, _, sentence = plan(monkeypatch, ALL, gigabytes)
     assert (found, cfg.host_state) == (slots, host_state) and ("host memory" in sentence) == host_state
     assert replace(cfg, host_state=False) == ALL
+
+
+@pytest.mark.parametrize("gigabytes, world_size, changes, replays", [
+    (80, 8, {}, True), (80, 4, {}, False), (24, 8, {}, False), (80, 8, {"attention": "varlen"}, False),
+    (80, 8, {"compile": False}, False), (80, 8, {"graph_tokens": 0}, False), (80, 4, {"graph_tokens": 32_768}, True)])
+def test_small_micro_batches_are_replayed(monkeypatch, gigabytes, world_size, changes, replays):
+    *_, found, sentence = plan(monkeypatch, replace(ALL, **{"attention": "flex"} | changes), gigabytes, world_size)
+    assert found == replays == ("CUDA graphs" in sentence)
 
 
 def test_a_card_that_is_too_small_gets_a_value_to_try(monkeypatch):
     with pytest.raises(UserError, match="try --slot_tokens=4096"):
         plan(monkeypatch, ALL, 8)
-    cfg, slots, _ = plan(monkeypatch, replace(ALL, slot_tokens=4096), 8)
+    cfg, slots, *_ = plan(monkeypatch, replace(ALL, slot_tokens=4096), 8)
     assert slots == 1 and cfg.host_state
     with pytest.raises(UserError, match="take a larger GPU"):
         plan(monkeypatch, ALL, 2)
@@ -347,7 +355,7 @@ def test_training_and_validation_give_this_advice():
     with pytest.raises(train_gpt.RankError, match="try --val_stream_tokens=4096"):
         train_gpt.validate(model, TINY, [batch], machine)
     with pytest.raises(train_gpt.RankError, match="try --micro_batch_tokens=4096"):
-        train_gpt.training_step(model, optimizer, [batch], 0, machine)
+        train_gpt.training_step(harness.Backward(model), optimizer, [batch], 0, machine)
 
 
 # -----------------------------------------------------------------------------

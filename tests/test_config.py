@@ -34,8 +34,8 @@ FLAGS = {
     "rope_base": 10_000.0,
     "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 10, "momentum_cooldown": 0.2,
     "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "host_state": True,
-    "compile": False, "compile_cache": "kept", "seed": 5, "out_dir": "else where", "save_every": "10min", "keep": 5,
-    "resume": "a/run", "resume_override": "lr,seed",
+    "compile": False, "graph_tokens": 8192, "compile_cache": "kept", "seed": 5, "out_dir": "else where",
+    "save_every": "10min", "keep": 5, "resume": "a/run", "resume_override": "lr,seed",
 }
 
 

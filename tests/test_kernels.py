@@ -245,6 +245,35 @@ def test_float8_mlp(compiled):
         assert grad.shape == good.shape and relative(grad, good) <= 0.1
 
 
+@pytest.mark.parametrize("T, F, C", [(272, 400, 144), (48, 16, 16), (128, 384, 256)])
+@needs_float8
+def test_relu2_product_in_each_entry(T, F, C, poisoned):
+    """Sizes odd against the tiles of 128, and multiples of them; units that saturate, units without an activation."""
+    u, up, grad = randn(T, C).to(torch.float8_e4m3fn), randn(F, C).to(torch.float8_e4m3fn), randn(T, C, std=100)
+    grad, inverse, scale = grad.to(torch.float8_e5m2), *(torch.tensor(x, device=DEVICE) for x in (0.25, 2.0))
+    exact = {}
+    for name, a in (("forward", u), ("backward", grad)):
+        exact[name] = a.double() @ up.double().T * 0.25
+    square, square8 = kernels.relu2_product(u, up, inverse, scale, None)
+    root = exact["forward"].relu()
+    torch.testing.assert_close(square.double(), root.square(), rtol=2**-7, atol=2**-10)
+    torch.testing.assert_close(square8.double(), (2 * root.square()).clamp(max=448), rtol=2**-3, atol=2**-8)
+    out, out8 = kernels.relu2_product(grad, up, inverse, scale, square)
+    gradient = 2 * square.double().sqrt() * exact["backward"]
+    torch.testing.assert_close(out.double(), gradient, rtol=2**-7, atol=2**-5)
+    torch.testing.assert_close(out8.double(), (2 * gradient).clamp(-57344, 57344), rtol=2**-2, atol=2**-4)
+    assert square8.dtype == torch.float8_e4m3fn and out8.dtype == torch.float8_e5m2
+
+
+@needs_float8
+def test_relu2_product_keeps_what_is_not_a_number():
+    one = torch.ones((), device=DEVICE)
+    u, up = randn(48, 32).to(torch.float8_e4m3fn), randn(64, 32).to(torch.float8_e4m3fn)
+    u.view(torch.uint8)[5, 7] = 0x7F                        # NaN of e4m3
+    for out in kernels.relu2_product(u, up, one, one, None):
+        assert out[5].isnan().all() and out.float().isnan().sum() == out.size(1)
+
+
 @needs_float8
 @eager_and_compiled
 def test_huge_activations_saturate(compiled):
@@ -323,9 +352,9 @@ def training_losses(compiled, **changes):
     tokens[[0, 300, 301, 1000, 1900]] = CONFIG.bos_id
     batch = tokens, np.roll(tokens, -1).astype(np.int64)
     # the optimizer stays as it is: only the model is compiled, to save the time
-    optimizer, forward = train_gpt.Optimizer(model), maybe_compiled(model, compiled)
+    optimizer, backward = train_gpt.Optimizer(model), train_gpt.Backward(maybe_compiled(model, compiled))
     machine = train_gpt.Machine(torch.device(DEVICE), 0, 1, DEVICE)
-    totals = [train_gpt.training_step(forward, optimizer, [batch], STEP, machine) for _ in range(2)]
+    totals = [train_gpt.training_step(backward, optimizer, [batch], STEP, machine) for _ in range(2)]
     return [total[0].item() / len(tokens) for total in totals]
 
 
@@ -344,3 +373,27 @@ def test_a_training_step(compiled, with_kernels, float8, plain_losses):
     assert losses[0] == pytest.approx(plain_losses[0], rel=1e-2)
     assert losses[1] == pytest.approx(plain_losses[1], rel=3e-2)
     assert plain_losses[1] < 0.9 * plain_losses[0], "the step must change the loss, or its gradients are not tested"
+
+
+def test_replayed_micro_steps_are_the_micro_steps():
+    """Two micro-batches a step, over stages, and steps at which Adam moves or rests and the head is tied or not."""
+    cfg = replace(CONFIG, num_iterations=8, compile=True, kernels=FLOAT8, float8=FLOAT8)
+    machine, rng = train_gpt.Machine(torch.device(DEVICE), 0, 1, DEVICE), np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (2, cfg.slot_tokens), dtype=np.int32)
+    tokens[:, ::700] = cfg.bos_id
+    batches, losses = [(row, np.roll(row, -1).astype(np.int64)) for row in tokens], {}
+    with torch.device(DEVICE):
+        model = GPT(cfg)
+    optimizer, forward = train_gpt.Optimizer(model), maybe_compiled(model, True)
+    for replays in (False, True):
+        backward = train_gpt.Backward(forward)
+        train_gpt.warm_up(backward, optimizer, machine, 1, replays)
+        graphs, losses[replays] = dict(backward.graphs), []
+        assert bool(graphs) == replays
+        for step in range(8):
+            model.set_stage(train_gpt.stage_index(cfg, step))
+            total = train_gpt.training_step(backward, optimizer, batches, step, machine)[0].item()
+            losses[replays].append(total / tokens.size / sum(train_gpt.loss_weights(cfg, step)))
+        assert backward.graphs == graphs, "a graph was captured after the warm-up"
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+    assert losses[False][-1] < 0.8 * losses[False][0], "the steps must change the loss"

@@ -12,6 +12,7 @@ import torch
 from conftest import BOS
 
 import train_gpt
+from harness import Backward
 from train_gpt import (GPT, PARAMETERS, Optimizer, adam_update, adam_updates, digest, normuon_update, polar_express,
                        run_state)
 
@@ -328,13 +329,13 @@ def test_the_warm_up_leaves_everything_as_it_was(fresh, seed):
     model, optimizer = fresh(seed)
     before = digest(run_state(model, optimizer, machine()))
     parameters = [param.detach().clone() for param in model.parameters()]
-    train_gpt.warm_up(model, optimizer, machine(), 2)
+    train_gpt.warm_up(Backward(model), optimizer, machine(), 2, replays=False)
     assert digest(run_state(model, optimizer, machine())) == before
     assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters()))
     assert all(param.grad is None for param in model.parameters())
     losses = []
     for model, optimizer in ((model, optimizer), fresh(seed)):  # the first steps are bit for bit those without it
-        losses.append([train_gpt.training_step(model, optimizer, batches(2, step), step, machine()).tolist()
+        losses.append([train_gpt.training_step(Backward(model), optimizer, batches(2, step), step, machine()).tolist()
                        for step in range(3)])
     assert losses[0] == losses[1]
 
@@ -347,7 +348,7 @@ def test_a_warm_up_that_leaves_a_trace_is_noticed(fresh, monkeypatch, what):
     else:
         monkeypatch.setattr(GPT, "init_parameters", lambda self: None)
     with pytest.raises(AssertionError, match="warm-up"):
-        train_gpt.warm_up(model, optimizer, machine(), 1)
+        train_gpt.warm_up(Backward(model), optimizer, machine(), 1, replays=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8])

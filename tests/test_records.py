@@ -712,7 +712,7 @@ def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
     assert code == 0 and all("not distinguishable" in line for line in verdicts(out).values()), out
     assert "the same in every pair" in verdicts(out)["loss"]    # the same seeds on the same machine
     source = (ROOT / "train_gpt.py").read_text()
-    step = "        loss = training_step(forward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
+    step = "        loss = training_step(backward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
     assert source.count(step) == 1
     (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(0.4)\n"))
     shutil.copy(ROOT / "harness.py", tmp_path)
