@@ -1000,7 +1000,7 @@ class Backward:
     def capture(self, params: list) -> tuple:
         """(graph, loss, gradients of the parameters), in memory that all graphs share for what they do not keep."""
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, *_ in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):     # other threads go on working
+        with torch.cuda.graph(graph, pool=pool):
             loss = self.model(*self.inputs)
             loss.backward()
         return graph, loss.detach(), [param.grad for param in params]

@@ -202,7 +202,7 @@ class Float8Linear(torch.autograd.Function):
 
 @triton.jit
 def relu2_kernel(a_TC, b_FC, square_TF, out_TF, out8_TF, inverse, scale, C, BACKWARD: tl.constexpr, TILE: tl.constexpr):
-    """One tile a program: a product of float8 matrices, made relu^2 or its gradient before it leaves the registers."""
+    """One tile a program: a product of float8 matrices, made relu^2 or its gradient in registers (#59)."""
     row, column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
     product = tl.zeros([TILE, TILE], tl.float32)
     for k in range(0, C, TILE):          # what lies outside reads as zero
@@ -241,7 +241,7 @@ def relu2_product_shapes(a8_TC, b8_FC, inverse, scale, square_TF):
 class Float8MLP(torch.autograd.Function):
     """The products of float8_mlp; the gradient of its input comes from float8 products too, those of the weights not.
 
-    Of the hidden layer only relu^2 is kept; the backward takes its root.
+    Of the hidden layer only relu^2 is kept; the backward takes its root (#87).
     """
 
     @staticmethod

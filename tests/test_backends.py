@@ -321,10 +321,11 @@ def test_the_micro_batch_follows_the_card(monkeypatch, gigabytes, slots, host_st
 
 
 @pytest.mark.parametrize("gigabytes, world_size, changes, replays", [
-    (80, 8, {}, True), (80, 4, {}, False), (24, 8, {}, False), (80, 8, {"attention": "varlen"}, False),
-    (80, 8, {"compile": False}, False), (80, 8, {"graph_tokens": 0}, False), (80, 4, {"graph_tokens": 32_768}, True)])
-def test_small_micro_batches_are_replayed(monkeypatch, gigabytes, world_size, changes, replays):
-    *_, found, sentence = plan(monkeypatch, replace(ALL, **{"attention": "flex"} | changes), gigabytes, world_size)
+    (80, 8, {}, True), (80, 4, {}, False), (80, 4, {"graph_tokens": 32_768}, True), (24, 8, {}, False),
+    (80, 8, {"graph_tokens": 0}, False), (80, 8, {"attention": "varlen"}, False), (80, 8, {"compile": False}, False)])
+def test_small_micro_batches_become_graphs(monkeypatch, gigabytes, world_size, changes, replays):
+    cfg = replace(ALL, **{"attention": "flex", "graph_tokens": 16_384} | changes)
+    *_, found, sentence = plan(monkeypatch, cfg, gigabytes, world_size)
     assert found == replays == ("CUDA graphs" in sentence)
 
 

@@ -3,6 +3,7 @@
 Against: singular value decompositions, rules written again here in float64, torch.optim.Adam.
 Run: python -m pytest tests/test_optimizer.py
 """
+import contextlib
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -395,3 +396,55 @@ def test_a_step_that_is_not_applied_changes_no_parameter():
     adam_update(grad.flatten()[:20], param, torch.zeros(20), torch.zeros(20), torch.tensor(0.5), torch.tensor(0.0), 0.9,
                 0.99, torch.tensor(False))
     assert torch.equal(master, before[0]) and torch.equal(param, before[1])
+
+
+# -----------------------------------------------------------------------------
+# Micro-steps as CUDA graphs, the graphs being ones that compute again in Python
+
+def imitate_graphs(monkeypatch, backward):
+    """A capture executes nothing, new gradients get memory but no value; a replay computes into what was captured."""
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            (loss, grads), = [kept for graph, *kept in backward.graphs.values() if graph is self]
+            params = list(backward.model.parameters())
+            for param in params:
+                param.grad = None
+            result = backward.model(*backward.inputs)
+            result.backward()
+            loss.copy_(result.detach())
+            for param, grad, made in zip(params, grads, self.made):
+                torch.add(torch.zeros_like(grad) if made else grad, param.grad, out=grad)
+
+    @contextlib.contextmanager
+    def capturing(graph, pool):
+        assert pool == ("pool" if backward.graphs else None)
+        params = list(backward.model.parameters())
+        values = [None if param.grad is None else param.grad.clone() for param in params]
+        graph.made = [value is None for value in values]
+        yield
+        for param, value in zip(params, values):
+            param.grad.copy_(torch.full_like(param.grad, math.nan) if value is None else value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+
+
+def test_replayed_micro_steps_are_the_micro_steps(small_config, monkeypatch):
+    """Over a whole schedule: Adam moves or rests, the head is tied or not; all graphs are captured in the warm-up."""
+    results = []
+    for replays in (False, True):
+        model = GPT(small_config(num_iterations=8))
+        optimizer, backward = Optimizer(model), Backward(model)
+        imitate_graphs(monkeypatch, backward)
+        train_gpt.warm_up(backward, optimizer, machine(), 2, replays)     # slots of 128 tokens
+        graphs = dict(backward.graphs)
+        assert len(graphs) == 6 * replays
+        losses = []
+        for step in range(model.cfg.num_iterations):
+            model.set_stage(train_gpt.stage_index(model.cfg, step))
+            losses.append(train_gpt.training_step(backward, optimizer, batches(1 + step % 2, step), step, machine())[0])
+        assert backward.graphs == graphs
+        results.append([*losses, *model.parameters()])
+    assert all(torch.equal(plain, replayed) for plain, replayed in zip(*results, strict=True))
