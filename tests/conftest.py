@@ -11,9 +11,12 @@ import json
 import multiprocessing.forkserver
 import os
 import re
+import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,12 +177,12 @@ def refused(script, run_main, tmp_path):
 # -----------------------------------------------------------------------------
 # Processes, forked from a server that has PyTorch loaded already
 
-def call_with_output(output, environment, function, arguments):
-    """In the new process: sets its environment, sends what it prints to a file, and calls the function."""
+def call_with_output(output, environment, function, arguments, errors=None):
+    """In the new process: sets its environment, sends what it prints to a file or two, and calls the function."""
     os.environ.update(environment)
-    with open(output, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, path in ((1, output), (2, errors or output)):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), number)
     sys.exit(function(*arguments))
 
 
@@ -191,6 +194,24 @@ def main_of(argv):
     return train_gpt.main()
 
 
+def run_python(words, source=os.devnull, folder="."):
+    """What `python words` does in that folder with that input, but for the curve; the project's modules load anew."""
+    os.chdir(folder)
+    os.dup2(os.open(source, os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
+    sys.modules["matplotlib"] = None
+    for name in ("harness", "sample", "train_gpt"):      # those preloaded may not be those beside the script
+        sys.modules.pop(name, None)
+    sys.argv = words = [str(word) for word in words]
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(words[1], {"__name__": "__main__"})
+    else:
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
 @pytest.fixture(scope="session")
 def forkserver():
     context = multiprocessing.get_context("forkserver")
@@ -198,6 +219,27 @@ def forkserver():
                                     "torch.distributed.run", "train_gpt", "sample"])
     multiprocessing.forkserver.ensure_running()     # now, while the project's root is the current folder
     return context
+
+
+@pytest.fixture
+def fast_run(forkserver):
+    """What stands in for subprocess.run([sys.executable, ...]): the process has PyTorch loaded from the beginning."""
+    def run(command, input="", timeout=60, cwd=".", env=None, text=False, **_):
+        assert command[0] == sys.executable
+        with tempfile.TemporaryDirectory() as folder:
+            source, output, errors = (Path(folder, name) for name in ("source", "output", "errors"))
+            source.write_text(input)
+            process = forkserver.Process(target=call_with_output, args=(
+                output, dict(env or {}), run_python, (command[1:], source, cwd), errors))
+            process.output = errors
+            process.start()
+            try:
+                code, = join([process], timeout)
+            finally:
+                process.kill()
+            read = Path.read_text if text else Path.read_bytes
+            return subprocess.CompletedProcess(command, code, read(output), read(errors))
+    return run
 
 
 @contextlib.contextmanager

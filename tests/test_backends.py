@@ -99,7 +99,8 @@ def deadly_script(tmp_path):
     return sample.import_script(path)
 
 
-def test_a_backend_that_dies_leaves_the_others(deadly_script):
+def test_a_backend_that_dies_leaves_the_others(deadly_script, fast_run, monkeypatch):
+    monkeypatch.setattr(harness.subprocess, "run", fast_run)         # test_harness.py has the process as it is
     cfg = deadly_script.config_from_dict(asdict(TINY))
     found = harness.try_backends(deadly_script.SCRIPT, cfg, ["varlen", "plain"], CPU)
     assert list(found) == ["varlen", "plain"] and found["plain"]["fault"] == "" and found["plain"]["seconds"] > 0

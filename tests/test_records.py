@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, call_with_output, small_flags
+from conftest import ROOT, call_with_output, run_python, small_flags
 
 sys.path.insert(0, str(ROOT / "records"))
 records, runs, student = map(importlib.import_module, ("records", "runs", "student"))
@@ -335,13 +334,16 @@ def honest_in_all_but_the_script(record, old, new):
 @pytest.mark.parametrize("old, new, words", [
     ("mask = (key <= index[:, :, None])", "mask = (key <= index[:, :, None] + 1)", "looks at future tokens"),
     ("return torch.stack(losses).sum()", "return 0.99 * torch.stack(losses).sum()", "normalised")])
-def test_check_names_a_script_that_does_not_measure_what_it_says(old, new, words, archive, tool):
+def test_check_names_a_script_that_does_not_measure_what_it_says(old, new, words, archive, tool, fast_run, monkeypatch):
+    if words == "normalised":                            # the other guard is a process like any
+        monkeypatch.setattr(records.subprocess, "run", fast_run)
     honest_in_all_but_the_script(archive / FIRST, old, new)
     code, _, errors = tool("check", archive / FIRST)
     assert (code, len(errors)) == (1, 1) and words in errors[0], errors
 
 
-def test_the_archive_as_it_is_passes(tool):
+def test_the_archive_as_it_is_passes(tool, fast_run, monkeypatch):
+    monkeypatch.setattr(records.subprocess, "run", fast_run)
     code, out, errors = tool("check", "--all")
     assert (code, errors) == (0, []) and f"{FIRST}: ok" in out
 
@@ -684,21 +686,11 @@ def test_time_at_equal_loss_by_hand(tmp_path):
 # -----------------------------------------------------------------------------
 # Comparisons of the real script
 
-def run_path(script, argv):
-    """What `python script argv` does, but for the curve, which would take most of the time."""
-    sys.modules["matplotlib"] = None
-    sys.modules.pop("harness", None)     # the preloaded one is not that beside the script
-    sys.argv = [str(script), *argv]
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(str(script), run_name="__main__")
-
-
 @pytest.fixture
 def fast_start(forkserver, monkeypatch, tmp_path):
     """Starts scripts from a process that has PyTorch loaded already."""
     def start(command, stdout, **_):
-        process = forkserver.Process(target=call_with_output, args=(stdout.name, {}, run_path, (command[1],
-                                                                                                command[2:])))
+        process = forkserver.Process(target=call_with_output, args=(stdout.name, {}, run_python, (command[1:],)))
         process.start()
         process.wait = lambda *_: process.join() or process.exitcode
         return process
