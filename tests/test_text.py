@@ -8,19 +8,23 @@ Run: python -m pytest tests/test_text.py (GPT-2 cases need ../shared/data/gpt2_b
 """
 
 import base64
+import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import os
 import random
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -420,26 +424,41 @@ def mistakes(tmp_path):
     }
 
 
-def refuses(tmp_path, args, expected):
-    """Runs the command; it must end with one line that holds `expected`, and leave the folder as it was."""
-    before = sorted(tmp_path.rglob("*"))
-    args = args if any(str(a).startswith("--out") for a in args) else [*args, f"--out={tmp_path}/new/out"]
-    done = run(*args, env=os.environ | {"TIKTOKEN_CACHE_DIR": str(tmp_path / "no_cache")})
-    assert done.returncode == 2, done
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("text.py: "), done.stderr
-    assert all(str(part) in done.stderr for part in expected), done.stderr
-    assert sorted(tmp_path.rglob("*")) == before
+def run_here(*args):
+    """What `run` does and returns, in this process."""
+    handler, errors = signal.getsignal(signal.SIGTERM), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
+        patch.chdir(ROOT)
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    signal.signal(signal.SIGTERM, handler)
+    return SimpleNamespace(returncode=end.value.code, stderr=errors.getvalue())
 
 
-def test_mistakes_get_one_line_and_leave_nothing(tmp_path):
+@pytest.fixture
+def refuses(tmp_path, monkeypatch):
+    """Function that runs the command: it ends with one line that holds `expected`, and leaves the folder as it was."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "no_cache"))
+
+    def check(args, expected, run=run_here):
+        before = sorted(tmp_path.rglob("*"))
+        done = run(*args, *([] if any(str(a).startswith("--out") for a in args) else [f"--out={tmp_path}/new/out"]))
+        assert done.returncode == 2, done
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("text.py: "), done.stderr
+        assert all(str(part) in done.stderr for part in expected), done.stderr
+        assert sorted(tmp_path.rglob("*")) == before
+    return check
+
+
+def test_mistakes_get_one_line_and_leave_nothing(tmp_path, refuses):
     for args, expected in mistakes(tmp_path).values():
-        refuses(tmp_path, args, expected)
+        refuses(args, expected)
 
 
-def test_absent_column_of_parquet(tmp_path):
+def test_absent_column_of_parquet(tmp_path, refuses):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"content": ["x"], "url": ["y"]}), tmp_path / "t.parquet")
-    refuses(tmp_path, [tmp_path / "t.parquet"], ["t.parquet", "'text'", "content, url"])
+    refuses([tmp_path / "t.parquet"], ["t.parquet", "'text'", "content, url"], run)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
