@@ -111,11 +111,25 @@ def test_logits_loss_and_decoding(script):
     assert callable(script.main)
 
 
+PROBE = """
+import os, sys
+before, files = dict(os.environ), set(os.listdir("."))
+sys.path.insert(0, sys.argv[1])
+sys.dont_write_bytecode = True
+import torch
+state, threads = torch.get_rng_state(), torch.get_num_threads()
+import {scripts}
+assert dict(os.environ) == before, "the environment changed"
+assert set(os.listdir(".")) == files, "a file appeared"
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+assert torch.get_default_dtype() == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+"""
+
+
 def test_importing_them_has_no_effect(tmp_path):
-    from test_config import PROBE
-    done = subprocess.run([sys.executable, "-c", PROBE.replace("import train_gpt", f"import {', '.join(SCRIPTS)}"),
-                           str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run([sys.executable, "-c", PROBE.format(scripts=", ".join(SCRIPTS)), str(ROOT)], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
