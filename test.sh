@@ -6,9 +6,11 @@ set -euo pipefail
 unset CDPATH # or cd may go elsewhere, and print where
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 ./run.sh --setup
+# torch.compile is imported by many processes: it gets compiled while pip, which has one, is busy
+.venv/bin/python -m compileall -q -x '/(tests?|testing)/' \
+  .venv/lib/python3*/site-packages/{torch,sympy,mpmath,networkx} >/dev/null &
 .venv/bin/python -m pip install --no-input --quiet --no-compile -r tests/requirements.txt
-# pip would compile the thousands of models of transformers too
-.venv/bin/python -m compileall -q -x '/(tests?|testing|models)/' .venv/lib >/dev/null || true
+wait
 # Two processes of one thread are faster on two cores than one of two; a third works while those wait for something.
 # Plugins that come with other packages would cost each of them seconds.
 export OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
