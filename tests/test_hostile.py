@@ -52,7 +52,7 @@ import sample  # noqa: E402
 import text  # noqa: E402
 import train_gpt  # noqa: E402
 
-COUNT, SEED = int(os.environ.get("HOSTILE_COUNT", 1000)), os.environ.get("HOSTILE_SEED", "0")
+COUNT, SEED = int(os.environ.get("HOSTILE_COUNT", 500)), os.environ.get("HOSTILE_SEED", "0")
 SECONDS, MEMORY, LINE = 3, 1 << 30, 1200    # for one input: at most so long, so many bytes more, and such a refusal
 HELD = 4 << 30                              # what an allocation may ask for before the machine that tests is in danger
 

@@ -699,7 +699,7 @@ def fast_start(forkserver, monkeypatch, tmp_path):
 
 
 def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
-    flags = small_flags(data, num_iterations=4, val_every=2)
+    flags = small_flags(data, num_iterations=4, val_every=2, val_tokens=500)
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=2", "--p=0.0001", *flags)
     assert code == 0 and all("not distinguishable" in line for line in verdicts(out).values()), out
     assert "the same in every pair" in verdicts(out)["loss"]    # the same seeds on the same machine
