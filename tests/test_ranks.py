@@ -51,8 +51,7 @@ def runs(data, forkserver, tmp_path_factory):
     with rank_starter(forkserver, folder) as start:
         for world_size in WORLDS:
             logs, out = folder / f"logs_{world_size}", str(folder / f"record_{world_size}")
-            flags = small_flags(data, out_dir=logs, num_iterations=10, val_every=5)
-            processes = start(world_size, recorded_main, flags, out)
+            processes = start(world_size, recorded_main, small_flags(data, out_dir=logs), out)
             assert join(processes) == [0] * world_size, [process.output.read_text() for process in processes]
             records = [torch.load(f"{out}_{rank}.pt", weights_only=True) for rank in range(world_size)]
             found[world_size] = (records, json.loads((only_folder(logs) / "run.json").read_text()),
@@ -71,7 +70,7 @@ def slots(batches):
 def test_the_ranks_read_the_tokens_of_one_rank(runs, world_size):
     (one,), _, _ = runs[1]
     records, _, _ = runs[world_size]
-    assert len(one["batches"]) == 10
+    assert len(one["batches"]) == 20
     for step, whole in enumerate(one["batches"]):
         shares = [slots(record["batches"][step]) for record in records]
         assert all(shares) and sum(shares, []) == slots(whole)
@@ -91,7 +90,7 @@ def test_the_gradients_of_the_first_step_are_those_of_one_rank(runs, world_size)
 @pytest.mark.parametrize("world_size", WORLDS[1:])
 def test_the_validation_losses_are_those_of_one_rank(runs, world_size):
     losses = {world: [(point["step"], point["val_loss"]) for point in runs[world][1]["val_losses"]] for world in WORLDS}
-    assert [step for step, _ in losses[1]] == [0, 5, 10]
+    assert [step for step, _ in losses[1]] == [0, 10, 20]
     assert losses[1][2][1] < losses[1][0][1] - 1  # they have moved
     for (step, mine), (same, theirs) in zip(losses[world_size], losses[1], strict=True):
         assert step == same and abs(mine - theirs) < (1e-6 if step == 0 else 1e-3)
