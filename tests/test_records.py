@@ -706,7 +706,7 @@ def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
     source = (ROOT / "train_gpt.py").read_text()
     step = "        loss = training_step(backward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
     assert source.count(step) == 1
-    (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(0.4)\n"))
+    (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(1)\n"))
     shutil.copy(ROOT / "harness.py", tmp_path)
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "train_slow.py", "--n=3", *flags,
                         "--b_flags=--lr=0.02", "--out=here")
