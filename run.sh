@@ -97,7 +97,8 @@ setup() { # makes .venv what requirements.txt says; nothing to do when its stamp
   fi
   # pip would compile thousands of files that are never imported; this writes what the scripts import, in any case
   PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "import torch.distributed.run, safetensors.torch, tiktoken, requests, \
-huggingface_hub, matplotlib.figure, matplotlib.backends.backend_svg" >>.venv/pip.log 2>&1 || true
+huggingface_hub, matplotlib.figure, matplotlib.backends.backend_svg; \
+torch.cuda.is_available() and __import__('torch._inductor.compile_fx')" >>.venv/pip.log 2>&1 || true
   printf '%s\n' "$want" >"$stamp"
   say setup ".venv is ready ($(took "$start")); to work in it by hand: source .venv/bin/activate"
 }

@@ -24,7 +24,8 @@ TRAIN_TINY = "train_gpt.py --preset=tiny --train_files=data/local/train_*.bin --
 TRAIN_SPEEDRUN = "torchrun: --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun"
 INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
            "python: -c import torch.distributed.run, safetensors.torch, tiktoken, requests, huggingface_hub, "
-           "matplotlib.figure, matplotlib.backends.backend_svg"]
+           "matplotlib.figure, matplotlib.backends.backend_svg; "
+           "torch.cuda.is_available() and __import__('torch._inductor.compile_fx')"]
 DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=1024 --out=data/local"
 
 # One stand-in for every command: it looks at its own name and at its arguments.
