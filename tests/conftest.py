@@ -41,8 +41,8 @@ SMALL_STAGES = [[1 / 3, 512, 96, 16, 32, 1.0, [[1, 0.5, 0.25], [1, 0.5, 0]], [0.
 SMALL_LAYERS = [{"values": 0, "xsa": True}, {"attention": False, "skip": 0},
                 {"window": "long", "values": 1, "reads": 1, "gate": True, "mix": True}]
 SMALL = {"preset": "tiny", "stages": SMALL_STAGES, "layers": SMALL_LAYERS, "final_windows": (16, 64), "model_dim": 48,
-         "head_dim": 12, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509, "bigram_signs": 32, "slot_tokens": 128, "val_tokens": 1500,
-         "val_stream_tokens": 512, "num_iterations": 20, "val_every": 10, "device": "cpu"}
+         "head_dim": 12, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509, "bigram_signs": 32, "slot_tokens": 128,
+         "val_tokens": 1500, "val_stream_tokens": 512, "num_iterations": 20, "val_every": 10, "device": "cpu"}
 
 
 def tokenizer_json(ranks=None):
