@@ -6,9 +6,8 @@ set -euo pipefail
 unset CDPATH # or cd may go elsewhere, and print where
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 ./run.sh --setup
-# torch.compile is imported by many processes: it gets compiled while pip, which has one, is busy
-.venv/bin/python -m compileall -q -x '/(tests?|testing)/' \
-  .venv/lib/python3*/site-packages/{torch,sympy,mpmath,networkx} >/dev/null &
+# several processes import torch.compile: what that is gets compiled while pip is busy, which uses one core
+PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "import torch._inductor.compile_fx" &
 .venv/bin/python -m pip install --no-input --quiet --no-compile -r tests/requirements.txt
 wait
 # Two processes of one thread are faster on two cores than one of two; a third works while those wait for something.
