@@ -317,4 +317,5 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
     assert sorted(done.calls[3:5]) == [                                 # at the same time
         "python: -c import torch._inductor.compile_fx",
         "python: -m pip install --no-input --quiet --no-compile -r tests/requirements.txt"]
-    assert done.calls[5:] == [" ".join(("python: -m pytest -q -p xdist -n 3", *arguments))]
+    more = ["python: records/records.py check --all"] if script == ".ci/run" else []
+    assert done.calls[5:] == [" ".join(("python: -m pytest -q -p xdist -n 3", *arguments)), *more]
