@@ -7,13 +7,13 @@ import importlib
 import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL_LAYERS
 
 sys.path.insert(0, str(ROOT / "records"))
 guard = importlib.import_module("guard")
@@ -66,8 +66,13 @@ def validate(model, *rest):
 }
 
 
-def config_of(module, preset):
-    return json.loads(json.dumps(asdict(module.PRESETS[preset])))
+def config_of(module, preset, **changes):
+    return json.loads(json.dumps(asdict(replace(module.PRESETS[preset], **changes))))
+
+
+def small_config(module):
+    """Three layers, for what does not depend on the layers."""
+    return config_of(module, "tiny", layers=tuple(module.Layer(**row) for row in SMALL_LAYERS))
 
 
 @pytest.mark.parametrize("preset", ["speedrun", "tiny"])
@@ -87,7 +92,7 @@ def test_a_cheat_is_named(cheat, tmp_path):
     shutil.copy(ROOT / "harness.py", tmp_path)
     module = guard.load_script(script)
     with pytest.raises(guard.Dishonest, match=words):
-        guard.check_script(module, config_of(module, "tiny"))
+        guard.check_script(module, small_config(module))
 
 
 def test_a_cheat_in_the_harness_is_named_too(tmp_path):
@@ -97,7 +102,7 @@ def test_a_cheat_in_the_harness_is_named_too(tmp_path):
     (tmp_path / "harness.py").write_text(honest.replace(kept, kept.replace("val_loss", "0.995 * val_loss")))
     module = guard.load_script(script)
     with pytest.raises(guard.Dishonest, match="reports a validation loss"):
-        guard.check_script(module, config_of(module, "tiny"))
+        guard.check_script(module, small_config(module))
 
 
 def test_the_tables_of_a_run_are_those_that_its_flags_make():
