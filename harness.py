@@ -970,8 +970,8 @@ def run_state(model, optimizer, machine: Machine) -> dict[str, Tensor]:
 class Backward:
     """Loss of a micro-batch, its gradients added to the parameters'; on CUDA, once `replays` is set, by CUDA graphs.
 
-    The CPU launches the kernels of a small micro-batch more slowly than the GPU runs them. Autograd adds to gradients
-    that exist and makes the others, so there is a graph for each set of them; it is captured when first met, and what
+    The GPU waits for the launches of a small micro-batch (dev/EXPERIMENTS.md, row 59). Autograd adds to gradients that
+    exist and makes the others, so there is a graph for each set of them; it is captured when first met, and what
     it makes stays in its memory. The model must have run before, that nothing is left to compile.
     """
 

@@ -199,7 +199,7 @@ class Hyperparameters:
     float8: bool = True                  # products in float8, if the GPU and the kernels can; never in validation
     host_state: bool = False             # Adam's moments of tables in host memory; on by itself if the GPU is small
     compile: bool = True                 # torch.compile; off on the CPU
-    graph_tokens: int = 0                # forwards of up to so many tokens become CUDA graphs, if memory allows
+    graph_tokens: int = 0                # forwards of up to so many tokens become CUDA graphs; 0: none
     compile_cache: str = ""              # folder that keeps what was compiled; "": torch's own in the temporary files
     seed: int = 0
     out_dir: str = "logs"                # each run makes a folder in it

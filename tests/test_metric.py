@@ -70,8 +70,8 @@ def config_of(module, preset, **changes):
     return json.loads(json.dumps(asdict(replace(module.PRESETS[preset], **changes))))
 
 
-def small_config(module):
-    """Three layers, for what does not depend on the layers."""
+def with_three_layers(module):
+    """The preset tiny for what does not depend on the layers."""
     return config_of(module, "tiny", layers=tuple(module.Layer(**row) for row in SMALL_LAYERS))
 
 
@@ -92,7 +92,7 @@ def test_a_cheat_is_named(cheat, tmp_path):
     shutil.copy(ROOT / "harness.py", tmp_path)
     module = guard.load_script(script)
     with pytest.raises(guard.Dishonest, match=words):
-        guard.check_script(module, small_config(module))
+        guard.check_script(module, with_three_layers(module))
 
 
 def test_a_cheat_in_the_harness_is_named_too(tmp_path):
@@ -102,7 +102,7 @@ def test_a_cheat_in_the_harness_is_named_too(tmp_path):
     (tmp_path / "harness.py").write_text(honest.replace(kept, kept.replace("val_loss", "0.995 * val_loss")))
     module = guard.load_script(script)
     with pytest.raises(guard.Dishonest, match="reports a validation loss"):
-        guard.check_script(module, small_config(module))
+        guard.check_script(module, with_three_layers(module))
 
 
 def test_the_tables_of_a_run_are_those_that_its_flags_make():
