@@ -3,8 +3,9 @@
     python dev/profile_step.py --train_files=... --val_files=... [flags of train_gpt.py] [--stage=0]
 
 Compiles as the script does, runs a few steps of a stage on real tokens under PyTorch's profiler and prints milliseconds
-per step: of the whole step by kind of kernel, then of the head with its loss and of the optimizer, each run alone, and
-of the loader, which works ahead on the CPU; last the 30 longest kernels.
+per step: of the whole step by kind of kernel, of the head with its loss and of the optimizer, each run alone, what the
+others of the step have by subtraction, and the loader's time on the CPU, where it works ahead; last the 30 longest
+kernels.
 """
 import sys
 import time
@@ -17,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
 
 STEPS = 4
-KINDS = (("attention", ("flex", "tem_fused")), ("matrix products", ("gemm", "cutlass", "nvjet", "cublas", "xmma")),
+KINDS = (("attention", ("flex", "tem_fused")),
+         ("matrix products", ("gemm", "cutlass", "nvjet", "cublas", "xmma", "relu2")),
          ("cross-entropy", ("cross_entropy", "target_grad")), ("copies", ("memcpy", "memset", "direct_copy")),
          ("communication", ("nccl",)), ("elementwise and reductions", ("triton",)))
 
@@ -83,11 +85,10 @@ def main():
     for i in range(STEPS):
         train(i)
     torch.cuda.synchronize()
-    print(f"stage {stage}: {1000 * (time.perf_counter() - started) / STEPS:.1f} ms per step of "
-          f"{cfg.stages[stage].batch_tokens} tokens, without the profiler")
+    step_ms = 1000 * (time.perf_counter() - started) / STEPS
     count = iter(range(1 << 20))
-    kinds, kernels = profile(lambda: train(next(count) % 4))
-    show("the whole step", kinds)
+    whole, kernels = profile(lambda: train(next(count) % 4))
+    show("the whole step", whole)
 
     targets = torch.randint(0, cfg.vocab_size, (slots * cfg.slot_tokens, 4), device="cuda")
     weights = torch.tensor(train_gpt.loss_weights(cfg, step), device="cuda")
@@ -95,17 +96,22 @@ def main():
 
     def head():
         train_gpt.triton_kernels.head_loss(x, model.lm_head, targets, weights, None, cfg.float8).backward()
+    head_kinds = {}
     if cfg.kernels:
-        kinds, _ = profile(head)
-        show("head and loss over the whole vocabulary, forward and backward, of the whole step",
-             {kind: ms * len(batches) for kind, ms in kinds.items()})
+        head_kinds = {kind: ms * len(batches) for kind, ms in profile(head)[0].items()}
+        show("head and loss over the whole vocabulary, forward and backward", head_kinds)
+    zeros = [torch.zeros_like(param) for param in model.parameters()]
 
     def update():
-        for param in model.parameters():
-            param.grad = torch.zeros_like(param)
+        for param, zero in zip(model.parameters(), zeros):
+            param.grad = zero
         optimizer.step(step + next(count) % 4)
-    kinds, _ = profile(update)
-    show("optimizer, with the filling of gradients with zeros", kinds)
+    update_kinds, _ = profile(update)
+    show("optimizer", update_kinds)
+    body = {kind: ms - head_kinds.get(kind, 0) - update_kinds.get(kind, 0) for kind, ms in whole.items()}
+    show("the others", body)
+    print(f"{step_ms:9.2f} ms  stage {stage}, a step of {cfg.stages[stage].batch_tokens} tokens without the profiler, "
+          f"{step_ms - sum(whole.values()):.2f} of them without a kernel")
     print(f"{loader_ms:9.2f} ms  loader, for a batch of {cfg.stages[0].batch_tokens} tokens, ahead on the CPU")
     for name, (ms, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:30]:
         print(f"{ms:9.3f} ms  {launches:6.1f} x  {name[:110]}")
