@@ -111,7 +111,7 @@ def check_config(cfg):
          "mlp_dim gate_dim bigram_rows bigram_signs vocab_multiple keep", "must be at least 1")
     need(lambda value: not value or value.removesuffix("min").isdecimal(), "save_every",
          "is neither steps, like 500, nor minutes, like 10min")
-    need(lambda value: 0 <= value < 2**63, "stop_after val_every micro_batch_tokens candidates vocab_size seed "
+    need(lambda value: 0 <= value < 2**63, "stop_after val_every micro_batch_tokens candidates qk_dim vocab_size seed "
          "momentum_warmup", "must not be negative or huge")
     need(lambda value: 0 <= value <= 1, "cooldown momentum_cooldown lr_floor untie", "must be in 0..1")
     need(lambda value: 0 < value < math.inf, "lr attn_scale rope_base", "must be positive")
@@ -123,7 +123,7 @@ def check_config(cfg):
                "attention": "flex flex_small varlen fa3 plain auto"}
     for name, known in choices.items():
         need(lambda value: value in known.split(), name, f"is unknown; choose from {known}")
-    need(lambda dim: dim % 4 == 0, "head_dim", "must be a multiple of 4")
+    need(lambda dim: dim % 4 == 0, "head_dim qk_dim", "must be a multiple of 4")
     need(lambda dim: dim % (2 * cfg.head_dim) == 0 and dim >= 12, "model_dim",
          f"must be at least 12 and hold an even number of heads of --head_dim={cfg.head_dim}")
     need(lambda count: count == 0 or count >= cfg.slot_tokens, "candidates",
@@ -359,13 +359,13 @@ def memory_plan(cfg, machine: Machine, head_chunk: int) -> tuple:
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
         slots = min(cfg.micro_batch_tokens // cfg.slot_tokens or min(shares), min(shares))
         return cfg, slots, False, f"memory plan: none; {slots * cfg.slot_tokens:,} tokens per forward"
-    # fits what was measured on an H200 with 16k to 131k tokens, one and four ranks, within 2 GiB: activations take 11
-    # numbers per token, layer and channel and 2 per hidden unit (4 without kernels), a logit 2 (4); a weight and its
-    # gradient are two, and what the optimizer keeps is 8 bytes a weight over all ranks
-    width = 2 if cfg.precision == "bf16" else 4
+    # fits what was measured on an H200 with 16k to 131k tokens, one and four ranks, within 2 GiB: activations take, for
+    # a token in a layer, 7 numbers a channel, 4 a channel of queries and 2 (without kernels 4) a hidden unit; a logit 2
+    # (4); a weight and its gradient are two, and what the optimizer keeps is 8 bytes a weight over all ranks
+    width, queries = 2 if cfg.precision == "bf16" else 4, cfg.num_heads * cfg.key_dim
     tables = ((2 + sum(layer.values >= 0 for layer in cfg.layers)) * cfg.vocab_size + cfg.bigram_rows) * cfg.model_dim
-    matrices = len(cfg.layers) * (4 * cfg.model_dim + 2 * cfg.mlp_dim) * cfg.model_dim
-    per_token = width * len(cfg.layers) * (11 * cfg.model_dim + (2 if cfg.kernels else 4) * cfg.mlp_dim)
+    matrices = len(cfg.layers) * (2 * cfg.model_dim + 2 * queries + 2 * cfg.mlp_dim) * cfg.model_dim
+    per_token = width * len(cfg.layers) * (7 * cfg.model_dim + 4 * queries + (2 if cfg.kernels else 4) * cfg.mlp_dim)
     columns = min(cfg.candidates or cfg.vocab_size, cfg.vocab_size)
     cap = torch.cuda.get_per_process_memory_fraction(machine.device)
     have = 0.92 * cap * torch.cuda.get_device_properties(machine.device).total_memory
@@ -704,7 +704,7 @@ def try_backends(script: Path, cfg, names: list[str], device: torch.device) -> d
 def remember_backends(script: Path, cfg, names: list[str], machine: Machine) -> dict[str, dict]:
     """What try_backends finds; it is kept for the next start with the same facts, if nothing is at fault."""
     facts = [names, machine.name, torch.__version__, cfg.slot_tokens, cfg.stages[0].long, cfg.model_dim, cfg.head_dim,
-             cfg.mlp_dim, cfg.vocab_size, cfg.candidates > 0, cfg.precision, cfg.compile,
+             cfg.key_dim, cfg.mlp_dim, cfg.vocab_size, cfg.candidates > 0, cfg.precision, cfg.compile,
              *map(file_sha256, source_files(script, cfg))]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.expanduser("~/.cache/minutegpt")

@@ -176,6 +176,7 @@ class Hyperparameters:
     layers: tuple[Layer, ...] = LAYERS
     model_dim: int = 1024
     head_dim: int = 128
+    qk_dim: int = 0                      # channels of a head's query and key (PR 344); 0: head_dim
     mlp_dim: int = 4096
     gate_dim: int = 64                   # hidden width of the gate networks
     bigram_rows: int = 377_280           # rows of the hashed bigram table (#62)
@@ -199,7 +200,7 @@ class Hyperparameters:
     float8: bool = True                  # products in float8, if the GPU and the kernels can; never in validation
     host_state: bool = False             # Adam's moments of tables in host memory; on by itself if the GPU is small
     compile: bool = True                 # torch.compile; off on the CPU
-    graph_tokens: int = 0                # forwards of up to so many tokens become CUDA graphs; 0: none
+    graph_tokens: int = 32_768           # forwards of up to so many tokens become CUDA graphs, if memory allows
     compile_cache: str = ""              # folder that keeps what was compiled; "": torch's own in the temporary files
     seed: int = 0
     out_dir: str = "logs"                # each run makes a folder in it
@@ -212,6 +213,10 @@ class Hyperparameters:
     @property
     def num_heads(self) -> int:
         return self.model_dim // self.head_dim
+
+    @property
+    def key_dim(self) -> int:
+        return self.qk_dim or self.head_dim
 
     @property
     def total_steps(self) -> int:
@@ -239,14 +244,13 @@ DOC_TOKENS = 64                          # padding is cut into documents of this
 
 def prefix_tokens(tokenizer: dict, vocab_size: int) -> np.ndarray:
     """(V,) int64: for each token the longest other token whose bytes begin it, -1 if there is none (#88)."""
-    longest, ancestors = np.full(vocab_size, -1, np.int64), []      # ancestors begin the current one, shortest first
-    for text, token in sorted((base64.b64decode(rank), i) for i, rank in enumerate(tokenizer["ranks"])):
-        while ancestors and not text.startswith(ancestors[-1][0]):
-            ancestors.pop()
-        if ancestors:
-            longest[token] = ancestors[-1][1]
-        ancestors.append((text, token))
-    return longest
+    tokens, longest = {base64.b64decode(rank): i for i, rank in enumerate(tokenizer["ranks"])}, [-1] * vocab_size
+    for text, token in tokens.items():
+        while text := text[:-1]:
+            if text in tokens:
+                longest[token] = tokens[text]
+                break
+    return np.array(longest)
 
 def fill_slot(pieces: list, slot_tokens: int, bos_id: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs (int32), targets (int64) of one slot from (ids, start, length) pieces, then documents of 0 and -1."""
@@ -409,7 +413,7 @@ class GPT(nn.Module):
         self.embed, self.lm_head = parameter(V, C), parameter(V, C)
         self.value_embeds = parameter(num_tables, V, C)
         self.bigram_embed = parameter(cfg.bigram_rows, C)
-        self.attn_qk = parameter(len(self.attn_layers) * cfg.num_heads, 2 * cfg.head_dim, C)    # pairs of heads: #80
+        self.attn_qk = parameter(len(self.attn_layers) * cfg.num_heads, 2 * cfg.key_dim, C)     # pairs of heads: #80
         self.attn_vo = parameter(len(self.attn_layers) * 2, C, C)
         self.mlp = parameter(len(layers) * 2, cfg.mlp_dim, C)
         self.attn_scales = parameter(len(layers), 2, dtype=torch.float32)       # of the weights of q, k, v and of o
@@ -424,7 +428,7 @@ class GPT(nn.Module):
         self.mix_fc = parameter(2, cfg.gate_dim, C)
         self.mix_proj, self.mix_bias = parameter(num_mixes, cfg.gate_dim), parameter(num_mixes)
         self.register_buffer("bigram_signs", torch.empty(cfg.bigram_signs, C, dtype=dtype))
-        self.register_buffer("inv_freq", torch.empty(cfg.head_dim // 4))
+        self.register_buffer("inv_freq", torch.empty(cfg.key_dim // 4))
         self.register_buffer("attn_scale", torch.empty(()))
         self.register_buffer("windows", torch.empty(2, dtype=torch.int32))      # short, long
         self.register_buffer("prefix_of", torch.full((V,), -1), persistent=False)
@@ -479,7 +483,8 @@ class GPT(nn.Module):
         """Windows, rotary frequencies and softmax scale of a stage; `final`: the windows of the last validation."""
         stages = self.cfg.stages[:index + 1]
         freq = self.cfg.rope_base ** -torch.linspace(0, 1, self.inv_freq.numel(), dtype=torch.float64, device="cpu")
-        scale = self.cfg.attn_scale
+        # random queries and keys give products that spread as much as those of head_dim channels
+        scale = self.cfg.attn_scale * (self.cfg.head_dim / self.cfg.key_dim) ** 0.5
         # when the long window grows from a to b tokens, frequencies that turn less than once in a are slowed by a/b
         # and fast ones kept (YaRN, arXiv 2309.00071, #31), and the softmax scale grows a little
         for old, new in zip(stages, stages[1:]):
@@ -513,25 +518,26 @@ class GPT(nn.Module):
         return {name: value for (name, _, _), value in zip(names[net], out.split(sizes, dim=1))}
 
     def matrices(self) -> dict[int, tuple[Tensor, ...]]:
-        """Layer -> matrices of its attention: of queries and keys (2C, C), of values, and of the output."""
+        """Layer -> matrices of its attention: of queries and keys (2HD, C), of values, and of the output."""
         # unbinding a bank once gives one stacked gradient; indexing it layer by layer would give one a layer
-        qk, vo = self.attn_qk.view(-1, 2 * self.cfg.model_dim, self.cfg.model_dim).unbind(), self.attn_vo.unbind()
+        qk = self.attn_qk.view(-1, 2 * self.cfg.num_heads * self.cfg.key_dim, self.cfg.model_dim).unbind()
+        vo = self.attn_vo.unbind()
         return dict(zip(self.attn_layers, zip(qk, vo[0::2], vo[1::2])))
 
     def projections(self, i: int, qk: Tensor, v: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrices of layer i as its attention uses them: one (3C, C), and that of the output, scales applied."""
+        """The matrices of layer i as its attention uses them: one (2HD + C, C), and of the output, scales applied."""
         scales = self.attn_scales[i].to(qk.dtype)
         return torch.cat([qk, v]) * scales[0], o * scales[1]
 
     def attention(self, i: int, u_TC: Tensor, weights: tuple, place, rope: tuple, gates: dict, value_TC: Tensor | None,
                   float8: bool) -> Tensor:
         """What the attention of layer i adds to the stream, (T, C), from its normalised input u."""
-        layer, T, H, D = self.cfg.layers[i], u_TC.size(0), self.cfg.num_heads, self.cfg.head_dim
+        layer, T, H, D = self.cfg.layers[i], u_TC.size(0), self.cfg.num_heads, self.cfg.key_dim
         qkv, o = place.projections.get(i) or self.projections(i, *weights)
         linear = triton_kernels.float8_linear if float8 else F.linear
-        q, k, v = linear(u_TC, qkv).view(T, 3, H, D).unbind(1)
+        q, k, v = (x.view(T, H, -1) for x in linear(u_TC, qkv).split((H * D, H * D, u_TC.size(1)), dim=1))
         if value_TC is not None:
-            v = v + value_TC.view(T, H, D)
+            v = v + value_TC.view(T, H, -1)
         q, k = rotary(norm(q) * self.attn_scale.to(q.dtype), *rope), rotary(norm(k), *rope)
         if layer.window == "long":       # the half of the key without position is the previous token's (#49)
             moving = torch.arange(D, device=k.device) < D // 2
@@ -685,9 +691,9 @@ class GPT(nn.Module):
 class Cache:
     """What the next token of each row needs of those before it; made by GPT.new_cache, changed by GPT.decode.
 
-    Keys and values (B, R, H, D) of each layer are rings: position p lies in slot p % R. R is the window and what one
-    call brings, so no token that comes, real or padding, takes the slot of one that is still seen. Every tensor stays
-    where it is, so that a CUDA graph can hold a step.
+    Keys and values (B, R, H, channels) of each layer are rings: position p lies in slot p % R. R is the window and what
+    one call brings, so no token that comes, real or padding, takes the slot of one that is still seen. Every tensor
+    stays where it is, so that a CUDA graph can hold a step.
     """
 
     def __init__(self, model: GPT, batch: int, max_tokens: int, chunk: int):
@@ -698,17 +704,18 @@ class Cache:
         self.rows = torch.arange(batch, device=like.device)[:, None]
         self.position = torch.zeros(batch, dtype=torch.int64, device=like.device)   # of each row's next token
         self.start = torch.zeros_like(self.position)                                # of its document
-        head, power = (cfg.num_heads, cfg.head_dim), cfg.head_dim & (cfg.head_dim - 1) == 0
+        power = cfg.key_dim.bit_count() == cfg.head_dim.bit_count() == 1
         self.kernels = cfg.kernels and like.is_cuda and triton_kernels is not None and power
         self.done = torch.zeros(batch, cfg.num_heads, dtype=torch.int32, device=like.device)    # see decode_attention
         self.carried = {"token": like.new_zeros(batch, dtype=torch.int32), "embed": like.new_zeros(batch, like.size(1))}
         self.keys, self.values, self.projections, self.window = {}, {}, {}, {}      # by layer
         for i, matrices in model.matrices().items():
             self.window[i] = window = cfg.layers[i].window
-            self.keys[i], self.values[i] = (like.new_zeros(batch, self.rings[window], *head) for _ in range(2))
+            self.keys[i], self.values[i] = (like.new_zeros(batch, self.rings[window], cfg.num_heads, channels)
+                                            for channels in (cfg.key_dim, cfg.head_dim))
             self.projections[i] = model.projections(i, *matrices)
             if window == "long":
-                self.carried[f"key.{i}"] = like.new_zeros(batch, *head)
+                self.carried[f"key.{i}"] = like.new_zeros(batch, cfg.num_heads, cfg.key_dim)
 
     def check_room(self, more: int | Tensor):
         """Raises ValueError unless every row has room for `more` tokens."""
@@ -732,7 +739,8 @@ class Cache:
 
     def bytes_read(self, tokens: int) -> int:
         """Bytes of keys and values that the last of `tokens` tokens sees, over all rows."""
-        return sum(2 * min(tokens, self.windows[self.window[i]] + 1) * key[:, 0].nbytes for i, key in self.keys.items())
+        return sum(min(tokens, self.windows[self.window[i]] + 1) * (key[:, 0].nbytes + self.values[i][:, 0].nbytes)
+                   for i, key in self.keys.items())
 
 class Rows:
     """The next tokens (B, T) of each row of a cache, of which lengths_B are real, in the place of a Stream."""
@@ -1238,13 +1246,13 @@ def plain_attention(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, first_T: Tensor
     first = torch.cat([first_T, index[T:].to(first_T.dtype)]).view(n, size)    # padding sees itself
     pad = (0, 0, 0, 0, 0, n * size - T)
     q = F.pad(q_THD, pad).view(n, size, H, D).transpose(1, 2)
-    k, v = (F.pad(x, pad).view(n, size, H, D) for x in (k_THD, v_THD))
+    k, v = (F.pad(x, pad).view(n, size, H, -1) for x in (k_THD, v_THD))
     k, v = (torch.cat([torch.cat([x[:1], x[:-1]]), x], dim=1).transpose(1, 2) for x in (k, v))
     index = index.view(n, size)
     key = torch.cat([index - size, index], dim=1)[:, None, :]
     mask = (key <= index[:, :, None]) & (key >= first[:, :, None])
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=1.0)
-    return y.transpose(1, 2).reshape(n * size, H, D)[:T]
+    return y.transpose(1, 2).reshape(n * size, H, -1)[:T]
 
 def with_flex(tiles: dict, starts_T: Tensor, window: Tensor, longest: int, max_doc_tokens: int):
     """FlexAttention with these tiles; see ATTENTION."""
@@ -1340,7 +1348,8 @@ def probe_case(cfg: Hyperparameters, name: str, device: torch.device):
         starts, size = index - index % 1500, torch.tensor(window, device=device) if "flex" in name else window
         return (lambda *qkv: ATTENTION[name](starts, size, window, 1500)(*qkv),
                 lambda *qkv: with_plain(starts, window, window, 1500)(*qkv),
-                [normal(T, cfg.num_heads, cfg.head_dim, std=std) for std in (cfg.head_dim ** -0.5, 1, 1)])
+                [normal(T, cfg.num_heads, channels, std=std) for channels, std in
+                 ((cfg.key_dim, cfg.key_dim ** -0.5), (cfg.key_dim, 1), (cfg.head_dim, 1))])
     C, u = cfg.model_dim, norm(normal(1024, cfg.model_dim))
     def matrix(rows):
         return normal(rows, C, std=0.5 * C ** -0.5)
@@ -1350,7 +1359,7 @@ def probe_case(cfg: Hyperparameters, name: str, device: torch.device):
         return (lambda x, head: triton_kernels.head_loss(x, head, targets, weights, counts, name.startswith("float8")),
                 lambda x, head: head_loss(x, head, targets, weights, counts), [u, normal(cfg.vocab_size, C, std=0.02)])
     if name == "float8_linear":
-        return triton_kernels.float8_linear, F.linear, [u, matrix(3 * C)]
+        return triton_kernels.float8_linear, F.linear, [u, matrix(2 * cfg.num_heads * cfg.key_dim + C)]
     return triton_kernels.float8_mlp, mlp, [u, matrix(cfg.mlp_dim), matrix(cfg.mlp_dim)]
 
 if __name__ == "__main__":

@@ -277,25 +277,28 @@ def float8_mlp(u_TC: Tensor, up_FC: Tensor, down_FC: Tensor) -> Tensor:
 
 @triton.jit
 def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, position_B, start_B, y_BHD, sum_BHSD,
-                            total_BHS, max_BHS, done_BH, R, window, H: tl.constexpr, D: tl.constexpr,
-                            BLOCK: tl.constexpr, PARTS: tl.constexpr):
+                            total_BHS, max_BHS, done_BH, R, window, H: tl.constexpr, E: tl.constexpr,
+                            D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     """One part of what a query sees a program: maximum and sum of its exponentials, and the values weighted with them.
 
-    The program that is done last puts the parts of its row and head together.
+    Queries and keys have E channels, values D. The program that is done last puts the parts of its row and head
+    together.
     """
     row, head, part, parts = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     position, start = tl.load(position_B + row).to(tl.int32), tl.load(start_B + row).to(tl.int32)
     newest, before = position % R, tl.minimum(position - start, window)         # so many tokens before it are seen
-    lane, channel = tl.arange(0, BLOCK), tl.arange(0, D)
-    own = (row * H + head) * D + channel
-    q = tl.load(q_BHD + own).to(tl.float32)
-    k, v = tl.load(k_BHD + own), tl.load(v_BHD + own)
-    ring = row.to(tl.int64) * R * H * D + head * D + channel
+    lane, channel, key_channel = tl.arange(0, BLOCK), tl.arange(0, D), tl.arange(0, E)
+    own, own_key = (row * H + head) * D + channel, (row * H + head) * E + key_channel
+    q = tl.load(q_BHD + own_key).to(tl.float32)
+    k, v = tl.load(k_BHD + own_key), tl.load(v_BHD + own)
+    ring = row.to(tl.int64) * R * H             # of this row, in tokens and heads
+    keys_BRHD += ring * E + head * E + key_channel
+    values_BRHD += ring * D + head * D + channel
     # the first part begins with the new token and puts it into the ring; nobody reads it from there
     first = (lane == 0) & (part == 0)
     if part == 0:
-        tl.store(keys_BRHD + ring + newest * H * D, k)
-        tl.store(values_BRHD + ring + newest * H * D, v)
+        tl.store(keys_BRHD + newest * H * E, k)
+        tl.store(values_BRHD + newest * H * D, v)
     # a softmax in each lane; nothing goes from thread to thread before the end but the sum of a score
     most_S = tl.where(first, tl.sum(q * k.to(tl.float32)), float("-inf"))
     total_S = tl.where(first, 1.0, 0.0)
@@ -303,9 +306,10 @@ def decode_attention_kernel(q_BHD, k_BHD, v_BHD, keys_BRHD, values_BRHD, positio
     for low in range(part * BLOCK, before, parts * BLOCK):
         age = low + 1 + lane
         seen, slot = age <= before, newest - age
-        place = ring[None, :] + tl.where(slot < 0, slot + R, slot)[:, None] * (H * D)
-        key = tl.load(keys_BRHD + place, mask=seen[:, None], other=0.0)
-        value = tl.load(values_BRHD + place, mask=seen[:, None], other=0.0)     # on its way before the key is used
+        place = tl.where(slot < 0, slot + R, slot)[:, None] * H
+        key = tl.load(keys_BRHD[None, :] + place * E, mask=seen[:, None], other=0.0)
+        # on its way before the key is used
+        value = tl.load(values_BRHD[None, :] + place * D, mask=seen[:, None], other=0.0)
         score_S = tl.where(seen, tl.sum(key.to(tl.float32) * q[None, :], 1), float("-inf"))
         newmost_S = tl.maximum(most_S, score_S)
         base_S = tl.where(newmost_S == float("-inf"), 0.0, newmost_S)           # nothing seen so far
@@ -337,15 +341,17 @@ def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Ten
     """Attention output (B, H, D) of the token at position_B of each row, which enters the rings at slot position % R.
 
     A query sees itself and what the ring, longer than the window, holds from position max(start, position - window) on;
-    the softmax scale is already in q. D is a power of two. done (B, H) int32 is zero, and is so again after the call.
+    the softmax scale is already in q. Numbers of channels are powers of two; values may have others than keys. done
+    (B, H) int32 is zero, and is so again after the call.
     As GPT.decode does it without kernels.
     """
-    (B, R, H, D), block = keys_BRHD.shape, 32
+    (B, R, H, D), block = values_BRHD.shape, 32
     parts = min(triton.cdiv(R, block), triton.cdiv(768, B * H))     # several programs for a multiprocessor
     sums, (total, most) = q_BHD.new_empty(B, H, parts, D, dtype=torch.float32), (
         q_BHD.new_empty(B, H, parts, dtype=torch.float32) for _ in range(2))
     y_BHD = torch.empty(B, H, D, dtype=q_BHD.dtype, device=q_BHD.device)
     decode_attention_kernel[(B, H, parts)](
         q_BHD.contiguous(), k_BHD.contiguous(), v_BHD.contiguous(), keys_BRHD, values_BRHD, position_B, start_B, y_BHD,
-        sums, total, most, done_BH, R, window, H=H, D=D, BLOCK=block, PARTS=triton.next_power_of_2(parts), num_warps=2)
+        sums, total, most, done_BH, R, window, H=H, E=keys_BRHD.size(3), D=D, BLOCK=block,
+        PARTS=triton.next_power_of_2(parts), num_warps=2)
     return y_BHD

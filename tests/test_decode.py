@@ -19,9 +19,9 @@ import sample  # noqa: E402
 
 BOS, VOCAB = 256, 257
 MODELS = [("train_gpt", "tiny"), *((script, "speedrun") for script in SCRIPTS)]     # script, preset
-NARROW = {"model_dim": 48, "head_dim": 12, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509, "bigram_signs": 32,
-          "final_windows": (16, 64), "vocab_size": VOCAB, "bos_id": BOS, "attention": "plain", "compile": False,
-          "precision": "fp32"}
+NARROW = {"model_dim": 48, "head_dim": 12, "qk_dim": 8, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509,
+          "bigram_signs": 32, "final_windows": (16, 64), "vocab_size": VOCAB, "bos_id": BOS, "attention": "plain",
+          "compile": False, "precision": "fp32"}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -147,7 +147,7 @@ def test_a_step_reads_no_more_than_windows_and_text(model):
     layers = [layer for layer in model.cfg.layers if layer.attention]
     short, long = model.cfg.final_windows
     cache = model.new_cache(3, 500, 1)
-    token = 2 * 4 * model.cfg.model_dim                                # keys and values in fp32
+    token = 4 * model.cfg.num_heads * (model.cfg.key_dim + model.cfg.head_dim)      # keys and values in fp32
     assert cache.bytes_read(10) == 3 * len(layers) * 10 * token
     assert cache.bytes_read(500) == sum(3 * token * (1 + {"short": short, "long": long}[layer.window])
                                         for layer in layers)
@@ -220,7 +220,7 @@ PROMPTS = [[50_256, *random_tokens(3 + 11 * n, seed=n, high=50_000).tolist()[1:]
 def wide_model(script, preset, precision):
     """The same numbers in either precision: those of bf16."""
     full = importlib.import_module(script).PRESETS["speedrun"]
-    width = {name: getattr(full, name) for name in ("model_dim", "head_dim", "mlp_dim", "gate_dim")}
+    width = {name: getattr(full, name) for name in ("model_dim", "head_dim", "qk_dim", "mlp_dim", "gate_dim")}
     model = random_model(script, preset, "cuda", head=0.2, **WIDE, **width)
     if precision == "bf16":
         return model

@@ -188,10 +188,11 @@ def test_head_loss_with_columns_that_stand_for_several(float8, poisoned):
 # -----------------------------------------------------------------------------
 # Decoding
 
-@pytest.mark.parametrize("B, R, H, D, window", [(3, 48, 2, 16, 37), (1, 784, 6, 128, 768), (64, 272, 6, 64, 256)])
-def test_decode_attention(B, R, H, D, window, poisoned):
+@pytest.mark.parametrize("B, R, H, E, D, window", [(3, 48, 2, 16, 16, 37), (1, 784, 6, 128, 128, 768),
+                                                   (1, 784, 6, 64, 128, 768), (64, 272, 6, 64, 64, 256)])
+def test_decode_attention(B, R, H, E, D, window, poisoned):
     """Against a softmax in float64 over what each row sees; the new token must land in its slot, and nowhere else."""
-    q, k, v, keys, values = randn(B, H, D), randn(B, H, D), randn(B, H, D), randn(B, R, H, D), randn(B, R, H, D)
+    q, k, v, keys, values = randn(B, H, E), randn(B, H, E), randn(B, H, D), randn(B, R, H, E), randn(B, R, H, D)
     position = torch.randint(0, 3 * R, (B,), device=DEVICE)
     position[0] = 0
     start = torch.randint(0, 2 * R, (B,), device=DEVICE).clamp(max=position)
@@ -390,6 +391,9 @@ def test_replayed_micro_steps_are_the_micro_steps():
         model = GPT(cfg)
     optimizer, forward = train_gpt.Optimizer(model), maybe_compiled(model, True)
     for replays in (False, True):
+        model.init_parameters()
+        optimizer.reset()
+        model.set_stage(0)
         backward = train_gpt.Backward(forward)
         train_gpt.warm_up(backward, optimizer, machine, 1, replays)
         graphs, losses[replays] = dict(backward.graphs), []
