@@ -492,7 +492,7 @@ class Tokeniser:
     """A worker: reads tasks, appends ids to its own file in the temporary folder, gives back records and counts."""
 
     def __init__(self, building, options):
-        self.building, self.options = building, options
+        self.building, self.options, self.stopped = building, options, False
         self.encoder = Encoder((building / "tokenizer.json").read_bytes())
         self.limit = options["max_doc_tokens"] or (CHUNK_TOKENS if options["stream"] else 0)
 
@@ -502,6 +502,8 @@ class Tokeniser:
         parts, rows, skipped, documents, text_bytes = [], [], {}, 0, 0
         for unit in units:
             for raw, text in read_documents(unit, self.options["text_column"], skipped):
+                if self.stopped:
+                    raise InterruptedError("the caller was interrupted")
                 doc = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little")
                 ids = self.encoder.encode(raw, text)
                 if self.limit and len(ids) >= self.limit:  # the begin-of-document id counts
@@ -546,6 +548,8 @@ _worker = None
 def _start_worker(building, options):
     global _worker
     _worker = Tokeniser(building, options)
+    if multiprocessing.parent_process():  # killed while it answers, it would leave a reader that waits for the rest
+        signal.signal(signal.SIGTERM, lambda *_: setattr(_worker, "stopped", True))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
