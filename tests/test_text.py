@@ -488,3 +488,21 @@ def test_interruption_keeps_the_old_shards(tmp_path, processes):
         _, stderr = process.communicate()
     assert process.returncode == 130 and stderr.count("\n") == 1 and "interrupted" in stderr, stderr
     assert digests(tmp_path / "out") == before
+
+
+def long_answer(started):
+    started.touch()
+    return bytes(1 << 27)
+
+
+def test_workers_end_while_one_of_them_answers(tmp_path):
+    """An answer that is cut off would be waited for for ever; 0.4 s after the start it is on its way."""
+    (tmp_path / "tokenizer.json").write_bytes(text.bytes_tokenizer_json())
+    large = [SimpleNamespace(size=1 << 40)]
+    with pytest.raises(KeyboardInterrupt), text._workers(
+            2, large, tmp_path, {"max_doc_tokens": 0, "stream": False}) as pool:
+        pool.submit(long_answer, tmp_path / "started")
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        time.sleep(0.4)
+        raise KeyboardInterrupt
