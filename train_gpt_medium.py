@@ -1266,8 +1266,11 @@ def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int
     """torch's variable-length attention, whose kernels --attention=fa3 replaces; see ATTENTION."""
     from torch.nn.attention.varlen import varlen_attn               # loading it takes two seconds
     begins = list_documents(starts_T)
-    return lambda q, k, v: varlen_attn(q, k, v, begins, begins, max_doc_tokens, max_doc_tokens, scale=1.0,
-                                       window_size=(window, 0))
+    def attend(q, k, v):
+        missing = max(0, v.size(-1) - q.size(-1))                   # all three must be as wide; zeros change no product
+        q, k = (F.pad(x, (0, missing)) if missing else x for x in (q, k))
+        return varlen_attn(q, k, v, begins, begins, max_doc_tokens, max_doc_tokens, scale=1.0, window_size=(window, 0))
+    return attend
 
 def with_plain(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):
     """Plain PyTorch; see ATTENTION."""

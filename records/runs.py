@@ -283,7 +283,9 @@ def seconds_text(seconds: float) -> str:
 
 
 def p_text(p: float) -> str:
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
+    """Two digits, three where two would be the limit of a record itself."""
+    short = f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.3g}" if short == "0.01" else f"p = {short}"
 
 
 def table(header: str, rows: list[list]) -> str:

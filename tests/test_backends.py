@@ -37,7 +37,7 @@ def varlen_by_hand(q, k, v, begins, begins_k, longest, longest_k, scale, window_
     for begin, end in zip(begins.tolist(), begins.tolist()[1:]):
         if begin == end:
             continue
-        assert end - begin <= longest
+        assert end - begin <= longest and q.shape == k.shape == v.shape
         index = torch.arange(end - begin)
         distance = index[:, None] - index
         mask = (distance >= 0) & (distance <= window_size[0])
@@ -49,10 +49,12 @@ def varlen_by_hand(q, k, v, begins, begins_k, longest, longest_k, scale, window_
 # -----------------------------------------------------------------------------
 # What a probe notices
 
-def test_a_right_backend_is_right(monkeypatch):
-    assert probe(TINY, "plain", CPU)[0] == 0
+@pytest.mark.parametrize("qk_dim", [0, 24])
+def test_a_right_backend_is_right(monkeypatch, qk_dim):
+    cfg = replace(TINY, qk_dim=qk_dim)
+    assert probe(cfg, "plain", CPU)[0] == 0
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
-    error, seconds = probe(TINY, "varlen", CPU)
+    error, seconds = probe(cfg, "varlen", CPU)
     assert error < 1e-5 and seconds > 0
 
 
