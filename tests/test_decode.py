@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SCRIPTS
+from conftest import SCRIPTS, SMALL_LAYERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample  # noqa: E402
+import train_gpt  # noqa: E402
 
 BOS, VOCAB = 256, 257
 MODELS = [("train_gpt", "tiny"), *((script, "speedrun") for script in SCRIPTS)]     # script, preset
 NARROW = {"model_dim": 48, "head_dim": 12, "qk_dim": 8, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509,
-          "bigram_signs": 32, "final_windows": (16, 64), "vocab_size": VOCAB, "bos_id": BOS, "attention": "plain",
+          "bigram_signs": 32, "final_windows": (8, 24), "vocab_size": VOCAB, "bos_id": BOS, "attention": "plain",
           "compile": False, "precision": "fp32"}
+THREE_LAYERS = tuple(train_gpt.Layer(**row) for row in SMALL_LAYERS)                # each kind of layer once
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -74,7 +76,7 @@ def test_every_parameter_matters_in_what_is_compared(model):
         param.copy_(kept)
 
 
-@pytest.mark.parametrize("prefill, chunk, length", [(1, 1, 100), (7, 32, 110), (300, 256, 340), (300, 37, 310)])
+@pytest.mark.parametrize("prefill, chunk, length", [(1, 1, 45), (7, 32, 64), (300, 256, 330), (300, 37, 304)])
 def test_logits_equal_those_of_forward_on_the_whole_sequence(model, prefill, chunk, length):
     tokens = random_tokens(length)                                     # both windows are passed, and the rings' ends
     cache = model.new_cache(1, length, chunk)
@@ -82,24 +84,24 @@ def test_logits_equal_those_of_forward_on_the_whole_sequence(model, prefill, chu
 
 
 def test_several_tokens_a_call_and_rows_of_several_documents(model):
-    tokens = random_tokens(3, 160, seed=1)
-    tokens[0, [30, 31, 100]] = BOS
+    tokens = random_tokens(3, 90, seed=1)
+    tokens[0, [30, 31, 70]] = BOS
     tokens[1, 2] = BOS
     tokens[2, 0] = 5                                                   # a stream need not begin with one
-    cache = model.new_cache(3, 160, 16)
-    logits = decode_in_calls(model, cache, tokens, [1, 2, 5, 40, 1, 16, 17, 3, 30, 45])
+    cache = model.new_cache(3, 90, 16)
+    logits = decode_in_calls(model, cache, tokens, [1, 2, 5, 40, 1, 16, 17, 3])
     for row, logits in zip(tokens, logits):
         assert_close(logits, model(row))
 
 
-@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize("chunk", [5, 24])
 def test_rows_of_different_lengths_are_as_alone(model, chunk):
     """Calls with padding, rows that rest, then single tokens of which some are not real."""
-    rows = [random_tokens(length, seed=length) for length in (150, 75, 76, 140)]
+    rows = [random_tokens(length, seed=length) for length in (84, 35, 38, 79)]
     fed, found = [0] * 4, [[] for _ in rows]
-    cache = model.new_cache(4, 150, chunk)
-    for lengths in [(5, 1, 70, 33), (64, 0, 1, 2), (0, 3, 0, 0), (20, 20, 0, 20), *[(1, 1, 1, 1)] * 5,
-                    *[(1, 0, 0, 1)] * 8, (48, 46, 0, 72)]:
+    cache = model.new_cache(4, 84, chunk)
+    for lengths in [(5, 1, 34, 17), (32, 0, 1, 2), (0, 3, 0, 0), (12, 12, 0, 12), *[(1, 1, 1, 1)] * 3,
+                    *[(1, 0, 0, 1)] * 8, (24, 16, 0, 37)]:
         tokens = torch.full((4, max(lengths)), 7, dtype=torch.int32)
         for b, n in enumerate(lengths):
             tokens[b, :n] = rows[b][fed[b]:fed[b] + n]
@@ -113,26 +115,26 @@ def test_rows_of_different_lengths_are_as_alone(model, chunk):
 
 
 def test_last_gives_the_logits_of_each_rows_last_token(model):
-    tokens, lengths = random_tokens(3, 90), torch.tensor([90, 1, 40])
-    last = model.decode(tokens, model.new_cache(3, 90, 32), lengths, last=True)
+    tokens, lengths = random_tokens(3, 70), torch.tensor([70, 1, 40])
+    last = model.decode(tokens, model.new_cache(3, 70, 32), lengths, last=True)
     for row, n, logits in zip(tokens, lengths, last):
         assert_close(logits, model(row[:n])[-1:])
-    assert_close(model.decode(tokens, model.new_cache(3, 90, 32), last=True)[:, 0],
+    assert_close(model.decode(tokens, model.new_cache(3, 70, 32), last=True)[:, 0],
                  torch.stack([model(row)[-1] for row in tokens]))
 
 
 def test_a_cache_is_filled_from_rows_of_another(model):
-    tokens, lengths = random_tokens(3, 120), torch.tensor([120, 4, 60])
-    prompts = model.new_cache(3, 120, 50)
+    tokens, lengths = random_tokens(3, 60), torch.tensor([60, 4, 20])
+    prompts = model.new_cache(3, 60, 25)
     model.decode(tokens, prompts, lengths)
     cache, index = model.new_cache(4, 200, 1), torch.tensor([2, 0, 0, 1])
-    model.decode(random_tokens(4, 99, seed=5), cache)                  # of which nothing may remain
+    model.decode(random_tokens(4, 33, seed=5), cache)                  # of which nothing may remain
     cache.fill(prompts, index)
-    more = random_tokens(4, 31, seed=6)[:, 1:]
+    more = random_tokens(4, 13, seed=6)[:, 1:]
     logits = decode_in_calls(model, cache, more, [])
     for row, new, logits in zip(index, more, logits):
         whole = torch.cat([tokens[row, :lengths[row]], new])
-        assert_close(logits, model(whole)[-30:])
+        assert_close(logits, model(whole)[-12:])
 
 
 def test_a_cache_takes_what_it_was_made_for_and_refuses_more(model):
@@ -148,7 +150,7 @@ def test_a_step_reads_no_more_than_windows_and_text(model):
     short, long = model.cfg.final_windows
     cache = model.new_cache(3, 500, 1)
     token = 4 * model.cfg.num_heads * (model.cfg.key_dim + model.cfg.head_dim)      # keys and values in fp32
-    assert cache.bytes_read(10) == 3 * len(layers) * 10 * token
+    assert cache.bytes_read(7) == 3 * len(layers) * 7 * token
     assert cache.bytes_read(500) == sum(3 * token * (1 + {"short": short, "long": long}[layer.window])
                                         for layer in layers)
     for cache, most in ((cache, long), (model.new_cache(3, 12, 1), 12)):  # nor does it hold much more
@@ -156,21 +158,21 @@ def test_a_step_reads_no_more_than_windows_and_text(model):
 
 
 def test_in_bf16_decoding_is_as_exact_as_forward(model):
-    tokens = random_tokens(200)
+    tokens = random_tokens(140)
     exact = model(tokens)
     script = type(model).__module__
     low = importlib.import_module(script).GPT(replace(model.cfg, precision="bf16")).requires_grad_(False)
     low.set_stage(len(low.cfg.stages) - 1, final=True)
     low.load_state_dict(model.state_dict())
     errors = [(logits - exact).abs().mean() for logits in (low(tokens), decode_in_calls(
-        low, low.new_cache(1, 200, 64), tokens[None], [120])[0])]
+        low, low.new_cache(1, 140, 64), tokens[None], [110])[0])]
     assert errors[1] < 1.2 * errors[0]
 
 
 def test_a_step_compiles_to_one_graph():
     """By torch.compile's front end alone; Model and Decoding are the same in every script."""
-    model, tokens = random_model("train_gpt", "tiny"), random_tokens(2, 30)
-    cache, calls = model.new_cache(2, 30, 1), []
+    model, tokens = random_model("train_gpt", "tiny", layers=THREE_LAYERS), random_tokens(2, 12)
+    cache, calls = model.new_cache(2, 12, 1), []
 
     def backend(graph, inputs):
         calls.append(len(inputs))
@@ -187,10 +189,10 @@ def test_with_one_row_compiled_products_are_sums(monkeypatch):
     graphs, real, written = [], torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda function, **how: real(
         function, backend=lambda graph, _: graphs.append(graph) or graph, **how))
-    model = random_model("train_gpt", "tiny")
+    model = random_model("train_gpt", "tiny", layers=THREE_LAYERS)
     for compiled in (False, True):
-        engine = sample.Engine(model, VOCAB, sample.Draw(), 1, 60, compiled)
-        written.append(list(zip(*engine.steps([[BOS, 5, 6]], [(0, 1)], 40))))
+        engine = sample.Engine(model, VOCAB, sample.Draw(), 1, 40, compiled)
+        written.append(list(zip(*engine.steps([[BOS, 5, 6]], [(0, 1)], 30))))
     assert written[0][0] == written[1][0] and len(set(map(tuple, written[0][0]))) > 10 and len(graphs) == 1
     torch.testing.assert_close(torch.tensor(written[0][1]), torch.tensor(written[1][1]), rtol=1e-4, atol=1e-5)
     products = {F.linear, operator.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul}
