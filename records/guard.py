@@ -88,8 +88,9 @@ def as_flag(name: str, value) -> str:
 def small_flags(config: dict, folder: Path, device: str, **changes) -> list[str]:
     """Command line of a run on the shards in `folder` with the tables of `config`, everything else a few numbers."""
     heads = config["model_dim"] // config["head_dim"]
-    small = SMALL | {"model_dim": 16 * heads, "device": device, "out_dir": str(folder / "logs"),
-                     "train_files": f"{folder}/train_*.bin", "val_files": f"{folder}/val_*.bin"}
+    small = SMALL | {"model_dim": 16 * heads, "qk_dim": 8 * bool(config.get("qk_dim")), "device": device,
+                     "out_dir": str(folder / "logs"), "train_files": f"{folder}/train_*.bin",
+                     "val_files": f"{folder}/val_*.bin"}
     if device == "cuda":
         small |= {"precision": "bf16", "attention": "flex", "compile": True}
     small["stages"] = [row | {"batch_tokens": 256, "max_doc_tokens": 90, "short": 8 + 4 * i, "long": 24 + 12 * i}
