@@ -310,7 +310,7 @@ SINGLE = replace(PRESETS["single"], vocab_size=50304, bos_id=50256)
     (ALL, 131_072, 1, 52.2), (ALL, 32_768, 1, 22.5), (ALL, 16_384, 1, 15.0), (ALL, 32_768, 4, 19.0),
     (SINGLE, 32_768, 1, 16.2), (replace(ALL, kernels=False, float8=False), 32_768, 1, 22.9)])
 def test_the_memory_plan_is_what_was_measured_or_a_little_more(monkeypatch, cfg, micro_batch, world_size, measured):
-    """GiB on H200s, torch 2.11, as README.md has them and row 28 of dev/EXPERIMENTS.md."""
+    """GiB on H200s, torch 2.11, as README.md has them and rows 28 and 67 of dev/EXPERIMENTS.md."""
     cfg = replace(cfg, stages=tuple(replace(stage, batch_tokens=micro_batch * world_size) for stage in cfg.stages))
     _, slots, _, sentence = plan(monkeypatch, cfg, 150, world_size)
     assert slots * cfg.slot_tokens == micro_batch
