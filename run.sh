@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Set up, get data, train a model and print its text: one command on a fresh machine. Say ./run.sh --help.
-# Needs Python 3.11 or newer; runs on any bash from 3.2 (macOS) on.
+# Set up, get data, train a model and print its text: one command on a fresh machine. See ./run.sh --help.
+# Needs Python 3.11 or newer, and bash 3.2 (as on macOS) or newer.
 set -euo pipefail
-unset CDPATH # or cd may go elsewhere, and print where
+unset CDPATH # with it, cd may go to another folder and print its name
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 usage() {
@@ -11,15 +11,15 @@ Train a small GPT on this machine and read its text.
 
 usage: ./run.sh [options]
 
-Makes a virtual environment in .venv, prepares data, trains, and prints a sample. What is already done is not
-done again. Without a GPU it trains the preset "tiny" on text that is on this machine (some minutes). With GPUs
-it fetches published FineWeb shards (about 2 GB) and starts the speedrun on all of them.
+Makes a virtual environment in .venv, prepares data, trains, and prints a sample. Steps that are done already
+are skipped. Without a GPU it trains the preset "tiny" on text of this machine, which takes a few minutes. With
+GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "speedrun" on all GPUs.
 
 options:
-  --prompt=TEXT   text for the sample to go on from
-  --retrain       train again, although a trained model is there
-  --cpu           train the preset "tiny" on the CPU, although there is a GPU
-  --setup         make the virtual environment and stop
+  --prompt=TEXT   beginning of the sample
+  --retrain       train again, even if there is a trained model
+  --cpu           train the preset "tiny" on the CPU, even if there is a GPU
+  --setup         only make the virtual environment
   --help          show this help
 TEXT
 }
@@ -31,12 +31,12 @@ fail() { # fail MESSAGE [EXIT_CODE]
   exit "${2:-2}"
 }
 
-took() { # took START: the time since then, START being a value of SECONDS
+took() { # took START: prints the time since START, an earlier value of SECONDS
   local s=$((SECONDS - $1))
   if ((s < 60)); then echo "$s s"; else echo "$((s / 60)) min $((s % 60)) s"; fi
 }
 
-run() { # run PHASE COMMAND...: shows the command's output; its failure ends everything
+run() { # run PHASE COMMAND...: runs the command; if it fails, run.sh ends with its exit code
   local phase=$1 code=0
   shift
   "$@" || code=$?
@@ -48,10 +48,10 @@ last_lines() { tail -n 15 | cut -c 1-300 >&2; }
 # -----------------------------------------------------------------------------
 # Environment
 
-find_python() { # prints the name of the first Python that is new enough
+find_python() { # prints the command of the first Python that is new enough
   local name version seen=""
   for name in python3 python3.14 python3.13 python3.12 python3.11 python; do
-    # The name alone proves nothing: version managers install commands that only say "not found".
+    # Run it: version managers install commands that exist but only print "not found".
     version=$("$name" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     if ((${version%%.*} == 3 && ${version#*.} >= 11)); then
       echo "$name"
@@ -75,7 +75,7 @@ make_venv() { # make_venv [--clear]
   fail "setup failed with exit code $code: $python -m venv .venv" "$code"
 }
 
-setup() { # makes .venv what requirements.txt says; nothing to do when its stamp names this folder and these lines
+setup() { # installs requirements.txt into .venv, unless its stamp names this folder and these requirements
   local start=$SECONDS code=0 stamp=.venv/minutegpt.stamp want have
   want="$PWD $(cksum <requirements.txt)"
   have=$(cat "$stamp" 2>/dev/null || true)
@@ -83,8 +83,8 @@ setup() { # makes .venv what requirements.txt says; nothing to do when its stamp
     say setup ".venv is up to date"
     return
   fi
-  # Commands in an environment hold its path: one that was moved is made anew, as is one whose Python is gone.
-  # Without our stamp it may be the user's own: that is completed, never cleared.
+  # An environment contains its own path. If it was moved, or its Python is gone, it is made again.
+  # Without our stamp it may belong to the user: packages are added, but it is never cleared.
   if [[ -n $have && ${have% * *} != "$PWD" ]] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     make_venv ${have:+--clear}
   fi
@@ -95,7 +95,7 @@ setup() { # makes .venv what requirements.txt says; nothing to do when its stamp
     last_lines <.venv/pip.log
     fail "setup failed with exit code $code: pip install -r requirements.txt (more lines in .venv/pip.log)" "$code"
   fi
-  # pip would compile thousands of files that are never imported; this writes what the scripts import, in any case
+  # pip would compile thousands of files that are never imported. This compiles only what the scripts import.
   PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "import torch.distributed.run, safetensors.torch, tiktoken, requests, \
 huggingface_hub, matplotlib.figure, matplotlib.backends.backend_svg; \
 torch.cuda.is_available() and __import__('torch._inductor.compile_fx')" >>.venv/pip.log 2>&1 || true
@@ -115,7 +115,7 @@ find_gpus() { # sets gpu to 1 when PyTorch can use one
   fi
 }
 
-prepare_fineweb() { # false when the hub cannot be reached
+prepare_fineweb() { # fails if the hub cannot be reached
   local start=$SECONDS code=0
   .venv/bin/python data/fineweb.py 9 || code=$?
   ((code == 0 || code == 2)) || fail "data failed with exit code $code: data/fineweb.py 9" "$code"
@@ -125,19 +125,19 @@ prepare_fineweb() { # false when the hub cannot be reached
 
 prepare_local() {
   local start=$SECONDS
-  # In pieces as long as the tiny preset reads at most: of a longer document it leaves the rest unread.
+  # Documents are cut into pieces, because the tiny preset reads only the beginning of a long document.
   run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=1024 --out=data/local
   say data "data/local has text of this machine ($(took "$start")); your own: .venv/bin/python data/text.py --help"
 }
 
-newest_checkpoint() { # run folders begin with date and time, so the last name is the newest
+newest_checkpoint() { # run folders begin with date and time, so the last one is the newest
   local folder newest=""
   for folder in logs/*/checkpoint; do [[ ! -d $folder ]] || newest=$folder; done
   echo "$newest"
 }
 
-train() { # train PRESET COMMAND...: unless that preset was trained here before and its checkpoint still stands
-  local preset=$1 start=$SECONDS finished # leaves the folder in the global checkpoint, for the sample
+train() { # train PRESET COMMAND...: trains, unless there is a checkpoint of this preset from an earlier call
+  local preset=$1 start=$SECONDS finished # sets the global variable checkpoint, for the sample
   shift
   finished=logs/finished_$preset
   checkpoint=$(cat "$finished" 2>/dev/null || true)
