@@ -355,3 +355,51 @@ def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Ten
         sums, total, most, done_BH, R, window, H=H, E=keys_BRHD.size(3), D=D, BLOCK=block,
         PARTS=triton.next_power_of_2(parts), num_warps=2)
     return y_BHD
+
+# -----------------------------------------------------------------------------
+# Each kernel beside the plain PyTorch that it stands for
+
+# how much the loss and each gradient may differ: float8 keeps two or three bits, but its rounding averages out
+LARGEST_ERROR = 0.3                      # norm of the difference, relative to the norm of the plain one
+LARGEST_SCALE_ERROR = 0.05               # length along the plain one, less one
+
+def compare_with_plain(model, tokens: Tensor, targets: Tensor, loss_weights: Tensor) -> tuple[dict, list[str]]:
+    """What is wrong with the kernels of a training script's model, one at a time, beside none of them.
+
+    model.kernels: name of a plain function -> the kernel in its place; left empty. Returns ({name: why the kernel does
+    not run on this device}, [a sentence for each one that gives another training loss or other gradients]).
+    """
+    kernels, faults, differences = model.kernels, {}, []
+    model.kernels = {}
+    plain = loss_and_gradients(model, tokens, targets, loss_weights)
+    for name, kernel in kernels.items():
+        model.kernels = {name: kernel}
+        try:
+            found = loss_and_gradients(model, tokens, targets, loss_weights)
+        except Exception as error:       # whatever a kernel comes up with on a device that it was not made for
+            faults[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            continue
+        finally:
+            model.kernels = {}
+        for part, wanted in plain.items():
+            wanted, have = wanted.float(), found[part].float()
+            square = wanted.square().sum().clamp(min=1e-20)
+            error = ((have - wanted).square().sum() / square).sqrt().item()
+            scale = ((have * wanted).sum() / square).item()
+            if not (error <= LARGEST_ERROR and abs(scale - 1) <= LARGEST_SCALE_ERROR):
+                differences.append(f"the kernel of {name} (triton_kernels.py) does not compute what the plain {name} "
+                                   f"does: the {part} differs by {error:.2g} of its norm, its size is {scale:.3g} of "
+                                   "what it should be")
+                break
+    return faults, differences
+
+def loss_and_gradients(model, tokens: Tensor, targets: Tensor, loss_weights: Tensor) -> dict[str, Tensor]:
+    """The training loss and the gradient of each parameter, by name; the parameters keep none."""
+    loss = model(tokens, targets, loss_weights)
+    loss.backward()
+    found = {"loss": loss.detach()}
+    for name, param in model.named_parameters():
+        if param.grad is not None:
+            found[f"gradient of {name}"] = param.grad
+        param.grad = None
+    return found
