@@ -1927,7 +1927,7 @@ def gpt2_tokenizer(vocab_dir: str = "") -> bytes:
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
     data = {"name": "gpt2", "pattern": pattern, "ranks": ranks, "special_tokens": {"<|endoftext|>": 50256},
             "bos_id": 50256}
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(data, sort_keys=True, separators=(",", ":")).encode() + b"\n"
     if hashlib.sha256(text).hexdigest() == GPT2_TOKENIZER_SHA256:
         return text
     if vocab_dir:

@@ -34,14 +34,14 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))        # train_g
 BOS, VOCAB = 256, 257
 WORDS = "the a old new cat dog house river stone sees finds keeps under over near and then slowly never again".split()
 
-# Windows shorter than documents, documents longer than max_doc_tokens, every loss term, tied and untied steps.
+# Windows shorter than documents, documents longer than max_doc_tokens, every loss term, tied and split_embedd steps.
 SMALL_STAGES = [[1 / 3, 512, 96, 16, 32, 1.0, [[1, 0.5, 0.25], [1, 0.5, 0]], [0.25, 0.25]],
                 [1.0, 1024, 120, 16, 64, 1.4, [[1, 0.5, 0], [1, 0, 0]], [0.25, 0]]]
 # A row of each kind; test_model.py has the layers of all presets, too.
-SMALL_LAYERS = [{"values": 0, "xsa": True}, {"attention": False, "skip": 0},
-                {"window": "long", "values": 1, "reads": 1, "gate": True, "mix": True}]
+SMALL_LAYERS = [{"ve": 0, "xsa": True}, {"attention": False, "skip": 0},
+                {"window": "long", "ve": 1, "attn_input": 1, "gate": True, "mudd": True}]
 SMALL = {"preset": "tiny", "stages": SMALL_STAGES, "layers": SMALL_LAYERS, "final_windows": (16, 64), "model_dim": 48,
-         "head_dim": 12, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509, "bigram_signs": 32, "slot_tokens": 128,
+         "head_dim": 12, "mlp_dim": 96, "gate_dim": 8, "bigram_rows": 509, "bigram_signs": 32, "pack_tokens": 128,
          "val_tokens": 1500, "val_stream_tokens": 512, "num_iterations": 20, "val_every": 10, "device": "cpu"}
 
 
@@ -167,7 +167,7 @@ def refused(script, run_main, tmp_path):
     """Function that expects a command line to be refused: exit code 2, one line with all the words, nothing made."""
     def check(*argv, words=()):
         logs = tmp_path / "refused_logs"
-        done = run_main(*([] if any(arg.startswith("--out_dir") for arg in argv) else [f"--out_dir={logs}"]), *argv)
+        done = run_main(*([] if any(arg.doc_startwith("--out_dir") for arg in argv) else [f"--out_dir={logs}"]), *argv)
         assert done.code == 2, done
         assert re.fullmatch(rf"{script.__name__}\.py: [^\n]+\n", done.err), done.err
         for word in words:
@@ -204,7 +204,7 @@ def run_python(words, source=os.devnull, folder="."):
     sys.stdin = open(0, closefd=False)
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.modules["matplotlib"] = None
-    for name in ("harness", "sample", "train_gpt"):      # those preloaded may not be those beside the script
+    for name in ("sample", "train_gpt"):      # those preloaded may not be those beside the script
         sys.modules.pop(name, None)
     sys.argv = words = [str(word) for word in words]
     if words[0] == "-c":

@@ -17,15 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import harness
 import sample
 import train_gpt
 from conftest import BOS, ROOT, VOCAB, write_shard
-from harness import ALLOWED, UserError
+from train_gpt import ALLOWED, UserError
 from train_gpt import PRESETS, with_plain, with_varlen
 
 CPU, SCRIPT = torch.device("cpu"), ROOT / "train_gpt.py"
-probe = partial(harness.probe, train_gpt.probe_case)
+probe = partial(train_gpt.probe, train_gpt.probe_case)
 ALLOWED["plain"] = 0.0                    # these tests try it, too
 TINY = replace(PRESETS["tiny"], vocab_size=VOCAB, bos_id=BOS, device="cpu", attention="plain")
 
@@ -85,7 +84,7 @@ def unequal(change_output=lambda y: y, change_input=lambda x: x, change_window=0
     ids=["scale", "gradient", "one nan", "window", "documents"])
 def test_a_wrong_backend_is_noticed(monkeypatch, backend, worst):
     monkeypatch.setitem(train_gpt.ATTENTION, "varlen", backend)
-    error, _ = probe(replace(TINY, slot_tokens=4096), "varlen", CPU)
+    error, _ = probe(replace(TINY, pack_tokens=4096), "varlen", CPU)
     assert ALLOWED["varlen"] < error <= worst
 
 
@@ -102,9 +101,9 @@ def deadly_script(tmp_path):
 
 
 def test_a_backend_that_dies_leaves_the_others(deadly_script, fast_run, monkeypatch):
-    monkeypatch.setattr(harness.subprocess, "run", fast_run)         # test_harness.py has the process as it is
+    monkeypatch.setattr(train_gpt.subprocess, "run", fast_run)         # test_harness.py has the process as it is
     cfg = deadly_script.config_from_dict(asdict(TINY))
-    found = harness.try_backends(deadly_script.SCRIPT, cfg, ["varlen", "plain"], CPU)
+    found = train_gpt.try_backends(deadly_script.SCRIPT, cfg, ["varlen", "plain"], CPU)
     assert list(found) == ["varlen", "plain"] and found["plain"]["fault"] == "" and found["plain"]["seconds"] > 0
     assert found["varlen"]["fault"] == "its process ended with exit code -6"
 
@@ -116,10 +115,10 @@ def test_a_backend_that_hangs_leaves_the_others(monkeypatch):
         if len(names) > 1:               # the first gets through, the second hangs
             raise subprocess.TimeoutExpired(words, timeout, right.encode())
         return subprocess.CompletedProcess(words, 0, right)
-    monkeypatch.setattr(harness.subprocess, "run", run)
-    found = harness.try_backends(SCRIPT, TINY, ["flex", "varlen", "plain"], CPU)
+    monkeypatch.setattr(train_gpt.subprocess, "run", run)
+    found = train_gpt.try_backends(SCRIPT, TINY, ["flex", "varlen", "plain"], CPU)
     assert {name: result["fault"] for name, result in found.items()} == {
-        "flex": "", "varlen": f"no result within {harness.PROBE_SECONDS} s", "plain": ""}
+        "flex": "", "varlen": f"no result within {train_gpt.PROBE_SECONDS} s", "plain": ""}
 
 
 def out_of_memory(*_):
@@ -132,7 +131,7 @@ def test_why_a_backend_is_not_used(monkeypatch, capsys, backend, fault):
     monkeypatch.setitem(train_gpt.ATTENTION, "varlen", backend)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(
         {"config": asdict(TINY), "names": ["varlen", "plain"], "device": "cpu"})))
-    harness.probe_all(train_gpt)
+    train_gpt.probe_all(train_gpt)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["backend"], line["fault"]) for line in lines] == [("varlen", fault), ("plain", "")]
 
@@ -153,7 +152,7 @@ def choose(monkeypatch, cfg, ms, faulty=()):
         return {name: {"fault": "" if name in ms or name not in faulty and name not in train_gpt.ATTENTION else "bad",
                        "error": 0.01, "seconds": ms.get(name, 1) / 1000} for name in names}
     monkeypatch.setattr(harness, "try_backends", fake)
-    return *harness.choose_backends(SCRIPT, cfg, GPU), tried
+    return *train_gpt.choose_backends(SCRIPT, cfg, GPU), tried
 
 
 @pytest.mark.parametrize("ms, best", [
@@ -163,9 +162,9 @@ def choose(monkeypatch, cfg, ms, faulty=()):
 def test_the_fastest_right_attention_is_used(monkeypatch, ms, best):
     cfg, lines, tried = choose(monkeypatch, ALL, ms)
     assert cfg.attention == best and tried[:3] == ["flex", "flex_small", "varlen"]
-    assert lines[-1].startswith(f"used: {best} attention, kernels, float8; found out in ")
+    assert lines[-1].doc_startwith(f"used: {best} attention, kernels, float8; found out in ")
     for name in tried[:3]:
-        assert any(line.startswith(f"{name}: " + ("right to 0.01" if name in ms else "bad")) for line in lines)
+        assert any(line.doc_startwith(f"{name}: " + ("right to 0.01" if name in ms else "bad")) for line in lines)
 
 
 @pytest.mark.parametrize("name", ["flex", "flex_small", "varlen", "fa3"])
@@ -188,7 +187,7 @@ def test_what_was_found_is_remembered_until_something_changes(monkeypatch):
     _, again, tried_again = choose(monkeypatch, replace(ALL, seed=1), {})
     assert tried and not tried_again
     assert [line.split("; found out in")[0] for line in again] == [line.split("; found out in")[0] for line in lines]
-    for change in ({"slot_tokens": 8192}, {"float8": False}, {"candidates": 20_000}):
+    for change in ({"pack_tokens": 8192}, {"float8": False}, {"sampled_vocab": 20_000}):
         assert choose(monkeypatch, replace(ALL, **change), ms)[2]
     monkeypatch.setattr(GPU, "name", "another GPU")
     assert choose(monkeypatch, ALL, ms)[2]
@@ -214,7 +213,7 @@ def test_a_fault_is_looked_at_again_next_time(monkeypatch):
 
 
 def test_streams_of_odd_lengths_and_those_who_want_it_take_plain_attention(monkeypatch):
-    for change in ({"slot_tokens": 1000}, {"attention": "plain"}):
+    for change in ({"pack_tokens": 1000}, {"attention": "plain"}):
         cfg, _, tried = choose(monkeypatch, replace(ALL, **change), {"flex": 1})
         assert cfg.attention == "plain" and not set(tried) & set(train_gpt.ATTENTION)
 
@@ -236,7 +235,7 @@ def test_what_is_switched_off_is_not_tried(monkeypatch, flags, tried):
 
 def test_without_a_gpu_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(harness, "try_backends", None)
-    assert harness.choose_backends(SCRIPT, TINY, train_gpt.Machine(CPU, 0, 1, "cpu")) == (TINY, [])
+    assert train_gpt.choose_backends(SCRIPT, TINY, train_gpt.Machine(CPU, 0, 1, "cpu")) == (TINY, [])
 
 
 # -----------------------------------------------------------------------------
@@ -247,7 +246,7 @@ def short_documents(tmp_path):
     """A shard of documents of 1 to 40 tokens, then of some long ones."""
     lengths = [*np.random.default_rng(0).integers(1, 40, 3000), 500, 700, 900]
     tokens = np.concatenate([[BOS, *np.full(length, 5)] for length in lengths])
-    return harness.read_header(write_shard(tmp_path / "a.bin", tokens))
+    return train_gpt.read_header(write_shard(tmp_path / "a.bin", tokens))
 
 
 @pytest.mark.parametrize("attention", ["varlen", "fa3", "plain"])
@@ -260,7 +259,7 @@ def test_documents_of_every_stream_fit_the_list(short_documents, attention):
     fits = []
     for inputs, _ in streams:
         begins = np.flatnonzero(inputs == BOS)
-        listed = train_gpt.list_documents(train_gpt.Stream(train_gpt_model(cfg), torch.from_numpy(inputs)).starts)
+        listed = train_gpt.list_documents(train_gpt.Stream(train_gpt_model(cfg), torch.from_numpy(inputs)).doc_start)
         assert len(listed) == len(inputs) // 32 + 1 and listed[-1] == len(inputs)
         rest = len(listed) - len(begins)
         fits.append(rest > 0 and listed.tolist() == [*begins, *[len(inputs)] * rest])
@@ -300,7 +299,7 @@ def plan(monkeypatch, cfg, gigabytes, world_size=1):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
         total_memory=2e9 * gigabytes))
     machine = train_gpt.Machine(torch.device("cuda", 0), 0, world_size, "a GPU")
-    return harness.memory_plan(cfg, machine, 32_768 if cfg.kernels else train_gpt.HEAD_CHUNK)
+    return train_gpt.memory_plan(cfg, machine, 32_768 if cfg.kernels else train_gpt.HEAD_CHUNK)
 
 
 SINGLE = replace(PRESETS["single"], vocab_size=50304, bos_id=50256)
@@ -313,7 +312,7 @@ def test_the_memory_plan_is_what_was_measured_or_a_little_more(monkeypatch, cfg,
     """GiB on H200s, torch 2.11, as README.md has them and rows 28 and 67 of dev/EXPERIMENTS.md."""
     cfg = replace(cfg, stages=tuple(replace(stage, batch_tokens=micro_batch * world_size) for stage in cfg.stages))
     _, slots, _, sentence = plan(monkeypatch, cfg, 150, world_size)
-    assert slots * cfg.slot_tokens == micro_batch
+    assert slots * cfg.pack_tokens == micro_batch
     assert measured - 0.1 < float(sentence.split(" = ")[1].split()[0]) < measured + 1.8
 
 
@@ -335,9 +334,9 @@ def test_small_micro_batches_become_graphs(monkeypatch, gigabytes, world_size, c
 
 
 def test_a_card_that_is_too_small_gets_a_value_to_try(monkeypatch):
-    with pytest.raises(UserError, match="try --slot_tokens=4096"):
+    with pytest.raises(UserError, match="try --pack_tokens=4096"):
         plan(monkeypatch, ALL, 8)
-    cfg, slots, *_ = plan(monkeypatch, replace(ALL, slot_tokens=4096), 8)
+    cfg, slots, *_ = plan(monkeypatch, replace(ALL, pack_tokens=4096), 8)
     assert slots == 1 and cfg.host_state
     with pytest.raises(UserError, match="take a larger GPU"):
         plan(monkeypatch, ALL, 2)
@@ -345,7 +344,7 @@ def test_a_card_that_is_too_small_gets_a_value_to_try(monkeypatch):
 
 @pytest.mark.parametrize("flag, tokens, advice", [
     ("micro_batch_tokens", 5 * 16_384, "--micro_batch_tokens=32768"),
-    ("micro_batch_tokens", 16_384, "--slot_tokens=8192"),
+    ("micro_batch_tokens", 16_384, "--pack_tokens=8192"),
     ("val_stream_tokens", 131_072, "--val_stream_tokens=65536")])
 def test_an_error_for_want_of_memory_names_a_flag_and_a_value(flag, tokens, advice):
     with pytest.raises(train_gpt.RankError) as error, train_gpt.memory_advice(ALL, flag, tokens):
@@ -361,7 +360,7 @@ def test_training_and_validation_give_this_advice():
     with pytest.raises(train_gpt.RankError, match="try --val_stream_tokens=4096"):
         train_gpt.validate(model, TINY, [batch], machine)
     with pytest.raises(train_gpt.RankError, match="try --micro_batch_tokens=4096"):
-        train_gpt.training_step(harness.Backward(model), optimizer, [batch], 0, machine)
+        train_gpt.training_step(train_gpt.Backward(model), optimizer, [batch], 0, machine)
 
 
 # -----------------------------------------------------------------------------
@@ -373,7 +372,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 @cuda
 def test_on_this_gpu_the_fast_backends_are_right():
     machine = train_gpt.Machine(torch.device("cuda", 0), 0, 1, torch.cuda.get_device_name())
-    cfg, lines = harness.choose_backends(SCRIPT, ALL, machine)
+    cfg, lines = train_gpt.choose_backends(SCRIPT, ALL, machine)
     print("\n".join(lines))
     assert cfg.attention != "plain" and cfg.kernels, lines
     assert cfg.float8 == (torch.cuda.get_device_capability() >= (8, 9)), lines

@@ -22,10 +22,9 @@ import torch
 from conftest import join, main_of, make_data, only_folder, rank_starter, small_flags
 from safetensors.torch import load_file
 
-import harness
 import sample
 import train_gpt
-from harness import UserError, find_checkpoint, find_fault, read_json, write_checkpoint
+from train_gpt import UserError, find_checkpoint, find_fault, read_json, write_checkpoint
 
 KILLED = -signal.SIGKILL
 
@@ -67,7 +66,7 @@ def disturbed_main(argv, number, logs, rank, kind):
 def result(folder):
     """Validation losses by step, and the last checkpoint's tensors by file."""
     losses = {point["step"]: point["val_loss"] for point in read_json(folder / "run.json")["val_losses"]}
-    return losses, {name: load_file(folder / "checkpoint" / "step_000020" / name) for name in harness.FILES}
+    return losses, {name: load_file(folder / "checkpoint" / "step_000020" / name) for name in train_gpt.FILES}
 
 
 def assert_same(folder, other):
@@ -78,8 +77,8 @@ def assert_same(folder, other):
         for key in tensors.keys() - {"train_losses", "rng"}:  # each process begins with other random numbers
             assert torch.equal(tensors[key], other_files[name][key]), key
     # step and loss, not the time
-    assert torch.equal(files[harness.FILES[1]]["train_losses"][:, ::2],
-                       other_files[harness.FILES[1]]["train_losses"][:, ::2])
+    assert torch.equal(files[train_gpt.FILES[1]]["train_losses"][:, ::2],
+                       other_files[train_gpt.FILES[1]]["train_losses"][:, ::2])
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +135,10 @@ def test_everything_that_training_changes_is_put_back(runs, data, small_config):
     model = train_gpt.GPT(small_config(seed=5))
     optimizer, machine = train_gpt.Optimizer(model), train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
     torch.manual_seed(5)
-    losses = harness.restore_state(folder, read_json(folder / "meta.json"), model, optimizer, machine)
-    saved = load_file(folder / harness.FILES[0]) | load_file(folder / harness.FILES[1])
+    losses = train_gpt.restore_state(folder, read_json(folder / "meta.json"), model, optimizer, machine)
+    saved = load_file(folder / train_gpt.FILES[0]) | load_file(folder / train_gpt.FILES[1])
     assert losses == saved.pop("train_losses").tolist() and len(losses) == 10
-    state = harness.run_state(model, optimizer, machine)
+    state = train_gpt.run_state(model, optimizer, machine)
     assert state.keys() == saved.keys() > {"windows", "attn_scale", "inv_freq", "mlp.master", "embed.count", "rng"}
     assert all(torch.equal(state[name], saved[name]) for name in saved)
     assert any(saved[name].any() for name in saved if name.endswith(".m"))
@@ -225,8 +224,8 @@ def find(data):
         argv = small_flags(data, out_dir=logs, stop_after=stop_after, **changes)
         machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
         shards = train_gpt.open_shards(*(f"{data}/{kind}_*.bin" for kind in ("train", "val")))
-        cfg = harness.resolve_config(train_gpt.parse_config(argv), machine, shards[0][0], False)
-        identity = harness.run_identity(train_gpt.SCRIPT, cfg, harness.read_tokenizer(shards[0][0]),
+        cfg = train_gpt.resolve_config(train_gpt.parse_config(argv), machine, shards[0][0], False)
+        identity = train_gpt.run_identity(train_gpt.SCRIPT, cfg, train_gpt.read_tokenizer(shards[0][0]),
                                         train_files=shards[0], val_files=shards[1])
         return find_checkpoint(train_gpt.SCRIPT, cfg, argv, stop_after or cfg.total_steps, identity, restarted)
     return ask
@@ -265,7 +264,7 @@ def test_only_its_own_run_after_a_restart(killed, find, data):
 
 @pytest.mark.parametrize("changes, names", [
     ({"lr": 0.5}, ["lr was 1.0, now 0.5"]), ({"seed": 3, "val_tokens": 1000}, ["seed was 0, now 3", "val_tokens"]),
-    ({"num_iterations": 40}, ["num_iterations"]), ({"slot_tokens": 256}, ["slot_tokens"])])
+    ({"num_iterations": 40}, ["num_iterations"]), ({"pack_tokens": 256}, ["pack_tokens"])])
 def test_a_changed_flag_is_refused_by_name_unless_overridden(refused, killed, find, data, changes, names):
     logs, override = killed(1), ",".join(sorted(changes))
     line = refused(*small_flags(data, resume=only_folder(logs), **changes), words=names)
@@ -289,7 +288,7 @@ def test_other_shards_and_another_source_are_refused_by_name(killed, find, monke
         with pytest.raises(UserError, match="train_files was"):
             find(logs, resume="latest")
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "file_sha256", lambda path, sha=harness.file_sha256: sha(path)[::-1]
+        patch.setattr(harness, "file_sha256", lambda path, sha=train_gpt.file_sha256: sha(path)[::-1]
                       if path == train_gpt.SCRIPT else sha(path))
         with pytest.raises(UserError, match="source was"):
             find(logs, resume="latest")
@@ -310,7 +309,7 @@ def cut(path):
 
 
 @pytest.mark.parametrize("name, damage", [
-    *((name, damage) for name in harness.FILES for damage in (flip, cut, Path.unlink)),
+    *((name, damage) for name in train_gpt.FILES for damage in (flip, cut, Path.unlink)),
     ("meta.json", cut), ("meta.json", Path.unlink)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs, find, tmp_path, name, damage):
     run = Path(shutil.copytree(only_folder(runs[1][0]), tmp_path / "logs" / "run"))
@@ -351,7 +350,7 @@ def test_what_cannot_go_on_is_refused(refused, find, runs, data, tmp_path, run_m
 def write_until_killed(root, step, report):
     """Writes checkpoints of the next steps, whose tensors hold the step, and reports each."""
     for step in range(step + 1, 1 << 30):
-        files = {name: {"x": torch.full((5000,), step)} for name in harness.FILES}
+        files = {name: {"x": torch.full((5000,), step)} for name in train_gpt.FILES}
         meta = {"step": step, "identity": {}, "place": [0, 0], "history": [[0, 0.0, 9.0]], "train_time": 0.5,
                 "tokens_seen": 1}
         write_checkpoint(root, meta, files, b"{}", keep=2)
@@ -379,7 +378,7 @@ def kill_writers(root):
         folder = root / (root / "latest").read_text()
         meta = read_json(folder / "meta.json")
         assert find_fault(folder, meta, 1 << 30) == "" and meta["step"] in (told, told + 1), (meta["step"], told)
-        assert all((load_file(folder / name)["x"] == meta["step"]).all() for name in harness.FILES)
+        assert all((load_file(folder / name)["x"] == meta["step"]).all() for name in train_gpt.FILES)
         assert len(list(root.glob("step_*"))) <= 3
         found = meta["step"]
         stages.add(tuple(sorted(path.name[-3:] for path in root.glob(".step*"))))
@@ -487,7 +486,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_line_that_names_it(start_r
 
 
 def impatient_main(*args):
-    harness.GRACE_SECONDS = 1
+    train_gpt.GRACE_SECONDS = 1
     return disturbed_main(*args)
 
 

@@ -12,24 +12,23 @@ import sys
 import pytest
 from conftest import ROOT, SMALL_STAGES, as_flags, small_flags
 
-import harness
 import train_gpt
 from train_gpt import PRESETS, Layer, Stage, parse_config
 
 STAGE = {"until": 1.5, "batch_tokens": 32_768, "max_doc_tokens": 100, "short": 20, "long": 40, "lr": 0.5,
          "next_tokens": [[1, 0.5, 0], [1, 0, 0]], "prefix": [0.25, 0]}
 LAYERS = [dataclasses.asdict(Layer()) | row for row in (
-    {"values": 0}, {"values": 1, "xsa": True}, {"attention": False, "skip": 1},
-    {"window": "long", "reads": 1, "values": 2, "gate": True, "mix": True})]
+    {"ve": 0}, {"ve": 1, "xsa": True}, {"attention": False, "skip": 1},
+    {"window": "long", "attn_input": 1, "values": 2, "gate": True, "mudd": True})]
 
 # The frozen list: a good value of each flag that is not its default.
 FLAGS = {
     "train_files": "some where/a_*.bin", "val_files": "b=c_*.bin", "val_tokens": 1000, "val_stream_tokens": 4096,
-    "slot_tokens": 8192, "micro_batch_tokens": 32_768,
+    "pack_tokens": 8192, "micro_batch_tokens": 32_768,
     "num_iterations": 300, "stop_after": 7, "val_every": 0, "stages": [STAGE], "final_windows": (100, 200),
-    "cooldown": 0.5, "lr_floor": 0.0, "untie": 1.0,
+    "cooldown": 0.5, "lr_floor": 0.0, "split_embed": 1.0,
     "layers": LAYERS, "model_dim": 1536, "head_dim": 64, "qk_dim": 32, "mlp_dim": 100, "gate_dim": 3,
-    "bigram_rows": 77, "bigram_signs": 5, "candidates": 20_000, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3,
+    "bigram_rows": 77, "bigram_signs": 5, "sampled_vocab": 20_000, "vocab_size": 60_000, "vocab_multiple": 64, "bos_id": 3,
     "attn_scale": 0.2, "rope_base": 10_000.0,
     "lr": 0.3, "momentum": (0.5, 0.9), "momentum_warmup": 10, "momentum_cooldown": 0.2,
     "device": "cpu", "precision": "fp32", "attention": "plain", "kernels": False, "float8": False, "host_state": True,
@@ -78,7 +77,7 @@ def test_a_preset_is_a_starting_point_for_the_other_flags():
 
 def test_presets_pass_their_own_check():
     for cfg in PRESETS.values():
-        harness.check_config(cfg)
+        train_gpt.check_config(cfg)
 
 
 def test_configurations_are_frozen():
@@ -128,11 +127,11 @@ def test_values_of_the_wrong_type(refused, flag, words):
 
 
 @pytest.mark.parametrize("flag", [
-    "--num_iterations=0", "--num_iterations=-5", "--val_tokens=0", "--val_stream_tokens=0", "--slot_tokens=0",
-    "--stop_after=-1", "--val_every=-1", "--micro_batch_tokens=-1", "--micro_batch_tokens=100", "--slot_tokens=1000",
+    "--num_iterations=0", "--num_iterations=-5", "--val_tokens=0", "--val_stream_tokens=0", "--pack_tokens=0",
+    "--stop_after=-1", "--val_every=-1", "--micro_batch_tokens=-1", "--micro_batch_tokens=100", "--pack_tokens=1000",
     "--model_dim=0", "--model_dim=700", "--head_dim=0", "--head_dim=6", "--head_dim=256", "--mlp_dim=0", "--gate_dim=0",
     "--bigram_rows=0", "--bigram_signs=0", "--vocab_size=-1", "--vocab_multiple=0",
-    "--cooldown=1.5", "--cooldown=-0.1", "--cooldown=nan", "--lr_floor=2", "--untie=-1", "--momentum_warmup=-7",
+    "--cooldown=1.5", "--cooldown=-0.1", "--cooldown=nan", "--lr_floor=2", "--split_embed=-1", "--momentum_warmup=-7",
     "--momentum_cooldown=-1", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--attn_scale=0", "--attn_scale=nan",
     "--rope_base=0", "--rope_base=inf", "--momentum=0.9", "--momentum=0.8,0.9,1", "--momentum=0.9,1.5",
     "--momentum=nan,nan", "--final_windows=0,5", "--final_windows=5", "--final_windows=5,0", "--final_windows=1,2,3",
@@ -163,9 +162,9 @@ def test_stage_tables_that_make_no_sense(refused, flag):
 
 
 @pytest.mark.parametrize("flag", [
-    "--layers=[]", "--layers=[{}]", layers(row3={"mix": False}), layers(row3={"gate": False}),
-    layers(row0={"mix": True}),
-    layers(row0={"values": 1}), layers(row1={"values": 3}), layers(row3={"reads": -1}), layers(row3={"reads": 9}),
+    "--layers=[]", "--layers=[{}]", layers(row3={"mudd": False}), layers(row3={"gate": False}),
+    layers(row0={"mudd": True}),
+    layers(row0={"ve": 1}), layers(row1={"values": 3}), layers(row3={"attn_input": -1}), layers(row3={"attn_input": 9}),
     layers(row2={"skip": 7}), layers(row2={"skip": -1}), layers(row1={"window": "huge"}),
     layers(row1={"values": "x"}),
 ])

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import BOS, ROOT, SCRIPTS, VOCAB, make_data, make_text, small_flags, tokenizer_json, write_shard
 
-import harness
 
 GPT2_BPE = ROOT.parent / "shared" / "data" / "gpt2_bpe"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -30,7 +29,7 @@ def script(request):
 
 def test_a_shard_of_our_own(tmp_path):
     tokens = [BOS, 1, 2, 3, BOS, 4]
-    shard = harness.read_header(write_shard(tmp_path / "a.bin", tokens))
+    shard = train_gpt.read_header(write_shard(tmp_path / "a.bin", tokens))
     assert (shard.num_tokens, shard.vocab_size, shard.bos_id, shard.width) == (6, VOCAB, BOS, 2)
     assert shard.tokenizer == hashlib.sha256(tokenizer_json()).hexdigest()
     assert shard.read().tolist() == tokens
@@ -40,14 +39,14 @@ def test_a_published_shard_has_zeros_that_mean_gpt2(tmp_path):
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, 4
     (tmp_path / "fineweb.bin").write_bytes(header.tobytes() + np.array([50256, 15496, 995, 50256], "<u2").tobytes())
-    shard = harness.read_header(str(tmp_path / "fineweb.bin"))
+    shard = train_gpt.read_header(str(tmp_path / "fineweb.bin"))
     assert (shard.num_tokens, shard.vocab_size, shard.bos_id, shard.width) == (4, 50257, 50256, 2)
-    assert shard.tokenizer == harness.GPT2_TOKENIZER_SHA256
+    assert shard.tokenizer == train_gpt.GPT2_TOKENIZER_SHA256
     assert shard.read().tolist() == [50256, 15496, 995, 50256]
 
 
 def test_a_shard_of_wide_tokens(tmp_path):
-    shard = harness.read_header(write_shard(tmp_path / "a.bin", [99_999, 70_000, 65_536], w3=100_000, w4=99_999, w5=4))
+    shard = train_gpt.read_header(write_shard(tmp_path / "a.bin", [99_999, 70_000, 65_536], w3=100_000, w4=99_999, w5=4))
     assert shard.width == 4 and shard.read().tolist() == [99_999, 70_000, 65_536]
 
 
@@ -130,7 +129,7 @@ def test_the_tokenizer_must_be_the_one_of_the_shards(refused, tmp_path, content,
 
 def test_the_tokenizer_is_read_and_checked(script, data):
     shard = script.open_shards(f"{data}/train_*.bin", f"{data}/val_*.bin")[0][0]
-    assert harness.read_tokenizer(shard) == tokenizer_json()
+    assert train_gpt.read_tokenizer(shard) == tokenizer_json()
 
 
 @pytest.mark.parametrize("name, position", [("train_000000.bin", 20), ("val_000000.bin", 1000)])
@@ -145,9 +144,9 @@ def test_an_id_outside_the_vocabulary_is_refused(run_main, tmp_path, name, posit
 
 
 def test_ids_too_large_for_a_signed_number_are_refused(script, tmp_path):
-    shard = harness.read_header(write_shard(tmp_path / "a.bin", [BOS, 5, 2**31 + 5, 7], w5=4))
+    shard = train_gpt.read_header(write_shard(tmp_path / "a.bin", [BOS, 5, 2**31 + 5, 7], w5=4))
     with pytest.raises(script.UserError, match="outside the vocabulary"):
-        script.fill_slot([(shard.read(), 0, 4)], 8, BOS, VOCAB)
+        script.fill_pack([(shard.read(), 0, 4)], 8, BOS, VOCAB)
 
 
 def test_too_few_tokens_for_the_schedule_are_noticed_at_the_start(refused, tmp_path):
@@ -181,9 +180,9 @@ def test_running_out_during_training(run_main, tmp_path):
 # Documents and slots
 
 def test_documents_of_several_shards(script, tmp_path):
-    first = harness.read_header(write_shard(tmp_path / "a.bin", [7, 8, BOS, 1, 2, BOS, BOS, 3]))  # begins amid one
-    second = harness.read_header(write_shard(tmp_path / "b.bin", [BOS, 4]))
-    third = harness.read_header(write_shard(tmp_path / "c.bin", [9, 9]))
+    first = train_gpt.read_header(write_shard(tmp_path / "a.bin", [7, 8, BOS, 1, 2, BOS, BOS, 3]))  # begins amid one
+    second = train_gpt.read_header(write_shard(tmp_path / "b.bin", [BOS, 4]))
+    third = train_gpt.read_header(write_shard(tmp_path / "c.bin", [9, 9]))
     found = [ids[start:end].tolist() for ids, start, end in script.documents([first, second, third])]
     assert found == [[BOS, 1, 2], [BOS], [BOS, 3], [BOS, 4]]
 
@@ -193,21 +192,21 @@ def test_documents_of_a_long_shard_lose_nothing(script, tmp_path):
     starts = np.sort(np.random.default_rng(0).choice(5_000_000, 500, replace=False))
     starts = np.union1d(starts, [0, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])  # where a search in pieces may go wrong
     tokens[starts] = BOS
-    shard = harness.read_header(write_shard(tmp_path / "a.bin", tokens))
+    shard = train_gpt.read_header(write_shard(tmp_path / "a.bin", tokens))
     found = [(int(start), int(end)) for _, start, end in script.documents([shard])]
     assert found == list(zip(starts.tolist(), [*starts.tolist()[1:], 5_000_000]))
 
 
 def test_a_slot_has_the_true_next_token_at_a_cut_and_no_target_in_the_padding(script):
     ids = np.array([BOS, 1, 2, 3, 4, BOS, 5, 6], np.uint16)
-    inputs, targets = script.fill_slot([(ids, 0, 3), (ids, 5, 3)], 8, BOS, VOCAB)
+    inputs, targets = script.fill_pack([(ids, 0, 3), (ids, 5, 3)], 8, BOS, VOCAB)
     assert inputs.tolist() == [BOS, 1, 2, BOS, 5, 6, BOS, 0]
     assert targets.tolist() == [1, 2, 3, 5, 6, BOS, -1, -1]  # 3 follows the cut, a new document follows the last
     assert inputs.dtype == np.int32 and targets.dtype == np.int64
 
 
 def test_an_empty_slot_is_padding(script):
-    inputs, targets = script.fill_slot([], 150, BOS, VOCAB)
+    inputs, targets = script.fill_pack([], 150, BOS, VOCAB)
     assert inputs.tolist() == 2 * [BOS, *[0] * 63] + [BOS, *[0] * 21] and targets.tolist() == [-1] * 150
 
 
@@ -222,13 +221,13 @@ def numbered_shards(script, folder, sizes, per_shard=2):
     for i in range(per_shard):
         part = tokens[i * len(tokens) // per_shard:(i + 1) * len(tokens) // per_shard]
         path = write_shard(folder / f"{i}.bin", np.concatenate(part), w3=number, w4=bos, w5=4)
-        shards.append(harness.read_header(path))
+        shards.append(train_gpt.read_header(path))
     return shards, tokens
 
 
-def plan(script, cfg, shards, world_size, micro_slots):
+def plan(script, cfg, shards, world_size, micro_packs):
     """steps -> ranks -> micro-batches of (inputs, targets)."""
-    ranks = [[batches for batches, _ in script.training_batches(cfg, shards, rank, world_size, micro_slots)]
+    ranks = [[batches for batches, _ in script.training_batches(cfg, shards, rank, world_size, micro_packs)]
              for rank in range(world_size)]
     return list(zip(*ranks, strict=True))
 
@@ -242,23 +241,23 @@ def packing(script, small_config, tmp_path):
 
 def slots_of(cfg, batches):
     """All slots of some micro-batches, without those that are padding and nothing else."""
-    slots = [(inputs[i:i + cfg.slot_tokens].tolist(), targets[i:i + cfg.slot_tokens].tolist())
-             for inputs, targets in batches for i in range(0, len(inputs), cfg.slot_tokens)]
+    slots = [(inputs[i:i + cfg.pack_tokens].tolist(), targets[i:i + cfg.pack_tokens].tolist())
+             for inputs, targets in batches for i in range(0, len(inputs), cfg.pack_tokens)]
     return [slot for slot in slots if max(slot[1]) >= 0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_slots", [1, 2, 3])
-def test_ranks_share_one_plan(script, packing, world_size, micro_slots):
+@pytest.mark.parametrize("micro_packs", [1, 2, 3])
+def test_ranks_share_one_plan(script, packing, world_size, micro_packs):
     cfg, shards, _ = packing
     whole = plan(script, cfg, shards, 1, 1)
     assert len(whole) == cfg.total_steps == 20
-    for step, (ranks, (one,)) in enumerate(zip(plan(script, cfg, shards, world_size, micro_slots), whole, strict=True)):
+    for step, (ranks, (one,)) in enumerate(zip(plan(script, cfg, shards, world_size, micro_packs), whole, strict=True)):
         want = slots_of(cfg, one)
-        assert len(want) == cfg.stages[script.stage_index(cfg, step)].batch_tokens // cfg.slot_tokens
+        assert len(want) == cfg.stages[script.stage_index(cfg, step)].batch_tokens // cfg.pack_tokens
         assert sum((slots_of(cfg, batches) for batches in ranks), []) == want  # disjoint, complete and in order
         assert len({len(batches) for batches in ranks}) == 1
-        assert all(len(inputs) == len(targets) == micro_slots * cfg.slot_tokens
+        assert all(len(inputs) == len(targets) == micro_packs * cfg.pack_tokens
                    for batches in ranks for inputs, targets in batches)
         counts = [len(slots_of(cfg, batches)) for batches in ranks]
         assert min(counts) >= 1 and max(counts) - min(counts) <= 1
@@ -272,9 +271,9 @@ def test_packing_follows_the_rule(script, packing):
         longest = cfg.stages[script.stage_index(cfg, step)].max_doc_tokens
         for inputs, targets in slots_of(cfg, batches):
             want_inputs, want_targets = [], []
-            while len(want_inputs) < cfg.slot_tokens:
+            while len(want_inputs) < cfg.pack_tokens:
                 document = next(remaining)
-                length = min(len(document), longest, cfg.slot_tokens - len(want_inputs))
+                length = min(len(document), longest, cfg.pack_tokens - len(want_inputs))
                 want_inputs += document[:length]
                 want_targets += (document[1:] + [1])[:length]  # the true next token, or the next document's first
             assert (inputs, targets) == (want_inputs, want_targets)
@@ -333,7 +332,7 @@ def test_prefixes_against_a_search_through_all_pairs(script):
     ranks = list({bytes(rng.integers(0, 3, rng.integers(1, 8)).astype(np.uint8)) for _ in range(300)})
     found = script.prefix_tokens(json.loads(tokenizer_json(ranks)), len(ranks) + 1)
     for token, text in enumerate(ranks):
-        shorter = [other for other in ranks if text.startswith(other) and other != text]
+        shorter = [other for other in ranks if text.doc_startwith(other) and other != text]
         assert found[token] == (ranks.index(max(shorter, key=len)) if shorter else -1)
     assert found[-1] == -1 and (found >= 0).sum() > 100
 
@@ -351,7 +350,7 @@ def test_the_constant_is_the_hash_of_gpt2s_tokenizer():
     content = {"name": "gpt2", "pattern": GPT2_PATTERN, "ranks": ranks,
                "special_tokens": {"<|endoftext|>": 50256}, "bos_id": 50256}
     text = json.dumps(content, ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n"
-    assert hashlib.sha256(text.encode("ascii")).hexdigest() == harness.GPT2_TOKENIZER_SHA256
+    assert hashlib.sha256(text.encode("ascii")).hexdigest() == train_gpt.GPT2_TOKENIZER_SHA256
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,6 @@ sys.path.append(str(ROOT / "data"))
 
 import evaluate  # noqa: E402
 import gpt2  # noqa: E402
-import harness  # noqa: E402
 import sample  # noqa: E402
 import text  # noqa: E402
 import train_gpt  # noqa: E402
@@ -358,7 +357,7 @@ def run(shards, tmp_path_factory):
     logs = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_gpt.py", *small_flags(shards, out_dir=logs, val_every=0, num_iterations=6)])
-        patch.setattr(harness.signal, "signal", lambda *_: None)
+        patch.setattr(train_gpt.signal, "signal", lambda *_: None)
         assert train_gpt.main() == 0
     return only_folder(logs)
 
@@ -530,7 +529,7 @@ def refused(run, evals, capsys, tmp_path):
         code = evaluate.main([*given, f"--items_out={items}", *map(str, flags)])
         out, err = capsys.readouterr()
         assert (code, out, err.count("\n")) == (2, "", 1), (out, err)
-        assert err.startswith("evaluate.py: ") and [word for word in words if str(word) not in err] == [], err
+        assert err.doc_startwith("evaluate.py: ") and [word for word in words if str(word) not in err] == [], err
         assert not items.exists()
     return check
 

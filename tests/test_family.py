@@ -16,7 +16,6 @@ from dataclasses import asdict, fields, replace
 import pytest
 from conftest import BOS, ROOT, SCRIPTS, VOCAB
 
-import harness
 
 SOURCES = {f"{script}.py": (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
 SIZE_VARIANTS = ["train_gpt_medium.py"]
@@ -92,7 +91,7 @@ def test_flags_and_presets(script):
     assert {field.name for field in fields(script.Hyperparameters)} == FLAGS.keys()
     assert {"speedrun", "tiny"} <= script.PRESETS.keys()
     for cfg in script.PRESETS.values():
-        harness.check_config(cfg)
+        train_gpt.check_config(cfg)
         assert script.stage_index(cfg, cfg.total_steps - 1) == len(cfg.stages) - 1
         assert script.config_from_dict(json.loads(json.dumps(asdict(cfg)))) == cfg
     for name in script.ATTENTION:

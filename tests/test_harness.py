@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SCRIPTS
 
-import harness
 import sample
 import train_gpt
 
@@ -43,8 +42,8 @@ def test_each_script_works_with_the_harness_beside_it(load, tmp_path):
         (folder / "harness.py").write_text(text.replace(line, f"MAX_TOKENS = 1 << {bits} "))
         loaded.append(load(Path(shutil.copy(ROOT / "train_gpt.py", folder))))
     strict, lax = loaded
-    assert sys.modules["harness"] is before is harness and harness.MAX_TOKENS == 1 << 24
-    assert (strict.harness.MAX_TOKENS, lax.harness.MAX_TOKENS) == (1 << 10, 1 << 30)
+    assert sys.modules["harness"] is before is harness and train_gpt.MAX_TOKENS == 1 << 24
+    assert (strict.train_gpt.MAX_TOKENS, lax.train_gpt.MAX_TOKENS) == (1 << 10, 1 << 30)
     with pytest.raises(strict.UserError, match="must be at most 1024"):
         strict.parse_config(["--preset=tiny"])
     values = asdict(lax.parse_config(["--preset=tiny", f"--final_windows=64,{1 << 25}"]))
@@ -60,4 +59,4 @@ def test_the_probing_process_takes_the_harness_beside_the_script(tmp_path):
     script = tmp_path / "my idea.py"
     shutil.copy(ROOT / "train_gpt.py", script)
     cfg = train_gpt.PRESETS["tiny"]
-    assert harness.try_backends(script, cfg, ["plain"], harness.torch.device("cpu")).keys() == {"plain", "planted"}
+    assert train_gpt.try_backends(script, cfg, ["plain"], train_gpt.torch.device("cpu")).keys() == {"plain", "planted"}

@@ -47,7 +47,6 @@ from safetensors.torch import save_file
 sys.path[:0] = [str(ROOT / "data"), str(ROOT / "records")]
 
 import fineweb  # noqa: E402
-import harness  # noqa: E402
 import sample  # noqa: E402
 import text  # noqa: E402
 import train_gpt  # noqa: E402
@@ -95,7 +94,7 @@ def too_slow(*_):
 def memory(name):
     """Bytes, by a line of /proc/self/status."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(name + ":"))
+        return next(int(line.split()[1]) << 10 for line in file if line.doc_startwith(name + ":"))
 
 
 def peak():
@@ -303,10 +302,10 @@ def shard_header(folder):
         shard = shards[0]
         assert shard.num_tokens * shard.width + 1024 == path.stat().st_size and shard.width in (2, 4)
         assert 0 <= shard.bos_id < shard.vocab_size <= 256 ** shard.width
-        harness.resolve_config(cfg, machine, shard, False)
+        train_gpt.resolve_config(cfg, machine, shard, False)
         for ids, start, end in train_gpt.documents(shards):
             assert ids[start] == shard.bos_id and 0 <= start < end <= shard.num_tokens
-        train_gpt.fill_slot([(shard.read(), 0, shard.num_tokens)], 512, shard.bos_id, shard.vocab_size)
+        train_gpt.fill_pack([(shard.read(), 0, shard.num_tokens)], 512, shard.bos_id, shard.vocab_size)
 
     def change(rng, content):
         words = np.frombuffer(content, "<i4", 256).copy()
@@ -408,14 +407,14 @@ def resumed_meta(folder):
     (path.parent.parent / "run.json").write_text("{}")
     cfg = train_gpt.parse_config([*small_flags(data), f"--resume={path}"])
     shards, others = train_gpt.open_shards(cfg.train_files, cfg.val_files)
-    cfg = harness.resolve_config(cfg, train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu"), shards[0], False)
-    identity = harness.run_identity(train_gpt.SCRIPT, cfg, b"", train_files=shards, val_files=others)
-    meta |= {"files": {name: harness.file_sha256(path / name) for name in harness.FILES}, "identity": identity,
+    cfg = train_gpt.resolve_config(cfg, train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu"), shards[0], False)
+    identity = train_gpt.run_identity(train_gpt.SCRIPT, cfg, b"", train_files=shards, val_files=others)
+    meta |= {"files": {name: train_gpt.file_sha256(path / name) for name in train_gpt.FILES}, "identity": identity,
              "place": [0, 100], "history": [[0, 0.0, 5.5]], "train_time": 1.5, "tokens_seen": 3000}
     odd = ["[0,0]", "[1,99]", "[-1,0]", "[0,-1]", f"[0,{2 ** 70}]", "[[0,0.0,5.5],[1]]", '{"x":"y"}']
 
     def read():
-        source, said, _ = harness.find_checkpoint(train_gpt.SCRIPT, cfg, [], cfg.total_steps, identity, False)
+        source, said, _ = train_gpt.find_checkpoint(train_gpt.SCRIPT, cfg, [], cfg.total_steps, identity, False)
         assert source == path and 0 <= said["step"] and all(len(tuple(point)) == 3 for point in said["history"])
         next(train_gpt.training_batches(cfg, shards, 0, 1, 1, said["step"], said["place"]))
     return Format(json.dumps(meta).encode(), lambda rng, _: change_json(rng, {name: item for name, item in meta.items()
@@ -459,13 +458,13 @@ def resumed_state(folder):
     machine, model = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu"), train_gpt.GPT(
         train_gpt.config_from_dict(meta["config"]))
     optimizer = train_gpt.Optimizer(model)
-    state = harness.run_state(model, optimizer, machine)
+    state = train_gpt.run_state(model, optimizer, machine)
     save_file({name: tensor for name, tensor in state.items() if name not in model.state_dict()} | {
         "train_losses": torch.ones(7, 3, dtype=torch.float64)}, path / "optimizer.safetensors")
 
     def read():
         with torch.random.fork_rng(devices=[]):
-            losses = harness.restore_state(path, {"files": dict.fromkeys(harness.FILES)}, model, optimizer, machine)
+            losses = train_gpt.restore_state(path, {"files": dict.fromkeys(train_gpt.FILES)}, model, optimizer, machine)
         assert all(len(point) == 3 for point in losses)
     return safetensors(path / "optimizer.safetensors", read, train_gpt.UserError, str)
 
@@ -474,7 +473,7 @@ def tokenizer(folder):
     """tokenizer.json beside a checkpoint and beside shards, named by its hash in both."""
     path, meta = checkpoint(folder)
     file, state = path / "tokenizer.json", {}
-    shard = harness.read_header(write_shard(folder / "train_000000.bin", [BOS], w3=259, w4=258))
+    shard = train_gpt.read_header(write_shard(folder / "train_000000.bin", [BOS], w3=259, w4=258))
     merges = json.loads(tokenizer_json([*(bytes([i]) for i in range(256)), b"th", b"the"]))
     sound = merges | {"pattern": text.GPT2_PATTERN}
 
@@ -490,7 +489,7 @@ def tokenizer(folder):
             ids = found.encode(prompt)
             assert b"".join(found.ranks[token] for token in ids) == prompt.encode()
         assert type(found.bos_id) is int and len(found.ranks) <= found.bos_id < found.vocab_size
-        train_gpt.prefix_tokens(json.loads(harness.read_tokenizer(state["shard"])), 259)
+        train_gpt.prefix_tokens(json.loads(train_gpt.read_tokenizer(state["shard"])), 259)
     odd = [json.dumps(pattern) for pattern in ("(", "(a+)+$", "(?=(a+))*", r"(\w+\s*)+:", "(?<", r"\p{Nope}", "x*", "",
                                                "a{1000}" * 50, r"(a|a)*\1b")]
     return Format(json.dumps(sound).encode(), lambda rng, _: change_json(rng, sound, odd), file, read,
@@ -675,7 +674,7 @@ def commands(words, parse, refusals, odd=(), sentence=lambda error: " ".join(str
 
 def parse_training(argv):
     cfg = train_gpt.parse_config(argv)
-    harness.check_tokens(cfg, [SimpleNamespace(num_tokens=2 ** 99)], cfg.stop_after or cfg.total_steps)
+    train_gpt.check_tokens(cfg, [SimpleNamespace(num_tokens=2 ** 99)], cfg.stop_after or cfg.total_steps)
 
 
 def parse_text(argv):
@@ -701,7 +700,7 @@ def parse_records(argv):
 
 
 SOUND_TRAINING = as_flags({"preset": "tiny", "stages": SMALL_STAGES, "layers": [*map(asdict, train_gpt.TINY_LAYERS)],
-                           "slot_tokens": 128, "lr": 1.1, "momentum": (0.8, 0.9), "val_tokens": 1500,
+                           "pack_tokens": 128, "lr": 1.1, "momentum": (0.8, 0.9), "val_tokens": 1500,
                            "num_iterations": 20, "compile": False, "out_dir": "x"})
 COMMANDS = {
     "train_gpt.py": commands(SOUND_TRAINING, parse_training, train_gpt.UserError, [
@@ -868,7 +867,7 @@ def test_shards_of_gigabytes_are_not_read_into_memory(folder):
     tokens = (3 << 30) // 2 - 512
     path = write_shard(folder / "train_000000.bin", [BOS], w2=tokens)
     os.truncate(path, 1024 + 2 * tokens)
-    assert harness.read_header(path).read().size == tokens and peak() < 300 << 20
+    assert train_gpt.read_header(path).read().size == tokens and peak() < 300 << 20
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "optimizer.safetensors"])    # see find_fault
@@ -980,8 +979,8 @@ def test_a_tokenizer_of_shards_without_ranks_is_named(folder):
     for content in (b"{}", b"[]", short, b"[" * 100_000, tokenizer_json([b"a"])):
         (folder / "tokenizer.json").write_bytes(content)
         path = write_shard(folder / "train_000000.bin", [BOS], sha256=hashlib.sha256(content).digest())
-        shard = harness.read_header(path)
-        assert judge(lambda: harness.read_tokenizer(shard), train_gpt.UserError) == "refused"
+        shard = train_gpt.read_header(path)
+        assert judge(lambda: train_gpt.read_tokenizer(shard), train_gpt.UserError) == "refused"
 
 
 def test_blanks_that_overflow_the_pattern(folder):
@@ -1038,7 +1037,7 @@ def test_processes(folder, fast_run):
         done = start(command, capture_output=True, timeout=60, cwd=folder, env=os.environ | {
             "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(folder)})
         line, start = done.stderr.decode(), Path(words[0]).name + ": "
-        good = line.startswith(start) and len(line) < LINE and line[:-1].isprintable() and line[-1] == "\n"
+        good = line.doc_startwith(start) and len(line) < LINE and line[:-1].isprintable() and line[-1] == "\n"
         return None if good and done.returncode == 2 and not done.stdout else (words[0], str(words[1:])[:200], done)
     with ThreadPoolExecutor(2) as pool:
         bad = [fault for fault in pool.map(run, commands) if fault]

@@ -384,7 +384,7 @@ def test_replayed_micro_steps_are_the_micro_steps():
     """Two micro-batches a step, over stages, and steps at which Adam moves or rests and the head is tied or not."""
     cfg = replace(CONFIG, num_iterations=8, compile=True, kernels=FLOAT8, float8=FLOAT8)
     machine, rng = train_gpt.Machine(torch.device(DEVICE), 0, 1, DEVICE), np.random.default_rng(0)
-    tokens = rng.integers(0, 32, (2, cfg.slot_tokens), dtype=np.int32)
+    tokens = rng.integers(0, 32, (2, cfg.pack_tokens), dtype=np.int32)
     tokens[:, ::700] = cfg.bos_id
     batches, losses = [(row, np.roll(row, -1).astype(np.int64)) for row in tokens], {}
     with torch.device(DEVICE):

@@ -142,11 +142,11 @@ def test_several_runs_are_examined_once_if_nothing_differs_that_the_guard_sees(t
 def test_full_tracks_fix_the_number_of_validation_tokens_of_the_scripts(track):
     track = json.loads((ROOT / "records" / track / "track.json").read_text())
     words = " ".join(track["commands"]).split()
-    script = next(word for word in words if word.startswith("train_"))
+    script = next(word for word in words if word.doc_startwith("train_"))
     if not (ROOT / script).is_file():
         pytest.skip(f"{script} is not there yet")
     module = guard.load_script(ROOT / script)
-    flags = [word.replace("'", "") for word in words if word.startswith("--val_tokens")]
+    flags = [word.replace("'", "") for word in words if word.doc_startwith("--val_tokens")]
     assert module.parse_config(flags).val_tokens == track["val_tokens"]
 
 

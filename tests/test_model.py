@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import BOS, SCRIPTS, VOCAB
 
 import train_gpt
-from train_gpt import BLOCK, block_mask, choose_candidates, flex, head_loss, norm, plain_attention
+from train_gpt import BLOCK, block_mask, sample_vocab, flex, head_loss, norm, plain_attention
 
 MODELS = [("train_gpt", "tiny"), *((script, "speedrun") for script in SCRIPTS)]      # all tiny ones are of one kind
 STATIC_GATES = {"x0": 0, "bigram": 0.05, "xsa": 0, "out": 0.25, "skip": 0.5}  # at initialisation, by the recipe
@@ -332,10 +332,10 @@ def test_the_head_loss_and_its_gradients(monkeypatch, chunk, scale):
         torch.testing.assert_close(a.grad, b.grad, atol=2e-6, rtol=2e-5)
 
 
-def test_candidates_are_all_targets_and_a_sample_that_stands_for_the_rest():
+def test_sampled_vocab_are_all_targets_and_a_sample_that_stands_for_the_rest():
     vocab, targets = 5000, torch.randint(0, 300, (1000, 4), generator=torch.Generator().manual_seed(1))
     targets[::7, 1] = -1
-    ids, counts, places = choose_candidates(targets, vocab, 1200)
+    ids, counts, places = sample_vocab(targets, vocab, 1200)
     wanted = targets[targets >= 0].unique()
     assert len(ids) == len(ids.unique()) == 1200 and set(wanted.tolist()) <= set(ids.tolist())
     assert torch.equal(ids[places[targets >= 0]], targets[targets >= 0]) and (places[targets < 0] == -1).all()
@@ -345,7 +345,7 @@ def test_candidates_are_all_targets_and_a_sample_that_stands_for_the_rest():
     others, chosen = ids[~is_target], torch.zeros(vocab)
     for _ in range(200):                 # over many slots each other token is chosen equally often
         targets[:, 0] = torch.randint(0, 300, (1000,))
-        chosen[choose_candidates(targets, vocab, 1200)[0]] += 1
+        chosen[sample_vocab(targets, vocab, 1200)[0]] += 1
     rate = chosen[300:] / 200
     assert rate.mean().item() == pytest.approx(900 / 4700, rel=0.01) and rate.std() < 0.05 and len(others) == 900
 
@@ -362,7 +362,7 @@ def test_the_sampled_loss_and_its_gradient_are_about_the_exact_ones():
     for shift in range(60):              # the same problem with other ids, so another sample
         order = torch.roll(torch.arange(4000), shift * 61)
         leaf = x.clone().requires_grad_()
-        ids, counts, places = choose_candidates(order.argsort()[targets], 4000, 1000)
+        ids, counts, places = sample_vocab(order.argsort()[targets], 4000, 1000)
         sampled = head_loss(leaf, weight[order][ids], places, weights, counts)
         sampled.backward()
         losses.append(sampled.item() / loss.item())
@@ -498,7 +498,7 @@ def attention_outputs(monkeypatch, script, model, alpha):
 
     def gates(self, *args):
         found = gate_net(self, *args)
-        return {name: torch.full_like(value, alpha) if name.startswith("xsa") else value
+        return {name: torch.full_like(value, alpha) if name.doc_startwith("xsa") else value
                 for name, value in found.items()}
     monkeypatch.setattr(script, "plain_attention", core)
     monkeypatch.setattr(script.GPT, "attention", recorded)

@@ -13,7 +13,7 @@ import torch
 from conftest import BOS
 
 import train_gpt
-from harness import Backward
+from train_gpt import Backward
 from train_gpt import (GPT, PARAMETERS, Optimizer, adam_update, adam_updates, digest, normuon_update, polar_express,
                        run_state)
 

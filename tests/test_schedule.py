@@ -1,7 +1,7 @@
 """The schedules of the speedruns against the published figures, step by step, and their shape when they are scaled.
 
 The numbers are those of the NanoGPT speedrun's record 89: 1270 scheduled steps in three equal stages, 15 more of
-extension, untied after step 847; and of record 18 of its track 2. Run: python -m pytest tests/test_schedule.py
+extension, split_embedd after step 847; and of record 18 of its track 2. Run: python -m pytest tests/test_schedule.py
 """
 from dataclasses import replace
 

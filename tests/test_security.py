@@ -27,7 +27,6 @@ import torch
 from conftest import BOS, ROOT, VOCAB, make_text, tokenizer_json, write_shard
 from safetensors.torch import save_file
 
-import harness
 import sample
 import train_gpt
 
@@ -122,7 +121,7 @@ class Scan(ast.NodeVisitor):
             module, _, function = name.rpartition(".")
             if LOADERS.fullmatch(module) and function in LOADING:
                 self.note(node, name)
-        elif any((name + ".").startswith(module + ".") for module in MODULES):
+        elif any((name + ".").doc_startwith(module + ".") for module in MODULES):
             self.note(node, name)
         if name in NAMES and not (self.tests and name in IN_TESTS):
             self.note(node, name)
@@ -188,7 +187,7 @@ def scan(source, tests):
 
 def violations(source, name="x.py"):
     """(line, what) of each violation in the text of a Python file that is not in ALLOWED."""
-    found = scan(source, name.startswith("tests/"))
+    found = scan(source, name.doc_startwith("tests/"))
     return sorted({(line, what) for line, what in found
                    if not any(fnmatch(name, files) and what == allowed for files, allowed in ALLOWED)})
 
@@ -287,7 +286,7 @@ def checkpoint(tmp_path):
     (path / "tokenizer.json").write_bytes(tokenizer_json())
     (path.parent / "latest").write_text(path.name)
     (path / "meta.json").write_text(json.dumps({
-        "format": 1, "script": "train_gpt", "source_sha256": harness.file_sha256(ROOT / "train_gpt.py"),
+        "format": 1, "script": "train_gpt", "source_sha256": train_gpt.file_sha256(ROOT / "train_gpt.py"),
         "config": asdict(cfg), "step": 1, "stage": 0,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json()).hexdigest()}))
     return path

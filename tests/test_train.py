@@ -101,7 +101,7 @@ def test_the_loss_falls(finished):
 def test_the_log_begins_with_the_source_and_has_a_line_for_each_step(finished):
     source, harness, rest = finished.log.split("=" * 100 + "\n")
     assert source.strip() == finished.source.read_text().strip()
-    assert harness.strip() == finished.source.with_name("harness.py").read_text().strip()
+    assert train_gpt.strip() == finished.source.with_name("harness.py").read_text().strip()
     steps = training_lines(rest)
     assert [(int(step), int(total)) for step, total, *_ in steps] == [(i, STEPS) for i in range(1, STEPS + 1)]
     validations = re.findall(VAL_LINE, rest, re.M)
@@ -267,7 +267,7 @@ def test_a_full_disk(run_main, data, tmp_path, room):
 def test_more_ranks_than_slots(refused, data, monkeypatch):
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 5)):
         monkeypatch.setenv(name, str(value))
-    refused(*small_flags(data), words=["5 ranks", "4", "slot_tokens"])
+    refused(*small_flags(data), words=["5 ranks", "4", "pack_tokens"])
 
 
 # -----------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def check_readable(logs):
     for folder in logs.glob("*"):
         if (folder / "run.json").exists():
             assert strict_json(folder / "run.json")["status"] in ("running", "finished")
-            assert (folder / "log.txt").read_text().startswith('"""')
+            assert (folder / "log.txt").read_text().doc_startwith('"""')
         for latest in folder.glob("checkpoint/latest"):
             load_checkpoint(latest.parent / latest.read_text().strip())
 
