@@ -360,8 +360,9 @@ def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Ten
 # Each kernel beside the plain PyTorch that it stands for
 
 # how much the loss and each gradient may differ: float8 keeps two or three bits, but its rounding averages out
-LARGEST_ERROR = 0.3                      # norm of the difference, relative to the norm of the plain one
-LARGEST_SCALE_ERROR = 0.05               # length along the plain one, less one
+LARGEST_ERROR = 0.25                     # norm of the difference, relative to the norm of the plain one
+LARGEST_SCALE_ERROR = 0.03               # length along the plain one, less one
+SMALL = 100_000                          # gradients of fewer numbers are sums that mostly cancel: rounding rules them
 
 def compare_with_plain(model, tokens: Tensor, targets: Tensor, loss_weights: Tensor) -> tuple[dict, list[str]]:
     """What is wrong with the kernels of a training script's model, one at a time, beside none of them.
@@ -382,6 +383,8 @@ def compare_with_plain(model, tokens: Tensor, targets: Tensor, loss_weights: Ten
         finally:
             model.kernels = {}
         for part, wanted in plain.items():
+            if part != "loss" and wanted.numel() < SMALL:
+                continue
             wanted, have = wanted.float(), found[part].float()
             square = wanted.square().sum().clamp(min=1e-20)
             error = ((have - wanted).square().sum() / square).sqrt().item()
