@@ -1,4 +1,7 @@
-"""Pictures of runs and records, readable without colour: line styles, marks, and labels where the lines end."""
+"""Pictures of runs and records, readable without colour: line styles, marks, and labels where the lines end.
+
+This is a module of records.py, not a command: python records/records.py plot --help says how to draw curves.
+"""
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +108,7 @@ def history(tracks: list[tuple[dict, list[Record]]], path: Path):
                        "reference", fontsize=10)
         axis.grid(axis="y", alpha=0.25)
     save(figure, path)
+
+
+if __name__ == "__main__":
+    print(__doc__.strip())
