@@ -15,7 +15,8 @@ from pathlib import Path
 
 from launcher import Job, Outcome, keep_run, launch, log_hashes, make_slots, visible_gpus
 from runs import (MAX_JSON, NAME, Verdict, UserError, arm_result, fill, marked, read_json, read_record, read_run,
-                  read_text, regions, results_table, seconds_text, source_files, verdict_text, verdicts_of, write_text)
+                  read_text, regions, results_table, seconds_text, source_files, user_path, verdict_text, verdicts_of,
+                  write_text)
 
 HALF = "half a round"                    # begins the reason why such a run does not count
 STOPPED = "stopped after"                # begins the reason why a run that met --limit does not count
@@ -98,16 +99,6 @@ def named_arm(text: str, script: Path, flags: list[str]) -> tuple[str, Arm]:
         elif part:
             raise UserError(f"--arm {name} has the part {part[:80]!r}, which is no flag, edit or script; {ARM_FORM}")
     return name, make_arm(script, flags + own, edits, name)
-
-
-def user_path(text: str) -> Path:
-    """A path as a user types it, `~` included; raises UserError."""
-    if not text:
-        raise UserError("a path is empty; name a file or folder")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(f"{text}: the home folder of ~ is not known; write the path in full") from None
 
 
 def comparison_plan(args, flags: list[str]) -> dict[str, Arm]:

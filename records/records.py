@@ -30,15 +30,15 @@ from functools import partial
 from pathlib import Path
 
 from checks import check_record, track_problem
-from comparison import compare, comparison_plan, save_ledger, user_path
+from comparison import compare, comparison_plan, save_ledger
 from diffs import script_diff
 from launcher import keep_run, log_hashes
 from pictures import history, plot
 from replays import replay
 from runs import (MAX_JSON, NAME, Record, Run, UserError, arms_table, collect, fill, lost_runs, marked, p_text,
                   read_json, read_record, read_run, read_text, read_track, regions, runs_table, seconds_text, sha256,
-                  skipped_folders, source_files, table, unix_lines, verdict_text,
-                  write_text)
+                  skipped_folders, source_files, table, unix_lines, user_path,
+                  verdict_text, write_text)
 from student import describe, t_test
 
 HERE = Path(__file__).resolve().parent

@@ -37,6 +37,16 @@ class UserError(Exception):
 # -----------------------------------------------------------------------------
 # Files
 
+def user_path(text: str) -> Path:
+    """A path as a user types it, `~` included; raises UserError."""
+    if not text:
+        raise UserError("a path is empty; name a file or folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: the home folder of ~ is not known; write the path in full") from None
+
+
 def read_text(path: Path, limit: int) -> str:
     """The text of a plain file of at most `limit` bytes; raises UserError."""
     try:
