@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import Job, Outcome, keep_run, launch, log_hashes, make_slots, visible_gpus
-from runs import (MAX_JSON, NAME, Verdict, UserError, arm_result, fill, marked, read_json, read_record, read_run,
-                  read_text, regions, results_table, seconds_text, source_files, user_path, verdict_text, verdicts_of,
-                  write_text)
+from runs import (MAX_JSON, NAME, SCRIPT, UserError, Verdict, arm_result, fill, marked, read_json, read_record,
+                  read_run, read_text, regions, results_table, seconds_text, source_files, user_path, verdict_text,
+                  verdicts_of, write_text)
 
 HALF = "half a round"                    # begins the reason why such a run does not count
 STOPPED = "stopped after"                # begins the reason why a run that met --limit does not count
@@ -57,6 +57,8 @@ def make_arm(path: Path, flags: list[str], edits: list[str] = (), name: str = ""
     """An arm that runs the script at `path`, after text edits `old => new`; raises UserError."""
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"{path} is not a training script; name one, as train_gpt.py")
+    if not SCRIPT.fullmatch(path.name):
+        raise UserError(f"{path} has a name that is not made of letters, digits and blanks; rename it")
     check_flags(flags)
     files = {source.name: source.read_bytes() for source in source_files(path)}
     text = read_text(path, MAX_JSON)

@@ -22,7 +22,8 @@ from student import describe, detectable, interval, needed_n, t_test
 MAX_JSON, MAX_LOG, MAX_RUNS = 4 << 20, 64 << 20, 1000    # bytes, bytes, runs in a ledger
 COMPANIONS = ("harness.py", "triton_kernels.py")         # what scripts import from their folder, in a log's order;
 #                                                          harness.py only in older records
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder or file in a record
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder in a record
+SCRIPT = re.compile(r"[\w(\[][\w .,+~()\[\]-]{0,95}\.py")   # of a training script
 REGION = re.compile(r"(<!-- records\.py: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
@@ -92,7 +93,7 @@ def write_text(path: Path, text: str):
     """Writes UTF-8 under a temporary name, then renames, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)    # it may be a link, which writing would follow
-    with open(temporary, "x", encoding="utf-8", newline="") as file:
+    with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -205,6 +206,8 @@ def read_run(folder: Path, **ledger) -> Run:
     for name, kind in (("data", int), ("data_sha256", str), ("sources", str)):
         check_fields(info | {name: info.get(name, {})}, {name: dict}, path)
         check_fields(info.get(name, {}), dict.fromkeys(info.get(name, {}), kind), f"{path}, {name}")
+    if not SCRIPT.fullmatch(info["script"]):
+        raise UserError(f"{path} has script {info['script'][:60]!r}, which is not the name of a Python file")
     odd = sorted(info.get("sources", {}).keys() - {info["script"], *COMPANIONS})
     if odd or info["script"] not in info.get("sources", {info["script"]: ""}):
         raise UserError(f"{path} has sources {', '.join(info['sources'])[:60]!r}; they must be {info['script'][:60]} "
@@ -258,7 +261,8 @@ def read_record(folder: Path) -> Record:
     for name, arm in ledger["arms"].items():
         check_fields(arm, {"script": str, "flags": list}, f"{path}, arm {name}")
         parts = arm["script"].split("/")
-        if len(parts) > 2 or not all(map(NAME.fullmatch, parts)) or not all(isinstance(f, str) for f in arm["flags"]):
+        in_folder = SCRIPT.fullmatch(parts[-1]) and (len(parts) == 1 or (len(parts) == 2 and NAME.fullmatch(parts[0])))
+        if not in_folder or not all(isinstance(f, str) for f in arm["flags"]):
             raise UserError(f"{path} has the script {arm['script'][:60]!r}, which is no file of the folder, or flags "
                             "that are not strings")
     runs = []
@@ -448,7 +452,7 @@ def setup_text(record: Record) -> str:
         info = runs[0].info
         start = "python" if info["world_size"] == 1 else f"torchrun --standalone --nproc_per_node={info['world_size']}"
         seeds = ", ".join(str(run.seed) for run in runs)
-        command = " ".join([start, plan["script"], *map(quoted, plan["flags"]), f"--seed=N    # N: {seeds}"])
+        command = " ".join([start, quoted(plan["script"]), *map(quoted, plan["flags"]), f"--seed=N    # N: {seeds}"])
         versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
         gpus = sorted({run.info["gpu"].splitlines()[-1] for run in runs if run.info["gpu"]})
         lines += [f"{arm}: {info['world_size']} x {info['device']}; {versions}."
@@ -636,7 +640,8 @@ def regions(record: Record) -> dict[str, str]:
     summary = arms_table(record.runs, target) if record.track else results_table(record)
     tables = summary + "\n\n" + runs_table(record.runs, lost)
     head = {"result": result_text(record)} if record.track else {"verdict": verdict_text(record)}
-    return head | {"tables": tables, "setup": setup_text(record)}
+    parts = head | {"tables": tables, "setup": setup_text(record)}
+    return {name: part.encode(errors="backslashreplace").decode() for name, part in parts.items()}
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
