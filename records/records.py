@@ -49,12 +49,13 @@ README whose tables are computed from those logs.
 
 ## Rules
 
-1. **The loss is shown, not hoped for.** A one-sided t-test over the runs of a record, which differ in their seeds only,
-   shows that the mean validation loss is below the target, at the p of the track. A folder that does not show it is
-   kept as a reference.
+1. **A test shows that the target is reached.** The runs of a record differ in their seeds only. A one-sided t-test over
+   them shows that the mean validation loss is below the target, at the p of the track. A folder that does not show it
+   is kept as a reference.
 2. **Every run that was started is listed**, also those that failed. Seeds are used without gaps. A run that does not
    count says why.
-3. **The validation text is fixed** by its sha256 and its number of tokens, in `track.json`. The training data is free.
+3. **The validation text is fixed.** `track.json` names the file, its number of tokens and, where it is known, its sha256.
+   The training data is free.
 4. **The clock counts training only.** Compilation and validation are off the clock. Nothing is compiled while it runs.
 5. **The loss is that of an honest predictor.** `guard.py` trains each script at a small size. It checks that the
    probabilities sum to 1, that no prediction sees later tokens, that the reported loss covers all validation tokens,
@@ -70,7 +71,7 @@ python records/records.py check --all        # does everything below follow thes
 
 ```bash
 pip install -r requirements.txt
-python data/fineweb.py 9          # tracks 1 and 2; for track 0, put the files that the record's README names there
+python data/fineweb.py 9       # tracks 1 and 2; for track 0, put the files that the record's README names in data/dev
 python records/records.py replay records/TRACK/RECORD
 ```
 

@@ -975,6 +975,230 @@ def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
 
 
+def toy_run(seed, *flags, out="logs", script="train_toy.py", count="count"):
+    """Runs the stand-in by hand; its run folder."""
+    before = set(Path(out).glob("*"))
+    subprocess.run([sys.executable, script, f"--state={count}", f"--seed={seed}", *flags, f"--out_dir={out}"])
+    return (set(Path(out).glob("*")) - before).pop()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"device": "gpu"}, "ran on 1 x gpu, the track is for 1 x cpu; name only runs"),
+    ({"world_size": 2}, "ran on 2 x cpu, the track is for 1 x cpu; name only runs"),
+    ({"data_sha256": {"val_000000.bin": "cd" * 32}}, "has sha256 cdcdcdcdcdcd, the track's abababababab; name only"),
+    ({"data_sha256": {}}, "does not say the sha256"),
+    ({"data": {"val_000000.bin": 7}}, "val_000000.bin with 7 tokens, not 2000; name only"),
+    ({"data": {"other.bin": 2000}}, "another file than the track's val_000000.bin; name only"),
+    ({"config": {"val_tokens": 500}}, "was validated on 1000, 500 tokens, the track says 1000; name only"),
+    ({"source_sha256": "0" * 64}, "it ran 000000000000; put the script that ran into its folder"),
+    ({"status": "running"}, "has the status running in run.json; wait for its end, or say with --killed"),
+    ({"script": "../x.py"}, "has script '../x.py', which is not the name of a Python file")])
+def test_a_run_that_cannot_belong_to_the_track_is_refused(change, words, toy_track, tool):
+    edit(toy_track / "track.json", lambda track: track["val_data"]["val_000000.bin"].update(sha256="ab" * 32))
+    path = Path("logs/run_1")
+    edit(path / "run.json", lambda info: info.update({
+        name: info[name] | value if name == "config" else value for name, value in change.items()}))
+    finished = sorted(Path("logs").iterdir())[:3]
+    code, _, errors = tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *finished)
+    assert (code, len(errors)) == (2, 1) and str(path) in errors[0] and words in errors[0], errors
+    assert [child.name for child in toy_track.iterdir()] == ["track.json"]
+    assert tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "logs/run_0", "logs/run_2")[0] == 0
+
+
+def test_runs_that_did_not_finish_alone_are_no_record(toy_track, tool):
+    edit(Path("logs/run_3/run.json"), lambda info: info.update(status="failed", error="no disk"))
+    code, _, errors = tool("new", "Toy", "--track=track_1_small", "logs/run_3")
+    assert (code, len(errors)) == (2, 1)
+    assert "none of the 1 runs counts (status: failed); a record needs a finished run" in errors[0]
+
+
+@pytest.mark.parametrize("same_flags", [True, False])
+@pytest.mark.parametrize("has_script", [True, False])
+def test_a_first_run_that_failed_is_listed_and_does_not_count(same_flags, has_script, toy_track, tool):
+    failed = toy_run(0, "--lr=1" if same_flags else "--lr=1.5", "--fail_at=0", out="first", count="one")
+    edit(failed / "run.json", lambda info: info["argv"].remove("--fail_at=0") or info["argv"].remove("--state=one"))
+    edit(failed / "run.json", lambda info: info["argv"].insert(0, tool_state()))
+    if not has_script:
+        (failed / "train_toy.py").unlink()
+    finished = sorted(Path("logs").iterdir())[:3]
+    code, out, errors = tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", failed, *finished)
+    assert (code, errors) == (0, [])
+    assert f"{failed} is listed, but does not count: failed toy: the disk is full" in out
+    folder = toy_track / "2026-12-01_Toy"
+    ledger = json.loads((folder / "runs.json").read_text())
+    assert len(ledger["arms"]) == 2 - same_flags and ledger["claim"] == "record"
+    first = ledger["arms"][ledger["runs"][1]["arm"]]
+    assert first["script"] == "train_toy.py" and "--lr=1" in first["flags"]
+    assert sorted(entry["status"] for entry in ledger["runs"]) == ["failed"] + ["finished"] * 3
+    readme = folder / "README.md"
+    assert "| no: failed toy: the disk is full |" in readme.read_text()
+    readme.write_text(readme.read_text().replace("TODO", ""))
+    assert tool("check", folder, "--no_guard")[::2] == (0, [])
+    assert tool("board")[0] == 0 and tool("replay", folder)[0] == 0
+
+
+def tool_state():
+    """The flag that the runs of toy_track have in common."""
+    return next(arg for arg in json.loads(Path("logs/run_0/run.json").read_text())["argv"] if "state" in arg)
+
+
+def test_killed_runs_are_listed_as_killed_when_asked(toy_track, tool):
+    edit(Path("logs/run_3/run.json"), lambda info: info.update(status="running"))
+    code, out, _ = tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "--killed", "logs")
+    assert code == 0 and "run_3 is listed, but does not count: killed while it ran" in out
+    ledger = json.loads((toy_track / "2026-12-01_Toy" / "runs.json").read_text())
+    assert [entry["status"] for entry in ledger["runs"]] == ["finished"] * 3 + ["killed"]
+
+
+def test_folders_without_a_run_are_named(toy_track, tool):
+    Path("logs/empty").mkdir()
+    code, out, errors = tool("summarize", "logs", "logs/run_0")
+    assert code == 0 and out.count("| run_0 |") == 1                 # once, though it is named twice
+    assert errors == ["records.py: note: 1 folder(s) without run.json are left out: empty"]
+    code, _, errors = tool("summarize", "logs/run_0", "logs/empty")
+    assert code == 2 and "no run.json in logs/empty" in errors[0]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_modes_that_the_umask_says(umask, mode, toy_track, tool):
+    for path in Path("logs").rglob("*.*"):
+        path.chmod(0o640)
+    before = os.umask(umask)
+    try:
+        assert tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "logs")[0] == 0
+        assert tool("compare", "train_toy.py", "--b_flags=--lr=1.1", "--n=1", "--state=s", "--out=here")[0] == 0
+        assert tool("board")[0] == 0
+    finally:
+        os.umask(before)
+    board = [toy_track.parent / "README.md", toy_track.parent / "history.svg", toy_track / "curves.svg"]
+    made = [*(toy_track / "2026-12-01_Toy").rglob("*"), *Path("here").rglob("*"), *board]
+    assert {oct(path.stat().st_mode & 0o777) for path in made if path.is_file()} == {oct(mode)}
+    assert {oct(path.stat().st_mode & 0o777) for path in made if path.is_dir()} == {oct(0o777 & ~umask)}
+
+
+# -----------------------------------------------------------------------------
+# Runs that name all files that ran
+
+@pytest.fixture
+def with_kernels(toy_track, toy, tool):
+    """A record, without questions, of two runs whose run.json names train_k.py and triton_kernels.py."""
+    Path("k").mkdir()
+    toy("k/train_k.py")
+    Path("k/triton_kernels.py").write_text("KERNEL = 1\n")
+    for seed in range(2):
+        toy_run(seed, script="k/train_k.py", out="k/logs")
+    assert tool("new", "K", "--track=track_1_small", "--date=2026-12-01", "k/logs")[0] == 0
+    folder = toy_track / "2026-12-01_K"
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("TODO", ""))
+    return folder
+
+
+def kernels_edited(record):
+    (record / "triton_kernels.py").write_text("KERNEL = 2\n")
+
+
+def kernels_lost(record):
+    (record / "triton_kernels.py").unlink()
+
+
+def kernels_not_named(record):
+    for name in ("train_k_seed0", "train_k_seed1"):
+        edit(record / name / "run.json", lambda info: info["sources"].pop("triton_kernels.py"))
+        edit(record / name / "run.json", lambda info: info.update(source_sha256=info["sources"]["train_k.py"]))
+    cover_up(record)
+
+
+def joined_hash_of_the_script_alone(record):
+    edit(record / "train_k_seed0" / "run.json", lambda info: info.update(source_sha256=info["sources"]["train_k.py"]))
+    cover_up(record)
+
+
+def a_source_from_elsewhere(record):
+    edit(record / "train_k_seed0" / "run.json", lambda info: info["sources"].update({"../x.py": "0" * 64}))
+
+
+@pytest.mark.parametrize("lie, words", [
+    (kernels_edited, "triton_kernels.py has sha256"), (kernels_lost, "triton_kernels.py is not there"),
+    (kernels_not_named, "its sources do not name triton_kernels.py"), (a_source_from_elsewhere, "has sources"),
+    (joined_hash_of_the_script_alone, "train_k.py with triton_kernels.py has sha256")])
+def test_check_covers_every_file_that_ran(lie, words, with_kernels, tool):
+    assert tool("check", with_kernels, "--no_guard")[::2] == (0, [])
+    lie(with_kernels)
+    code, _, errors = tool("check", with_kernels, "--no_guard")
+    assert code == 1 and words in errors[0], errors
+
+
+def test_new_copies_the_files_that_ran_and_no_others(toy_track, toy, tool, with_kernels):
+    Path("k/logs", sorted(os.listdir("k/logs"))[0], "harness.py").write_text("OLD = 1\n")
+    assert tool("new", "Again", "--track=track_1_small", "--date=2026-12-02", "k/logs")[0] == 0
+    again = toy_track / "2026-12-02_Again"
+    assert sorted(path.name for path in again.glob("*.py")) == ["train_k.py", "triton_kernels.py"]
+
+
+# -----------------------------------------------------------------------------
+# changes.diff
+
+@pytest.fixture
+def two_records(tmp_path):
+    """Function of two dictionaries of files: script_diff of records that hold them."""
+    def diff(old, new):
+        made = []
+        for name, files in (("Old", old), ("New", new)):
+            folder = tmp_path / name
+            folder.mkdir()
+            for file, text in files.items():
+                (folder / file).write_text(text, newline="")
+            script = next(file for file in files if file.startswith("train_"))
+            made.append(runs.Record(folder, {"arms": {"x": {"script": script, "flags": []}}}, []))
+        about, text = diffs.script_diff(*made)
+        return about, [line for line in text.splitlines() if line[:1] in "+-#"]
+    return diff
+
+
+def test_the_diff_covers_the_kernels(two_records):
+    assert two_records({"train_x.py": "a = 1\r\n", "triton_kernels.py": "k = 1"},
+                       {"train_y.py": "a = 1\n", "triton_kernels.py": "k = 2"}) == ("", [
+        "--- Old/triton_kernels.py", "+++ New/triton_kernels.py", "-k = 1", "+k = 2"])
+
+
+def test_the_diff_covers_kernels_that_came_or_went(two_records):
+    assert two_records({"train_x.py": "a = 1\n", "triton_kernels.py": "k = 1\n"}, {"train_x.py": "a = 2\n"})[1] == [
+        "--- Old/train_x.py", "+++ New/train_x.py", "-a = 1", "+a = 2", "--- Old/triton_kernels.py",
+        "+++ New/triton_kernels.py", "-k = 1"]
+
+
+def test_a_harness_that_moved_into_the_script_is_no_change(two_records):
+    script = "import harness\n\nLR = 1\n\n# the model\ndef model():\n    return 1\n"
+    harness = "import os\n\ndef shards():\n    return 2\n\ndef clock():\n    return 3\n"
+    new = ("import os\n\nLR = 1\n\ndef clock():\n    return 3\n\ndef shards():\n    return 20\n\n"
+           "# the model\ndef model():\n    return 1\n")
+    about, lines = two_records({"train_x.py": script, "harness.py": harness}, {"train_x.py": new})
+    assert "one file here" in about and lines[0] == f"# {about}"
+    changes = [line for line in lines if line[1:].strip() and not line.startswith(("# ", "---", "+++"))]
+    assert sorted(changes) == ["+    return 20", "-    return 2", "-import harness"]
+    assert "--- Old/train_x.py + harness.py" in lines
+
+
+def test_a_script_that_cannot_be_parsed_is_still_compared(two_records):
+    _, lines = two_records({"train_x.py": "a = = 1\n", "harness.py": "b = 1\n"}, {"train_x.py": "a = 1\n"})
+    assert "-a = = 1" in lines and "-b = 1" in lines and "+a = 1" in lines
+
+
+def test_a_result_in_plain_words():
+    """And in the words of older records, whose READMEs are frozen."""
+    track = {"target": 3.28, "p": 0.01}
+    assert runs.claim_text(4, 0.002, track, 3) == (
+        "A record: the 4 runs show that the mean loss is below the target 3.28 (p = 0.002; a record needs p < 0.01).")
+    assert runs.claim_text(3, 0.0101, track, 4) == (
+        "A reference, not a record. A record must show that its mean loss is below 3.28 at p < 0.01. These 3 runs give "
+        "p = 0.0101. About 4 runs with this mean and sd would show it.")
+    assert runs.claim_text(1, 1.0, track, None).endswith("below 3.28, and one run cannot show that.")
+    assert runs.claim_of_format_1(3, 0.0101, track, 4) == (
+        "A reference, not a record: that the mean loss is below 3.28 is not shown at p < 0.01 (p = 0.0101); about 4 "
+        "runs with this mean and sd would show it.")
+
+
 def test_a_new_record_keeps_the_harness_of_its_runs(toy_track, toy_with_harness, tool):
     for i in range(2):                   # the second run has another one
         script = toy_with_harness(f"a{i}", harness=f"MARK = {i}\n")
