@@ -61,7 +61,7 @@ def make_arm(path: Path, flags: list[str], edits: list[str] = (), name: str = ""
         raise UserError(f"{path} has a name that is not made of letters, digits and blanks; rename it")
     check_flags(flags)
     files = {source.name: source.read_bytes() for source in source_files(path)}
-    text = read_text(path, MAX_JSON)
+    text = read_text(path.resolve(), MAX_JSON)       # a link to a script is as good as the script
     windows = "\r\n" in text
     text = text.replace("\r\n", "\n")
     for edit in edits:
@@ -124,7 +124,7 @@ def comparison_plan(args, flags: list[str]) -> dict[str, Arm]:
 
 def read_arms(path: Path) -> list[str]:
     """The arms in a file, one a line; empty lines and those that begin with # are skipped."""
-    lines = [line.strip() for line in read_text(path, MAX_JSON).split("\n")]
+    lines = [line.strip() for line in read_text(path.resolve(), MAX_JSON).split("\n")]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -317,7 +317,7 @@ class Comparison:
         for row in rows[1:]:
             row["against"] = self.names[0]
             row["verdicts"] = [verdict_numbers(verdict) for verdict in verdicts_of(record, row["arm"])]
-        write_text(self.folder / "table.json", json.dumps(rows, indent=1) + "\n")
+        write_text(self.folder / "table.json", json.dumps(rounded(rows), indent=1) + "\n")
 
     def print_tables(self):
         """Prints the tables; nothing if no run has ended well."""
@@ -330,6 +330,15 @@ def tables(record) -> str:
     return results_table(record) + "\n\n" + verdict_text(record)
 
 
+def rounded(value):
+    """Numbers to six digits, also those in lists and dictionaries."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def verdict_numbers(verdict: Verdict) -> dict:
     """A verdict for table.json; differences of times are of logarithms, and are given as ratios."""
     numbers = {"measure": verdict.measure, "pairs": len(verdict.differences)}
@@ -339,7 +348,7 @@ def verdict_numbers(verdict: Verdict) -> dict:
     low, high = verdict.interval
     values = [verdict.mean, low, high]
     if verdict.relative:
-        values = [float(f"{value:.6g}") for value in map(math.expm1, values)]
+        values = [math.expm1(value) for value in values]
     return numbers | {"verdict": verdict.words, name: values[0], "low": values[1], "high": values[2], "p": verdict.p,
                       "pairs_needed": verdict.pairs_needed}
 

@@ -54,8 +54,8 @@ README whose tables are computed from those logs.
    is kept as a reference.
 2. **Every run that was started is listed**, also those that failed. Seeds are used without gaps. A run that does not
    count says why.
-3. **The validation text is fixed.** `track.json` names the file, its number of tokens and, where it is known, its sha256.
-   The training data is free.
+3. **The validation text is fixed.** `track.json` names the file, its number of tokens and, where it is known, its
+   sha256. The training data is free.
 4. **The clock counts training only.** Compilation and validation are off the clock. Nothing is compiled while it runs.
 5. **The loss is that of an honest predictor.** `guard.py` trains each script at a small size. It checks that the
    probabilities sum to 1, that no prediction sees later tokens, that the reported loss covers all validation tokens,

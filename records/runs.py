@@ -544,16 +544,15 @@ def verdicts_of(record: Record, arm: str) -> list[Verdict]:
 def verdict_text(record: Record) -> str:
     """The verdicts of a comparison: one table, and a line for each thing to know about it."""
     first, *others = record.ledger["arms"]
-    rows, lines, level = [], [], record.ledger["p"]
+    lines, level = [], record.ledger["p"]
     for arm in record.ledger["arms"]:
         bad = [run for run in record.runs if run.arm == arm and run.info["status"] == "diverged"]
         lines += [f"- **{arm} diverged** in {len(bad)} of {len(bad) + len(record.of_arm(arm))} runs. The verdicts are "
                   "over the other pairs."] * bool(bad)
-    for arm in others:
-        found = verdicts_of(record, arm)
-        rows += [verdict.row() for verdict in found]
-        lines += [f"- {arm}: no verdict. It has {len(pairs_of(record, arm))} finished pair(s) with {first}, and 2 are "
-                  "needed."] * (not found)
+    found = {arm: verdicts_of(record, arm) for arm in others}
+    rows = [verdict.row() for verdicts in found.values() for verdict in verdicts]
+    if few := [arm for arm in others if not found[arm]]:
+        lines.append(f"- no verdict for {', '.join(few)}: it takes 2 finished rounds together with {first}.")
     if not rows:
         return "\n".join(lines)
     lines.append(f"- A difference is the arm minus {first}; lower is better. `pairs needed` would show a difference of "

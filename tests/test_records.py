@@ -682,7 +682,7 @@ def test_a_sweep_has_one_run_an_arm_and_no_verdicts(toy, tool):
     assert code == 2 and len(errors) == 1 and "arm broken failed with exit code 1: toy: no shards here" in errors[0]
     rows = [line for line in out.splitlines() if line.startswith("| ")][2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["A", "far", "hot", "bad", "broken"]
-    assert "diverged" in rows[3] and "no shards here" in rows[4] and out.count("no verdict") == 4
+    assert "diverged" in rows[3] and "no shards here" in rows[4] and "no verdict for far, hot, bad, broken" in out
     assert json.loads(Path("here/table.json").read_text())[4]["note"].startswith("exit code 1: toy")
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
     code, out, errors = tool("compare", "train_a.py", "--arms=ideas.txt", "--arm=far: --lr=1.4", "--n=1",
@@ -698,7 +698,7 @@ def test_an_arm_that_fails_is_left_out_of_later_rounds(toy, tool):
     ledger = json.loads(Path("here/runs.json").read_text())
     assert [run["arm"] for run in ledger["runs"]] == ["A", "B", "odd", "B", "A", "A", "B"]
     assert ledger["runs"][2]["status"] == "failed" and "disk is full" in Path("here/odd_seed0_output.txt").read_text()
-    assert verdicts(out)["loss"].pairs == "3" and "odd: no verdict" in out
+    assert verdicts(out)["loss"].pairs == "3" and "no verdict for odd" in out
     assert tool("check", "here", "--no_guard")[::2] == (0, [])       # though the run failed before it had a log
 
 
@@ -735,6 +735,14 @@ while len(list(Path().glob("seen*"))) < 2:
         code, _, errors = tool("compare", "train_a.py", "--arm=x: --lr=1.11", *flags)
         assert code == 2 and words in errors[0]
     assert launcher.make_slots(1, 2, own_gpus=True) == [{"CUDA_VISIBLE_DEVICES": "4,7"}]
+
+
+def test_scripts_and_lists_of_arms_may_be_links(toy, tool):
+    Path("train_a.py").symlink_to(toy("real.py"))
+    Path("real.txt").write_text("x: --lr=1.1")
+    Path("ideas.txt").symlink_to("real.txt")
+    assert tool("compare", "train_a.py", "--arms=ideas.txt", "--n=1", toy.state, "--out=here")[::2] == (0, [])
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
 
 
 def test_ranks_are_started_through_torchrun(toy, monkeypatch, tmp_path):

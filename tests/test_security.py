@@ -61,7 +61,6 @@ KEYWORDS = {"shell": False, "allow_pickle": False, "weights_only": True, "trust_
 # (files, what) -> why it is right there
 ALLOWED = {
     ("sample.py", "exec_module"): "the training script beside sample.py, or the one that --script names",
-    ("records/guard.py", "exec_module"): "the script that the guard is asked to examine",
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
     ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
