@@ -348,7 +348,7 @@ def verdict_numbers(verdict: Verdict) -> dict:
     low, high = verdict.interval
     values = [verdict.mean, low, high]
     if verdict.relative:
-        values = [math.expm1(value) for value in values]
+        values = [math.expm1(value) if value < 700 else None for value in values]    # more is no finite number
     return numbers | {"verdict": verdict.words, name: values[0], "low": values[1], "high": values[2], "p": verdict.p,
                       "pairs_needed": verdict.pairs_needed}
 

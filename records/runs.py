@@ -518,7 +518,7 @@ class Verdict:
         low, high = self.interval
         open_cells = ["-", "-"] if found or not self.sd else [self.pairs_needed or "> 1000", self.show(self.visible)]
         return [self.arm, self.measure, self.show(self.mean), f"{self.show(low)} to {self.show(high)}",
-                p_text(self.p).removeprefix("p = "), len(self.differences), f"**{self.words}**" if found else
+                p_text(self.p).removeprefix("p = ").removeprefix("p "), len(self.differences), f"**{self.words}**" if found else
                 self.words + ", the same in every pair" * (not self.sd), *open_cells]
 
 

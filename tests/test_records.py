@@ -674,6 +674,13 @@ def test_any_number_of_arms_each_against_the_first(toy, tool):
     assert Path("count").read_text().count("x") == 16                # nothing was missing
 
 
+def test_intervals_that_no_number_holds():
+    """Two pairs and a strict level: the interval of a ratio reaches beyond what a float can hold."""
+    verdict = runs.Verdict("B", "time", [0.1, 0.9], True, 1e-6)
+    assert verdict.row()[3].endswith("more than a million-fold")
+    assert comparison.verdict_numbers(verdict)["high"] is None
+
+
 def test_a_sweep_has_one_run_an_arm_and_no_verdicts(toy, tool):
     toy("train_a.py")
     Path("ideas.txt").write_text("# ideas\r\nhot: --lr=1.3\r\n\nbad: --lr=20\nbroken: --x=y\n")
@@ -934,7 +941,7 @@ def fast_start(forkserver, monkeypatch, tmp_path):
 
 
 SLOW_BACKWARD = r'if __name__ == "__main__": => ' + r"""
-inner_backward = torch.autograd.backward\ndef slow_backward(*args, **options):\n    time.sleep(0.3)\n
+inner_backward = torch.autograd.backward\ndef slow_backward(*args, **options):\n    time.sleep(0.1)\n
     return inner_backward(*args, **options)\ntorch.autograd.backward = slow_backward\n
 if __name__ == "__main__":""".replace("\n", "")
 
@@ -947,7 +954,8 @@ def test_verdicts_on_the_training_script(fast_start, data, tool):
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "--n=3", *flags, f"--arm=slow: --lr=0.02 | {SLOW_BACKWARD}",
                         "--out=here")
     found = verdicts(out, "slow")
-    assert {verdict.verdict for verdict in found.values()} == {"**worse**"}, out
+    assert found["loss"].verdict == "**worse**", out     # the same on every machine; how clear the time is, is not
+    assert not any(found[what].difference.startswith("-") for what in ("time", "time at equal loss")), out
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
 
 
