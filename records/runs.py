@@ -260,6 +260,7 @@ def read_record(folder: Path) -> Record:
             raise UserError(f"{path} has p {ledger['p']}; the level of a test is above 0 and below 0.5")
     for name, arm in ledger["arms"].items():
         check_fields(arm, {"script": str, "flags": list}, f"{path}, arm {name}")
+        check_fields({"edits": []} | arm, {"edits": list}, f"{path}, arm {name}")
         parts = arm["script"].split("/")
         in_folder = SCRIPT.fullmatch(parts[-1]) and (len(parts) == 1 or (len(parts) == 2 and NAME.fullmatch(parts[0])))
         if not in_folder or not all(isinstance(f, str) for f in arm["flags"]):
@@ -293,6 +294,8 @@ def read_track(folder: Path) -> dict:
     track = read_json(path)
     check_fields(track, {"title": str, "target": float, "p": float, "val_tokens": int, "val_data": dict, "ranks": int,
                          "hardware": str, "text": str, "commands": list, "exempt": dict}, path)
+    if not 0 < track["p"] < 0.5:
+        raise UserError(f"{path} has p {track['p']}; the level of a test is above 0 and below 0.5")
     for name, shard in track["val_data"].items():
         check_fields(shard, {"sha256": str, "tokens": int}, f"{path}, {name}")
     return track | {"name": folder.name}
@@ -457,7 +460,7 @@ def setup_text(record: Record) -> str:
         gpus = sorted({run.info["gpu"].splitlines()[-1] for run in runs if run.info["gpu"]})
         lines += [f"{arm}: {info['world_size']} x {info['device']}; {versions}."
                   + f" GPU (name, driver, memory, clocks, power limit): {'; '.join(gpus)}." * bool(gpus),
-                  f"```\n{command}\n```"]
+                  f"```\n{command}\n```", *(f"- text edit: `{edit}`" for edit in plan.get("edits", []))]
     hashes = {name: digest for run in record.runs for name, digest in run.info.get("data_sha256", {}).items()}
     shards = {name: size for run in record.runs for name, size in run.info.get("data", {}).items()}
     lines += [f"- `{name}`: {size:,} tokens" + (f", sha256 `{hashes[name]}`" if name in hashes else "")
@@ -514,12 +517,17 @@ class Verdict:
         if not self.differences:
             return [self.arm, self.measure, *"----", "not defined: one run ends above the loss the other starts with",
                     *"--"]
-        found = self.words != "not distinguishable"
         low, high = self.interval
-        open_cells = ["-", "-"] if found or not self.sd else [self.pairs_needed or "> 1000", self.show(self.visible)]
-        return [self.arm, self.measure, self.show(self.mean), f"{self.show(low)} to {self.show(high)}",
-                p_text(self.p).removeprefix("p = ").removeprefix("p "), len(self.differences), f"**{self.words}**" if found else
-                self.words + ", the same in every pair" * (not self.sd), *open_cells]
+        p = p_text(self.p).removeprefix("p = ").removeprefix("p ")
+        words, more = f"**{self.words}**", ["-", "-"]
+        if self.words == "not distinguishable":
+            words = self.words
+            if self.sd:
+                more = [self.pairs_needed or "> 1000", self.show(self.visible)]
+            else:
+                words += ", the same in every pair"
+        return [self.arm, self.measure, self.show(self.mean), f"{self.show(low)} to {self.show(high)}", p,
+                len(self.differences), words, *more]
 
 
 def pairs_of(record: Record, arm: str) -> list[tuple[Run, Run]]:

@@ -670,6 +670,7 @@ def test_any_number_of_arms_each_against_the_first(toy, tool):
     assert time_of_slow["relative_difference"] == pytest.approx(0.5, abs=0.02) and time_of_slow["verdict"] == "worse"
     assert rows["hot"]["n"] == 4 and rows["hot"]["seconds"] == pytest.approx(2, abs=0.1)
     assert Path("here/table.md").read_text().strip() in out
+    assert "- text edit: `SLOW_MARK = 1.0 => SLOW_MARK = 1.5`" in Path("here/README.md").read_text()
     assert Path("count").read_text().count("x") == 16 and tool(*command)[0] == 0
     assert Path("count").read_text().count("x") == 16                # nothing was missing
 
