@@ -2,6 +2,7 @@
 
 This is a module of records.py, not a command: python records/records.py plot --help says how to draw curves.
 """
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ AXES = (("step", 0, 1), ("training time, s", 1, 1), ("training tokens, M", 2, 1e
 
 def new_figure(*size):
     """A matplotlib figure; raises UserError if matplotlib is not installed."""
+    backend = os.environ.pop("MPLBACKEND", None)         # a notebook's is refused outside of it; a file needs none
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is not installed; pip install matplotlib") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     matplotlib.rcParams.update({"svg.hashsalt": "records", "svg.fonttype": "none", "font.size": 10,
                                 "axes.spines.top": False, "axes.spines.right": False})
     return Figure(size, layout="constrained")

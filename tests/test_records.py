@@ -1305,6 +1305,14 @@ def test_board_and_pictures(toy_track, tool):
     assert code == 0 and "| train_toy --lr=1 | 3 |" in out and "no: diverged" in out
 
 
+def test_the_backend_of_a_notebook_does_not_matter(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = subprocess.run([sys.executable, ROOT / "records" / "records.py", "plot", ROOT / "records" / FIRST,
+                           f"--out={tmp_path / 'picture'}"], env=os.environ | {"MPLBACKEND": "module://nowhere.backend"},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "picture.png").is_file()
+
+
 def test_the_numbers_of_the_table(archive, tool, stats):
     code, out, _ = tool("summarize", archive / FIRST, "--track=track_0_dev")
     losses = [3.885228, 3.898051, 3.890992]
