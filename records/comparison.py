@@ -20,6 +20,7 @@ from runs import (MAX_JSON, NAME, SCRIPT, UserError, Verdict, arm_result, fill, 
 
 HALF = "half a round"                    # begins the reason why such a run does not count
 STOPPED = "stopped after"                # begins the reason why a run that met --limit does not count
+OWN_FILES = ("readme.md", "runs.json", "table.json", "table.md")     # of the output folder, in lower case
 EDIT = re.compile(r" =>(?: |$)")
 ARM_FORM = 'write --arm="NAME: --flag=value | old text => new text", as --help says'
 
@@ -89,6 +90,8 @@ def named_arm(text: str, script: Path, flags: list[str]) -> tuple[str, Arm]:
     name, edits = name.strip(), []
     if not colon or not NAME.fullmatch(name) or len(name) > 40:
         raise UserError(f"--arm={text[:80]!r} has no name of up to 40 letters and digits before a colon; {ARM_FORM}")
+    if name.lower() in OWN_FILES or re.search(r"_seed\d", name):
+        raise UserError(f"--arm {name} has the name of a file or run of the output folder; choose another name")
     own = []
     for part in re.split(r"(?<!\\)\s\|\s", f" {rest} "):
         part = part.strip()
@@ -172,7 +175,7 @@ def compare(args, flags: list[str]) -> int:
             comparison.write_tables()
     comparison.print_tables()
     if comparison.failed:
-        raise UserError("; ".join(comparison.failed.values()) + f"; its whole output is in {folder}")
+        raise UserError("; ".join(comparison.failed.values()) + f"; what failed runs printed is in {folder}")
     return 0
 
 

@@ -433,6 +433,8 @@ def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
     (["compare", "train_gpt.py", "--noise", "--n=0"], "at least 1 round"),
     (["compare", "train_gpt.py", "--arm=x"], "has no name"),
     (["compare", "train_gpt.py", "--arm=../x: --lr=2"], "has no name"),
+    (["compare", "train_gpt.py", "--arm=README.md: --lr=2"], "the name of a file or run of the output folder"),
+    (["compare", "train_gpt.py", "--arm=A_seed0: --lr=2"], "the name of a file or run of the output folder"),
     (["compare", "train_gpt.py", "--arm=x: y"], "no flag, edit or script"),
     (["compare", "train_gpt.py", "--arm=x: a => b => c"], "not of the form old => new"),
     (["compare", "train_gpt.py", "--arm=x: import => "],
@@ -1307,9 +1309,9 @@ def test_board_and_pictures(toy_track, tool):
 
 def test_the_backend_of_a_notebook_does_not_matter(tmp_path):
     pytest.importorskip("matplotlib")
-    done = subprocess.run([sys.executable, ROOT / "records" / "records.py", "plot", ROOT / "records" / FIRST,
-                           f"--out={tmp_path / 'picture'}"], env=os.environ | {"MPLBACKEND": "module://nowhere.backend"},
-                          capture_output=True, text=True)
+    command = [sys.executable, ROOT / "records/records.py", "plot", ROOT / "records" / FIRST, "--out=picture"]
+    environment = os.environ | {"MPLBACKEND": "module://nowhere.backend"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "picture.png").is_file()
 
 
