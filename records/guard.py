@@ -3,10 +3,11 @@
     python records/guard.py train_gpt.py                       # with the tables of its default preset
     python records/guard.py SCRIPT --run=FOLDER/run.json       # with the tables of a run; did SCRIPT make that run?
     python records/guard.py SCRIPT --run=A/run.json --run=B/run.json       # of several; equal tables are examined once
-    python records/guard.py SCRIPT --device=cuda               # with the GPU's attention instead of the plain one
+    python records/guard.py SCRIPT --device=cuda               # with the attention of the GPU instead of the plain one
 
-It imports the script, so it runs its code, trains a model of a few channels on made-up text, and looks at it from
-outside, through main(), GPT and the files of the run. Exit code 0 if all holds, 1 with a line that says what does not.
+The guard imports the script, so it runs the script's code. It trains a model of a few channels on made-up text, and
+looks at it from outside, through main(), GPT and the files of the run. Exit code 0: all of this holds. Exit code 1: a
+line says what does not.
 
     normalised   over all tokens that may follow, the probabilities that the loss implies sum to 1
     causal       no loss up to a token changes with the tokens and targets after it, across documents and windows
@@ -14,12 +15,11 @@ outside, through main(), GPT and the files of the run. Exit code 0 if all holds,
                  a plain softmax from the checkpoint that the run wrote
     harmless     a run that validates at every step trains bit for bit like one that validates at its end only
 
-What it cannot see: code that behaves differently in a large run, or in kernels that do not run on this device.
+The guard cannot see code that behaves differently in a large run, or in kernels that do not run on this device.
 """
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import re
@@ -31,18 +31,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from runs import COMPANIONS, UserError, read_run
 
-BOS, STREAM, VAL_TOKENS, STEPS = 8, 256, 500, 4         # 8 tokens of one byte and a begin-of-document id
+from runs import UserError, read_run, user_path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample                                       # loads scripts; it imports PyTorch when that is needed, as here
+
+BOS, STREAM, VAL_TOKENS, STEPS = 8, 256, 500, 4     # 8 tokens of one byte and a begin-of-document id
+PARTS = ("PRESETS", "GPT", "parse_config", "config_from_dict", "main")     # what a script must have
 # what a run fills in itself
 FROM_MACHINE = {"vocab_size", "bos_id", "attention", "compile", "kernels", "float8", "host_state"}
-SMALL = {"val_tokens": VAL_TOKENS, "val_stream_tokens": STREAM, "slot_tokens": 128, "micro_batch_tokens": 0,
-         "num_iterations": STEPS, "stop_after": 0, "final_windows": [24, 64], "head_dim": 16, "mlp_dim": 64,
-         "gate_dim": 8, "vocab_size": 0, "vocab_multiple": 1, "bos_id": -1, "bigram_rows": 61, "bigram_signs": 8,
-         "precision": "fp32", "attention": "auto", "kernels": False, "float8": False, "compile": False, "seed": 0,
-         "resume": "", "save_every": 0, "compile_cache": ""}
+# values of the small run; fields that a script lacks are skipped, some have one name in older scripts
+SMALL = {"val_tokens": VAL_TOKENS, "val_stream_tokens": STREAM, "pack_tokens": 128, "slot_tokens": 128,
+         "micro_batch_tokens": 0, "num_iterations": STEPS, "stop_after": 0, "final_windows": [24, 64], "vocab_size": 0,
+         "vocab_multiple": 1, "vocab_dir": "", "bos_id": -1, "precision": "fp32", "attention": "auto", "kernels": False,
+         "float8": False, "compile": False, "seed": 0, "resume": "", "init_from": "", "save_every": 0,
+         "compile_cache": ""}
+SIZES = {"head_dim": 16, "qk_dim": 8, "mlp_dim": 64, "gate_dim": 8, "bigram_rows": 61, "bigram_signs": 8}  # 0 stays 0
+STAGE = {"batch_tokens": 256, "max_doc_tokens": 90}
 
 
 class Dishonest(Exception):
@@ -55,28 +61,6 @@ def need(good: bool, sentence: str):
         raise Dishonest(sentence)
 
 
-def load_script(path: Path):
-    """The module of a training script; what it imports from its folder is not what another script has imported."""
-    path = path.resolve()
-    others = {name: module for name in (Path(name).stem for name in COMPANIONS)
-              if (module := sys.modules.get(name)) and Path(module.__file__).parent != path.parent}
-    for name in others:
-        del sys.modules[name]
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec = importlib.util.spec_from_file_location(f"guarded_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module             # before it runs: dataclasses look their module up
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-        sys.modules.update(others)
-    missing = [name for name in ("PRESETS", "GPT", "parse_config", "config_from_dict", "main")
-               if not hasattr(module, name)]
-    need(not missing, f"the script has no {', '.join(missing)}, so it cannot be examined")
-    return module
-
-
 def as_flag(name: str, value) -> str:
     """`--name=value` as a user would type it: tables as JSON, pairs with commas."""
     if isinstance(value, (list, tuple)):
@@ -86,16 +70,25 @@ def as_flag(name: str, value) -> str:
 
 
 def small_flags(config: dict, folder: Path, device: str, **changes) -> list[str]:
-    """Command line of a run on the shards in `folder` with the tables of `config`, everything else a few numbers."""
-    heads = config["model_dim"] // config["head_dim"]
-    small = SMALL | {"model_dim": 16 * heads, "qk_dim": 8 * bool(config.get("qk_dim")), "device": device,
-                     "out_dir": str(folder / "logs"), "train_files": f"{folder}/train_*.bin",
-                     "val_files": f"{folder}/val_*.bin"}
+    """Command line of a run on the shards in `folder` with the tables of `config`, everything else a few numbers.
+
+    Only fields of `config` are set, and a size of 0, which means that a part of the model is off, stays 0.
+    """
+    small = SMALL | {name: size if config.get(name) else 0 for name, size in SIZES.items()}
+    small |= {"device": device, "out_dir": str(folder / "logs"), "train_files": f"{folder}/train_*.bin",
+              "val_files": f"{folder}/val_*.bin"}
+    if config.get("head_dim") and config.get("model_dim"):
+        small["model_dim"] = SIZES["head_dim"] * (config["model_dim"] // config["head_dim"])
     if device == "cuda":
         small |= {"precision": "bf16", "attention": "flex", "compile": True}
-    small["stages"] = [row | {"batch_tokens": 256, "max_doc_tokens": 90, "short": 8 + 4 * i, "long": 24 + 12 * i}
-                       for i, row in enumerate(config["stages"])]
+    small["stages"] = [small_stage(row, i) for i, row in enumerate(config.get("stages", []))]
     return [as_flag(name, value) for name, value in (config | small | changes).items() if name in config]
+
+
+def small_stage(row: dict, index: int) -> dict:
+    """A row of the table of stages with short windows and documents, which grow with the index."""
+    small = STAGE | {"short": 8 + 4 * index, "long": 24 + 12 * index}
+    return {name: small.get(name, value) for name, value in row.items()}
 
 
 def write_shards(folder: Path) -> np.ndarray:
@@ -118,7 +111,7 @@ def write_shards(folder: Path) -> np.ndarray:
 
 def train(module, flags: list[str], folder: Path) -> SimpleNamespace:
     """Runs main() with the flags; its run.json, its log, its checkpoint folder and the bytes of the weights."""
-    argv, sys.argv = sys.argv, [module.__name__, *flags]
+    argv, sys.argv = sys.argv, [Path(module.__file__).name, *flags]
     known, output, hidden = set(folder.glob("logs/*")), io.StringIO(), "matplotlib" not in sys.modules
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     if hidden:
@@ -126,6 +119,8 @@ def train(module, flags: list[str], folder: Path) -> SimpleNamespace:
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = module.main()
+    except Exception as error:                      # whatever a script raises
+        raise Dishonest(f"a small run ends with {type(error).__name__}: {str(error)[:200]}") from None
     finally:
         sys.argv = argv
         if hidden:
@@ -134,15 +129,18 @@ def train(module, flags: list[str], folder: Path) -> SimpleNamespace:
             signal.signal(name, handler)
     need(code == 0, f"a small run ends with exit code {code}: {' '.join(output.getvalue().split())[-200:]}")
     run = (set(folder.glob("logs/*")) - known).pop()
-    checkpoint = run / "checkpoint" / (run / "checkpoint" / "latest").read_text()
-    return SimpleNamespace(info=json.loads((run / "run.json").read_text()), log=(run / "log.txt").read_text(),
-                           checkpoint=checkpoint, weights=(checkpoint / "model.safetensors").read_bytes())
+    checkpoint = run / "checkpoint" / (run / "checkpoint" / "latest").read_text(encoding="utf-8")
+    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(info=info, log=(run / "log.txt").read_text(encoding="utf-8"), checkpoint=checkpoint,
+                           weights=(checkpoint / "model.safetensors").read_bytes())
 
 
 def load_model(module, checkpoint: Path, device: str):
     """The model of a checkpoint, in its last stage."""
+    import torch
     from safetensors.torch import load_file
-    meta = json.loads((checkpoint / "meta.json").read_text())
+
+    meta = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
     with torch.device(device):
         model = module.GPT(module.config_from_dict(meta["config"]))
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
@@ -158,9 +156,10 @@ def check_harmless(often, seldom):
     need(often.weights == seldom.weights, "validating changes training: the weights differ with and without")
 
 
-@torch.no_grad()
 def check_complete(forward, tokens: np.ndarray, reported: float, device: str, tolerance: float):
     """The reported loss is the mean over the first VAL_TOKENS tokens, document by document, in float64."""
+    import torch
+
     starts = [*np.flatnonzero(tokens == BOS), len(tokens)]
     total = 0.0
     for start, end in zip(starts, starts[1:]):
@@ -170,15 +169,16 @@ def check_complete(forward, tokens: np.ndarray, reported: float, device: str, to
         document = np.full(STREAM, BOS)             # one shape for all; what follows a document cannot change it
         document[:end - start] = tokens[start:end]
         logits = forward(torch.from_numpy(document).to(device))[:len(targets)].double().cpu()
-        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
     mean = total / VAL_TOKENS
     need(abs(mean - reported) < tolerance, f"a small run reports a validation loss of {reported:.6f}, a softmax over "
          f"the logits of its checkpoint gives {mean:.6f} on the same {VAL_TOKENS} tokens")
 
 
-@torch.no_grad()
-def check_normalised(forward, tokens: torch.Tensor, positions, tolerance: float):
+def check_normalised(forward, tokens, positions, tolerance: float):
     """The probabilities exp(-loss) of all tokens that may follow each position sum to 1."""
+    import torch
+
     for position in positions:
         targets = torch.full_like(tokens, -1)
         total = 0.0
@@ -189,9 +189,10 @@ def check_normalised(forward, tokens: torch.Tensor, positions, tolerance: float)
              f"{position} sum to {total:.4f}: the loss is not that of a normalised distribution")
 
 
-@torch.no_grad()
-def check_causal(forward, tokens: torch.Tensor, targets: torch.Tensor, positions, tolerance: float):
+def check_causal(forward, tokens, targets, positions, tolerance: float):
     """Losses and logits up to each position stay as they are when tokens and targets after it change."""
+    import torch
+
     generator, index = torch.Generator().manual_seed(1), torch.arange(tokens.numel(), device=tokens.device)
     logits, total = forward(tokens), forward(tokens, targets)
     for last in positions:
@@ -210,6 +211,8 @@ def check_causal(forward, tokens: torch.Tensor, targets: torch.Tensor, positions
 
 def disturb(model):
     """Moves every parameter, so that no path through the model is silent because it starts at zero."""
+    import torch
+
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for param in model.parameters():
@@ -223,6 +226,8 @@ def same_to_the_guard(config: dict, device: str) -> str:
 
 def check_script(module, config: dict, device: str = "cpu"):
     """All that the guard knows, for the tables of one configuration; raises Dishonest."""
+    import torch
+
     torch.set_num_threads(1)
     tolerance = 1e-4 if device == "cpu" else 0.02
     with tempfile.TemporaryDirectory() as name:
@@ -237,9 +242,10 @@ def check_script(module, config: dict, device: str = "cpu"):
     disturb(disturbed)
     forward, compiled = (torch.compile(model, dynamic=False, fullgraph=True) if device == "cuda" else model
                          for model in (disturbed, honest))
-    check_causal(forward, stream, targets, (border - 1, border, 127, 201), tolerance)
-    check_normalised(forward, stream, (border - 1, 201), 10 * tolerance)
-    check_complete(compiled, tokens, run.info["val_losses"][-1]["val_loss"], device, tolerance)
+    with torch.no_grad():
+        check_causal(forward, stream, targets, (border - 1, border, 127, 201), tolerance)
+        check_normalised(forward, stream, (border - 1, 201), 10 * tolerance)
+        check_complete(compiled, tokens, run.info["val_losses"][-1]["val_loss"], device, tolerance)
 
 
 def check_run(module, info: dict):
@@ -253,40 +259,52 @@ def check_run(module, info: dict):
         if name not in FROM_MACHINE:
             one, other = (json.dumps(values.get(name))[:60] for values in (info["config"], made))
             need(one == other, f"the log has {name} {one}, the script makes {other} from its flags")
-    steps, last = min(cfg.stop_after or cfg.total_steps, cfg.total_steps), info["val_losses"][-1]["step"]
+    stop = getattr(cfg, "stop_after", 0) or cfg.total_steps
+    steps, last = min(stop, cfg.total_steps), info["val_losses"][-1]["step"]
     need(steps == last, f"the schedule of the script ends at step {steps}, the run at step {last}")
 
 
 def main() -> int:
+    """Runs the command line. Exit code: 0 all holds, 1 something does not, 2 the user can put it right."""
     parser = argparse.ArgumentParser(prog="guard.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", type=Path, help="a training script")
-    parser.add_argument("--run", type=Path, metavar="RUN.JSON", action="append", default=[],
-                        help="run.json of a run that the script made; may be given several times")
+    parser.add_argument("script", type=user_path, help="a training script")
+    parser.add_argument("--run", type=user_path, metavar="RUN.JSON", action="append", default=[],
+                        help="run.json of a run that the script made; may be repeated")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
-    args = parser.parse_args()
+
+    def refuse(message):
+        raise UserError(f"{message}; see --help")
+    parser.error = refuse
     try:
+        args = parser.parse_args()
         for path in (args.script, *args.run):
             if not path or not path.is_file():                      # argparse reads --run=-- as a list
-                print(f"guard.py: {path or '--'} is not a file; name a training script, and with --run a run.json",
-                      file=sys.stderr)
-                return 2
-        module = load_script(args.script)
-        configs = [] if args.run else [json.loads(json.dumps(asdict(next(iter(module.PRESETS.values())))))]
-        for path in args.run:
-            info = read_run(path.parent).info
-            check_run(module, info)
-            configs.append(info["config"])
-        for config in {same_to_the_guard(config, args.device): config for config in configs}.values():
-            check_script(module, config, args.device)
+                raise UserError(f"{path or '--'} is not a file; name a training script, and with --run a run.json")
+        examine(args.script.resolve(), args.run, args.device)
     except Dishonest as found:
-        print(f"{args.script}: {found}", file=sys.stderr)
+        print(f"{args.script}: {UserError(found)}", file=sys.stderr)
         return 1
-    except (UserError, OSError) as error:
+    except (UserError, sample.UserError) as error:
+        print(f"guard.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
         print(f"guard.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
     print(f"{args.script}: the loss is normalised, causal, complete, and validating changes nothing")
     return 0
+
+
+def examine(script: Path, runs: list[Path], device: str):
+    """Checks a script with the tables of its runs, or of its first preset; raises Dishonest or UserError."""
+    module = sample.import_script(script, PARTS, "name a training script")
+    configs = [] if runs else [json.loads(json.dumps(asdict(next(iter(module.PRESETS.values())))))]
+    for path in runs:
+        info = read_run(path.parent).info
+        check_run(module, info)
+        configs.append(info["config"])
+    for config in {same_to_the_guard(config, device): config for config in configs}.values():
+        check_script(module, config, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Pictures of runs and records, readable without colour: line styles, marks, and labels where the lines end."""
+"""Pictures of runs and records, readable without colour: line styles, marks, and labels where the lines end.
+
+This is a module of records.py, not a command: python records/records.py plot --help says how to draw curves.
+"""
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,15 @@ AXES = (("step", 0, 1), ("training time, s", 1, 1), ("training tokens, M", 2, 1e
 
 def new_figure(*size):
     """A matplotlib figure; raises UserError if matplotlib is not installed."""
+    backend = os.environ.pop("MPLBACKEND", None)         # a notebook's is refused outside of it; a file needs none
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is not installed; pip install matplotlib") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     matplotlib.rcParams.update({"svg.hashsalt": "records", "svg.fonttype": "none", "font.size": 10,
                                 "axes.spines.top": False, "axes.spines.right": False})
     return Figure(size, layout="constrained")
@@ -105,3 +113,7 @@ def history(tracks: list[tuple[dict, list[Record]]], path: Path):
                        "reference", fontsize=10)
         axis.grid(axis="y", alpha=0.25)
     save(figure, path)
+
+
+if __name__ == "__main__":
+    print(__doc__.strip())

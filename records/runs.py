@@ -1,8 +1,11 @@
 """What runs say: run folders and ledgers as they are on disk, and the tables and sentences made of them.
 
+This is a module of records.py, not a command: python records/records.py --help lists the commands.
+
 A run folder holds run.json and log.txt. A folder with runs.json, the ledger of all runs that were started, is a record
-of a track, whose track.json lies in the folder above, or a comparison, which has no track. Everything here may come
-from strangers: files are read up to a size, types are checked, and raising UserError is all that bad ones achieve.
+or a comparison. A record belongs to the track whose track.json lies in the folder above. A comparison has no track.
+These files may come from strangers. They are read up to a size, their types are checked, and a bad one raises
+UserError.
 """
 import hashlib
 import json
@@ -17,8 +20,10 @@ import numpy as np
 from student import describe, detectable, interval, needed_n, t_test
 
 MAX_JSON, MAX_LOG, MAX_RUNS = 4 << 20, 64 << 20, 1000    # bytes, bytes, runs in a ledger
-COMPANIONS = ("harness.py", "triton_kernels.py")         # what scripts import from their folder, in a log's order
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder or file in a record
+COMPANIONS = ("harness.py", "triton_kernels.py")         # what scripts import from their folder, in a log's order;
+#                                                          harness.py only in older records
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder in a record
+SCRIPT = re.compile(r"[\w(\[][\w .,+~()\[\]-]{0,95}\.py")   # of a training script
 REGION = re.compile(r"(<!-- records\.py: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 
@@ -32,6 +37,16 @@ class UserError(Exception):
 
 # -----------------------------------------------------------------------------
 # Files
+
+def user_path(text: str) -> Path:
+    """A path as a user types it, `~` included; raises UserError."""
+    if not text:
+        raise UserError("a path is empty; name a file or folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: the home folder of ~ is not known; write the path in full") from None
+
 
 def read_text(path: Path, limit: int) -> str:
     """The text of a plain file of at most `limit` bytes; raises UserError."""
@@ -75,18 +90,23 @@ def check_fields(values, fields: dict, where):
 
 
 def write_text(path: Path, text: str):
-    """Writes under a temporary name, then renames, so that a reader never sees half a file."""
+    """Writes UTF-8 under a temporary name, then renames, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)    # it may be a link, which writing would follow
-    with open(temporary, "x") as file:
+    with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def unix_lines(text: str) -> str:
+    """The text with line ends of Windows (CRLF) as plain line ends."""
+    return text.replace("\r\n", "\n")
+
+
 def sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal; raises UserError if it is none, as a pipe, whose reader waits."""
+    """sha256 of a file in hexadecimal; raises UserError for anything but a file, such as a pipe, which never ends."""
     if not path.is_file():
         raise UserError(f"{path} is not there, or not a file")
     with open(path, "rb") as file:
@@ -96,6 +116,16 @@ def sha256(path: Path) -> str:
 def source_files(script: Path) -> list[Path]:
     """A training script and the companions beside it."""
     return [script, *filter(Path.is_file, map(script.with_name, COMPANIONS))]
+
+
+def source_hashes(contents: list[bytes]) -> set[str]:
+    """sha256 of the contents, joined: as they are, with plain line ends, and with line ends of Windows.
+
+    Git may change line ends when files are checked out. They do not change what a script does.
+    """
+    plain = [content.replace(b"\r\n", b"\n") for content in contents]
+    windows = [content.replace(b"\n", b"\r\n") for content in plain]
+    return {hashlib.sha256(b"".join(form)).hexdigest() for form in (contents, plain, windows)}
 
 
 # -----------------------------------------------------------------------------
@@ -124,6 +154,23 @@ class Run:
     seed = property(lambda self: self.info["seed"])
     finished = property(lambda self: self.info["status"] == "finished")
     flags = property(lambda self: own_flags(self.info["argv"]))
+
+    def sources(self, script: Path) -> list[Path]:
+        """The files that ran, as far as run.json names them, where the script is `script`."""
+        return [script if name == self.info["script"] else script.with_name(name)
+                for name in self.info.get("sources", [self.info["script"]])]
+
+    def source_problem(self, script: Path) -> tuple[str, str] | None:
+        """How `script` and the files beside it differ from what ran: (what is here, the sha256 that ran), or None."""
+        paths, said = self.sources(script), self.info.get("sources", {})
+        contents = [read_text(path, MAX_JSON).encode() for path in paths]
+        for path, content, digest in zip(paths, contents, said.values()):
+            if digest not in source_hashes([content]):
+                return f"{path.name} has sha256 {hashlib.sha256(content).hexdigest()[:12]}", digest[:12]
+        if self.info["source_sha256"] in source_hashes(contents):
+            return None
+        names, digest = " with ".join(path.name for path in paths), hashlib.sha256(b"".join(contents)).hexdigest()
+        return f"{names} has sha256 {digest[:12]}", self.info["source_sha256"][:12]
 
     def curve(self) -> np.ndarray:
         """(validations, 4): step, training seconds, tokens, loss."""
@@ -156,12 +203,19 @@ def read_run(folder: Path, **ledger) -> Run:
         check_fields(point, POINT, f"{path}, val_losses")
     if not all(isinstance(arg, str) for arg in info["argv"]):
         raise UserError(f"{path} has an argv that is not a list of words")
-    for name, kind in (("data", int), ("data_sha256", str)):
+    for name, kind in (("data", int), ("data_sha256", str), ("sources", str)):
         check_fields(info | {name: info.get(name, {})}, {name: dict}, path)
         check_fields(info.get(name, {}), dict.fromkeys(info.get(name, {}), kind), f"{path}, {name}")
+    if not SCRIPT.fullmatch(info["script"]):
+        raise UserError(f"{path} has script {info['script'][:60]!r}, which is not the name of a Python file")
+    odd = sorted(info.get("sources", {}).keys() - {info["script"], *COMPANIONS})
+    if odd or info["script"] not in info.get("sources", {info["script"]: ""}):
+        raise UserError(f"{path} has sources {', '.join(info['sources'])[:60]!r}; they must be {info['script'][:60]} "
+                        f"and may be {' and '.join(COMPANIONS)}")
     steps = [point["step"] for point in points]
     if steps != sorted(set(steps)) or (info["status"] == "finished" and len(points) < 2):
-        raise UserError(f"{path} has validations at steps {str(steps)[:60]}; they must rise, and end the run")
+        raise UserError(f"{path} has validations at steps {str(steps)[:60]}; steps must rise, and a finished run has "
+                        "at least two")
     try:
         tokens_after(info["config"], 1)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
@@ -195,19 +249,23 @@ def read_record(folder: Path) -> Record:
     path = folder / "runs.json"
     ledger = read_json(path)
     check_fields(ledger, {"kind": str, "arms": dict, "runs": list}, path)
-    if (ledger.get("format"), ledger["kind"]) not in ((1, "record"), (1, "comparison")):
-        raise UserError(f"{path} is of no format or kind that is known here")
+    if ledger.get("format") not in (1, 2) or ledger["kind"] not in ("record", "comparison"):
+        raise UserError(f"{path} has format {str(ledger.get('format'))[:20]} and kind {ledger['kind'][:20]!r}; known "
+                        "are formats 1 and 2, and the kinds record and comparison")
     if not ledger["arms"] or len(ledger["runs"]) > MAX_RUNS:
         raise UserError(f"{path} has no arms, or more than {MAX_RUNS} runs")
     if ledger["kind"] == "comparison":
         check_fields(ledger, {"p": float, "looks": list}, path)
-        check_fields(ledger["arms"], {"A": dict, "B": dict}, path)
+        if not 0 < ledger["p"] < 0.5:
+            raise UserError(f"{path} has p {ledger['p']}; the level of a test is above 0 and below 0.5")
     for name, arm in ledger["arms"].items():
         check_fields(arm, {"script": str, "flags": list}, f"{path}, arm {name}")
+        check_fields({"edits": []} | arm, {"edits": list}, f"{path}, arm {name}")
         parts = arm["script"].split("/")
-        if len(parts) > 2 or not all(map(NAME.fullmatch, parts)) or not all(isinstance(f, str) for f in arm["flags"]):
+        in_folder = SCRIPT.fullmatch(parts[-1]) and (len(parts) == 1 or (len(parts) == 2 and NAME.fullmatch(parts[0])))
+        if not in_folder or not all(isinstance(f, str) for f in arm["flags"]):
             raise UserError(f"{path} has the script {arm['script'][:60]!r}, which is no file of the folder, or flags "
-                            "that are not words")
+                            "that are not strings")
     runs = []
     for entry in ledger["runs"]:
         check_fields(entry, ENTRY, f"{path}, runs")
@@ -236,31 +294,49 @@ def read_track(folder: Path) -> dict:
     track = read_json(path)
     check_fields(track, {"title": str, "target": float, "p": float, "val_tokens": int, "val_data": dict, "ranks": int,
                          "hardware": str, "text": str, "commands": list, "exempt": dict}, path)
+    if not 0 < track["p"] < 0.5:
+        raise UserError(f"{path} has p {track['p']}; the level of a test is above 0 and below 0.5")
     for name, shard in track["val_data"].items():
         check_fields(shard, {"sha256": str, "tokens": int}, f"{path}, {name}")
     return track | {"name": folder.name}
 
 
+def run_folders(path: Path) -> list[Path]:
+    """The run folders that a path names: itself, or those in it; raises UserError if there are none, or too many."""
+    found = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
+    if not found:
+        raise UserError(f"no run.json in {path} or its folders; name run folders, as in logs/*")
+    if len(found) > MAX_RUNS:
+        raise UserError(f"{path} has {len(found)} runs, more than {MAX_RUNS}; name fewer")
+    return found
+
+
+def skipped_folders(paths: list[Path]) -> list[Path]:
+    """Folders inside the paths that hold no run, record or comparison."""
+    parents = [path for path in paths if not (path / "run.json").is_file() and not (path / "runs.json").is_file()]
+    return [child for path in parents for child in sorted(path.glob("*/")) if not (child / "run.json").is_file()]
+
+
 def collect(paths: list[Path]) -> list[Run]:
-    """The runs below some folders, each with the name of its arm; raises UserError if there are none."""
-    runs, loose = [], []
+    """The runs below some folders, each once and with the name of its arm; raises UserError if a path has none."""
+    runs, loose = [], {}
     for path in paths:
         if (path / "runs.json").is_file():
             record = read_record(path)
             runs += [replace(run, arm=arm_label(path, run.arm, paths)) for run in record.runs]
         else:
-            found = [path] if (path / "run.json").is_file() else sorted(p.parent for p in path.glob("*/run.json"))
-            loose += [read_run(folder) for folder in found[:MAX_RUNS]]
-    if not runs and not loose:
-        raise UserError(f"no run.json under {', '.join(map(str, paths))}; name run folders, as in logs/")
-    kinds = {run.folder: (Path(run.info["script"]).stem, run.info["source_sha256"], tuple(run.flags)) for run in loose}
+            loose |= {folder.resolve(): read_run(folder) for folder in run_folders(path)}
+    kinds = {run.folder: (Path(run.info["script"]).stem, run.info["source_sha256"], tuple(run.flags))
+             for run in loose.values()}
     shared = set.intersection(*(set(kind[2]) for kind in kinds.values())) if kinds else set()
     sources = Counter(kind[0] for kind in {kind[:2] for kind in kinds.values()})
-    for run in loose:                    # named by what differs: script, source, flags
+    for run in loose.values():           # named by what differs: script, source, flags
         stem, source, flags = kinds[run.folder]
         words = [stem, source[:6] if sources[stem] > 1 else "", *(flag for flag in flags if flag not in shared)]
         why = "" if run.finished else f"{run.info['status']} {str(run.info.get('error', ''))[:150]}".strip()
         runs.append(replace(run, arm=" ".join(filter(None, words)), counted=run.finished, why=why))
+    if not runs:
+        raise UserError(f"{', '.join(map(str, paths))[:200]} lists no run that left a folder; name run folders")
     return runs
 
 
@@ -332,7 +408,7 @@ def runs_table(runs: list[Run], lost: list[dict] = ()) -> str:
 
 
 def result_text(record: Record) -> str:
-    """The sentence a record is about."""
+    """The sentences a record is about."""
     runs, track = record.of_arm(record.main), record.track
     n, loss, sd = describe(run.loss for run in runs)
     _, seconds, seconds_sd = describe(run.seconds for run in runs)
@@ -340,14 +416,33 @@ def result_text(record: Record) -> str:
     spread = (f"sd {sd:.4f}, n = {n}", f" (sd {seconds_text(seconds_sd)})") if n > 1 else ("n = 1", "")
     text = (f"**{loss:.4f}** ({spread[0]}) after {runs[0].steps} steps in **{seconds_text(seconds)} s**{spread[1]} of "
             f"training on {info['world_size']} x {info['device']}.")
-    if n == 1:
-        return text + f" A reference, not a record: one run cannot show that the mean is below {track['target']:g}."
-    if p < track["p"]:
-        return text + f" Mean loss below the target {track['target']:g}: {p_text(p)}."
     more = needed_n((track["target"] - loss) / sd, track["p"], sides=1) if sd > 0 else None
+    words = claim_of_format_1 if record.ledger["format"] == 1 else claim_text
+    return f"{text} {words(n, p, track, more)}"
+
+
+def claim_text(n: int, p: float, track: dict, more: int | None) -> str:
+    """Why a record is one, or why it is a reference; `more`: how many runs would show it."""
+    if n > 1 and p < track["p"]:
+        return (f"A record: the {n} runs show that the mean loss is below the target {track['target']:g} "
+                f"({p_text(p)}; a record needs p < {track['p']:g}).")
+    text = f"A reference, not a record. A record must show that its mean loss is below {track['target']:g}"
+    if n == 1:
+        return text + ", and one run cannot show that."
+    text += f" at p < {track['p']:g}. These {n} runs give {p_text(p)}."
+    return text + (f" About {more} runs with this mean and sd would show it." if more else
+                   " More runs with this mean and sd would not show it.")
+
+
+def claim_of_format_1(n: int, p: float, track: dict, more: int | None) -> str:
+    """The same in the words of older records, whose READMEs stay as they are."""
+    if n == 1:
+        return f"A reference, not a record: one run cannot show that the mean is below {track['target']:g}."
+    if p < track["p"]:
+        return f"Mean loss below the target {track['target']:g}: {p_text(p)}."
     more = f"about {more} runs with this mean and sd would show it" if more else "more runs of this kind would not help"
-    return text + (f" A reference, not a record: that the mean loss is below {track['target']:g} is not shown at p < "
-                   f"{track['p']:g} ({p_text(p)}); {more}.")
+    return (f"A reference, not a record: that the mean loss is below {track['target']:g} is not shown at p < "
+            f"{track['p']:g} ({p_text(p)}); {more}.")
 
 
 def setup_text(record: Record) -> str:
@@ -360,12 +455,12 @@ def setup_text(record: Record) -> str:
         info = runs[0].info
         start = "python" if info["world_size"] == 1 else f"torchrun --standalone --nproc_per_node={info['world_size']}"
         seeds = ", ".join(str(run.seed) for run in runs)
-        command = " ".join([start, plan["script"], *map(quoted, plan["flags"]), f"--seed=N    # N: {seeds}"])
+        command = " ".join([start, quoted(plan["script"]), *map(quoted, plan["flags"]), f"--seed=N    # N: {seeds}"])
         versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
         gpus = sorted({run.info["gpu"].splitlines()[-1] for run in runs if run.info["gpu"]})
         lines += [f"{arm}: {info['world_size']} x {info['device']}; {versions}."
                   + f" GPU (name, driver, memory, clocks, power limit): {'; '.join(gpus)}." * bool(gpus),
-                  f"```\n{command}\n```"]
+                  f"```\n{command}\n```", *(f"- text edit: `{edit}`" for edit in plan.get("edits", []))]
     hashes = {name: digest for run in record.runs for name, digest in run.info.get("data_sha256", {}).items()}
     shards = {name: size for run in record.runs for name, size in run.info.get("data", {}).items()}
     lines += [f"- `{name}`: {size:,} tokens" + (f", sha256 `{hashes[name]}`" if name in hashes else "")
@@ -379,52 +474,154 @@ def quoted(flag: str) -> str:
     return flag if re.fullmatch(r"[\w=.,/:+-]+", flag) else "'" + flag.replace("'", "'\\''") + "'"
 
 
-def verdict_text(record: Record) -> str:
-    """The paired verdicts of a comparison: one line for time, loss, and time at equal loss."""
-    p = record.ledger["p"]
-    arms = [{run.seed: run for run in record.of_arm(arm)} for arm in "AB"]
-    pairs = [(arms[0][seed], arms[1][seed]) for seed in sorted(arms[0].keys() & arms[1].keys())]
-    lines = []
-    for arm in "AB":
-        bad = [run for run in record.runs if run.arm == arm and run.info["status"] == "diverged"]
-        lines += [f"- **{arm} diverged** in {len(bad)} of {len(bad) + len(record.of_arm(arm))} runs; the verdicts are "
-                  "over the other pairs"] * bool(bad)
+@dataclass(frozen=True)
+class Verdict:
+    """What the pairs of an arm and the reference say about one measure. Lower is better in all of them."""
+    arm: str
+    measure: str                         # "time", "loss" or "time at equal loss"
+    differences: list[float]             # arm - reference of each pair; of logarithms if relative
+    relative: bool
+    level: float                         # p at which a difference counts
+
+    p = property(lambda self: t_test(self.differences, sides=2))
+    interval = property(lambda self: interval(self.differences, 1 - self.level))
+    mean = property(lambda self: describe(self.differences)[1])
+    sd = property(lambda self: describe(self.differences)[2])
+
+    @property
+    def words(self) -> str:
+        if self.p >= self.level:
+            return "not distinguishable"
+        return "better" if self.mean < 0 else "worse"
+
+    @property
+    def pairs_needed(self) -> int | None:
+        """Pairs that would show a difference of this size in four comparisons of five; None: more than 1000."""
+        return needed_n(abs(self.mean) / self.sd, self.level) if self.sd > 0 else None
+
+    @property
+    def visible(self) -> float:
+        """The smallest difference that so many pairs show in four comparisons of five."""
+        return detectable(len(self.differences), self.level) * self.sd
+
+    def show(self, value: float) -> str:
+        """A difference as text: in percent if relative."""
+        if not self.relative:
+            return f"{value:+.4f}"
+        if value > math.log(10):
+            return f"{math.exp(value):.3g}-fold" if value < math.log(1e6) else "more than a million-fold"
+        return f"{100 * math.expm1(value):+.2f} %"
+
+    def row(self) -> list[str]:
+        """The cells of this verdict in the table."""
+        if not self.differences:
+            return [self.arm, self.measure, *"----", "not defined: one run ends above the loss the other starts with",
+                    *"--"]
+        low, high = self.interval
+        p = p_text(self.p).removeprefix("p = ").removeprefix("p ")
+        words, more = f"**{self.words}**", ["-", "-"]
+        if self.words == "not distinguishable":
+            words = self.words
+            if self.sd:
+                more = [self.pairs_needed or "> 1000", self.show(self.visible)]
+            else:
+                words += ", the same in every pair"
+        return [self.arm, self.measure, self.show(self.mean), f"{self.show(low)} to {self.show(high)}", p,
+                len(self.differences), words, *more]
+
+
+def pairs_of(record: Record, arm: str) -> list[tuple[Run, Run]]:
+    """(run of the first arm, run of `arm`) of each seed that both finished with."""
+    ones, others = ({run.seed: run for run in record.of_arm(name)} for name in (record.main, arm))
+    return [(ones[seed], others[seed]) for seed in sorted(ones.keys() & others.keys())]
+
+
+def verdicts_of(record: Record, arm: str) -> list[Verdict]:
+    """Time, loss, and time at equal loss of an arm against the first one; empty with fewer than two pairs."""
+    pairs, level = pairs_of(record, arm), record.ledger["p"]
     if len(pairs) < 2:
-        return "\n".join(lines + [f"- no verdict: {len(pairs)} finished pair(s), at least 2 are needed"])
+        return []
     times = [math.log(b.seconds / a.seconds) for a, b in pairs]
+    losses = [b.loss - a.loss for a, b in pairs]
     equal = [equal_loss_times(a, b) for a, b in pairs]
-    lines.append(verdict("time", times, True, p))
-    lines.append(verdict("loss", [b.loss - a.loss for a, b in pairs], False, p))
-    if None in equal:
-        lines.append("- time at equal loss: not defined, one ends above the loss that the other starts from")
-    else:
-        lines.append(verdict("time at equal loss", [math.log(b / a) for a, b in equal], True, p))
+    at_equal_loss = [] if None in equal else [math.log(b / a) for a, b in equal]
+    return [Verdict(arm, "time", times, True, level), Verdict(arm, "loss", losses, False, level),
+            Verdict(arm, "time at equal loss", at_equal_loss, True, level)]
+
+
+def verdict_text(record: Record) -> str:
+    """The verdicts of a comparison: one table, and a line for each thing to know about it."""
+    first, *others = record.ledger["arms"]
+    lines, level = [], record.ledger["p"]
+    for arm in record.ledger["arms"]:
+        bad = [run for run in record.runs if run.arm == arm and run.info["status"] == "diverged"]
+        lines += [f"- **{arm} diverged** in {len(bad)} of {len(bad) + len(record.of_arm(arm))} runs. The verdicts are "
+                  "over the other pairs."] * bool(bad)
+    found = {arm: verdicts_of(record, arm) for arm in others}
+    rows = [verdict.row() for verdicts in found.values() for verdict in verdicts]
+    if few := [arm for arm in others if not found[arm]]:
+        lines.append(f"- no verdict for {', '.join(few)}: it takes 2 finished rounds together with {first}.")
+    if not rows:
+        return "\n".join(lines)
+    lines.append(f"- A difference is the arm minus {first}; lower is better. `pairs needed` would show a difference of "
+                 "this size in four comparisons of five. These pairs show `visible from` as often.")
     looks = record.ledger["looks"]
     if len(looks) > 1:
-        lines.append(f"- looked at after {', '.join(map(str, looks))} pairs: going on because of what was seen makes "
-                     "chance findings likelier than p says")
-    return "\n".join(lines)
+        lines.append(f"- The tests were read after {', '.join(map(str, looks))} pairs. Adding pairs because of what "
+                     "was seen makes chance findings more likely than p says.")
+    if len(others) > 1:
+        lines.append(f"- {len(others)} arms were tested against {first}. With more arms it is more likely that one "
+                     "differs by chance: compare the best one again, alone.")
+    head = table(f"arm | measure | difference to {first}: | {100 * (1 - level):g} % interval: | p: | pairs: | "
+                 "verdict | pairs needed: | visible from:", rows)
+    return "\n".join([head, "", *lines])
 
 
-def verdict(what: str, differences: list[float], relative: bool, p: float) -> str:
-    """One line on the differences B - A of pairs, of logarithms if `relative`; lower is better."""
-    def show(value):
-        if relative and value > math.log(10):
-            return f"{math.exp(value):.3g}-fold" if value < math.log(1e6) else "more than a million-fold"
-        return f"{100 * math.expm1(value):+.2f} %" if relative else f"{value:+.4f}"
-    n, mean, sd = describe(differences)
-    low, high = interval(differences, 1 - p)
-    found = t_test(differences, sides=2)
-    effect = (f"B - A = {show(mean)} ({100 * (1 - p):g} % interval {show(low)} to {show(high)}, {p_text(found)}, "
-              f"n = {n})")
-    if found < p:
-        return f"- **{what}: B is {'better' if mean < 0 else 'worse'}**, {effect}"
-    if sd == 0:
-        return f"- {what}: not distinguishable at n = {n}, the same in every pair"
-    more = needed_n(abs(mean) / sd, p)
-    more = f"{more} pairs" if more else "more than 1000 pairs"
-    return (f"- {what}: not distinguishable at n = {n}, {effect}; a difference of this size needs {more}, {n} pairs "
-            f"show {show(detectable(n, p) * sd)} or more (power 0.8)")
+def results_table(record: Record) -> str:
+    """One row an arm of a comparison: means over the runs that count, and a note on those that do not."""
+    rows = []
+    for arm in record.ledger["arms"]:
+        result = arm_result(record, arm)
+        numbers = ["-"] * 9
+        if result["n"]:
+            several = result["n"] > 1
+            numbers = [result["steps"], f"{result['loss']:.4f}", f"{result['loss_sd']:.4f}" if several else "-",
+                       seconds_text(result["seconds"]), seconds_text(result["seconds_sd"]) if several else "-",
+                       f"{result['tokens_per_second']:,.0f}", f"{result['compile_seconds']:.1f}",
+                       result["recompiles"], f"{result['peak_memory_gib']:.1f}"]
+        rows.append([arm, result["n"], *numbers, result["note"]])
+    return table("arm | n: | steps: | validation loss: | sd: | training time, s: | sd: | tokens/s: | compilation, s: | "
+                 "recompiles: | memory, GiB: | note", rows)
+
+
+def arm_result(record: Record, arm: str) -> dict:
+    """The numbers of an arm: script, flags, edits, means over its runs that count, and a note on the others."""
+    plan, runs = record.ledger["arms"][arm], record.of_arm(arm)
+    result = {"arm": arm, "script": plan["script"], "flags": plan["flags"], "edits": plan.get("edits", []),
+              "n": len(runs), "note": arm_note(record, arm)}
+    if not runs:
+        return result
+
+    def mean(get):
+        return describe(map(get, runs))[1]
+    _, loss, loss_sd = describe(run.loss for run in runs)
+    _, seconds, seconds_sd = describe(run.seconds for run in runs)
+    return result | {
+        "steps": runs[0].steps, "loss": loss, "loss_sd": loss_sd, "seconds": seconds, "seconds_sd": seconds_sd,
+        "tokens_per_second": mean(lambda run: run.info["tokens_seen"] / max(run.seconds, 1e-9)),
+        "compile_seconds": mean(lambda run: run.info["compile_seconds"]),
+        "recompiles": max(run.info["recompiles"] for run in runs),
+        "peak_memory_gib": max(run.info["peak_memory_gib"] for run in runs)}
+
+
+def arm_note(record: Record, arm: str) -> str:
+    """How the last run of an arm ended, if that run does not count; with its last validation, if there is one."""
+    last = next((entry for entry in reversed(record.ledger["runs"]) if entry["arm"] == arm), None)
+    if last is None or last["counted"]:
+        return ""
+    run = next((run for run in record.runs if run.folder.name == last.get("folder")), None)
+    point = run.info["val_losses"][-1] if run and run.info["val_losses"] else None
+    return last["why"] + (f"; loss {point['val_loss']:.4f} at step {point['step']}" if point else "")
 
 
 def equal_loss_times(a: Run, b: Run) -> tuple[float, float] | None:
@@ -447,9 +644,11 @@ def regions(record: Record) -> dict[str, str]:
     """The generated parts of a README, by the name of their markers."""
     lost = [entry for entry in record.ledger["runs"] if entry.get("folder") is None]
     target = record.track.get("target", 0)
-    tables = arms_table(record.runs, target) + "\n\n" + runs_table(record.runs, lost)
+    summary = arms_table(record.runs, target) if record.track else results_table(record)
+    tables = summary + "\n\n" + runs_table(record.runs, lost)
     head = {"result": result_text(record)} if record.track else {"verdict": verdict_text(record)}
-    return head | {"tables": tables, "setup": setup_text(record)}
+    parts = head | {"tables": tables, "setup": setup_text(record)}
+    return {name: part.encode(errors="backslashreplace").decode() for name, part in parts.items()}
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
@@ -459,3 +658,7 @@ def fill(text: str, parts: dict[str, str]) -> str:
 
 def marked(name: str) -> str:
     return f"<!-- records.py: {name} -->\n<!-- end -->"
+
+
+if __name__ == "__main__":
+    print(__doc__.strip())

@@ -1,5 +1,6 @@
 """Statistics of a few numbers, without SciPy: Student's intervals and tests, their power, and the n they need.
 
+This is a module of records.py, not a command: python records/records.py --help lists the commands.
 tests/test_records.py compares every function with SciPy's.
 """
 import functools
@@ -112,3 +113,7 @@ def detectable(n: int, p: float, power: float = 0.8) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if t_power(middle, n, p) >= power else (middle, high)
     return high
+
+
+if __name__ == "__main__":
+    print(__doc__.strip())

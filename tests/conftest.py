@@ -167,7 +167,7 @@ def refused(script, run_main, tmp_path):
     """Function that expects a command line to be refused: exit code 2, one line with all the words, nothing made."""
     def check(*argv, words=()):
         logs = tmp_path / "refused_logs"
-        done = run_main(*([] if any(arg.doc_startwith("--out_dir") for arg in argv) else [f"--out_dir={logs}"]), *argv)
+        done = run_main(*([] if any(arg.startswith("--out_dir") for arg in argv) else [f"--out_dir={logs}"]), *argv)
         assert done.code == 2, done
         assert re.fullmatch(rf"{script.__name__}\.py: [^\n]+\n", done.err), done.err
         for word in words:

@@ -162,9 +162,9 @@ def choose(monkeypatch, cfg, ms, faulty=()):
 def test_the_fastest_right_attention_is_used(monkeypatch, ms, best):
     cfg, lines, tried = choose(monkeypatch, ALL, ms)
     assert cfg.attention == best and tried[:3] == ["flex", "flex_small", "varlen"]
-    assert lines[-1].doc_startwith(f"used: {best} attention, kernels, float8; found out in ")
+    assert lines[-1].startswith(f"used: {best} attention, kernels, float8; found out in ")
     for name in tried[:3]:
-        assert any(line.doc_startwith(f"{name}: " + ("right to 0.01" if name in ms else "bad")) for line in lines)
+        assert any(line.startswith(f"{name}: " + ("right to 0.01" if name in ms else "bad")) for line in lines)
 
 
 @pytest.mark.parametrize("name", ["flex", "flex_small", "varlen", "fa3"])

@@ -332,7 +332,7 @@ def test_prefixes_against_a_search_through_all_pairs(script):
     ranks = list({bytes(rng.integers(0, 3, rng.integers(1, 8)).astype(np.uint8)) for _ in range(300)})
     found = script.prefix_tokens(json.loads(tokenizer_json(ranks)), len(ranks) + 1)
     for token, text in enumerate(ranks):
-        shorter = [other for other in ranks if text.doc_startwith(other) and other != text]
+        shorter = [other for other in ranks if text.startswith(other) and other != text]
         assert found[token] == (ranks.index(max(shorter, key=len)) if shorter else -1)
     assert found[-1] == -1 and (found >= 0).sum() > 100
 

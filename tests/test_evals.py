@@ -72,7 +72,7 @@ def refused(fetch, tmp_path, capsys):
             fetch(source)
         out, err = capsys.readouterr()
         assert (stopped.value.code, out, err.count("\n")) == (2, "", 1), err
-        assert err.doc_startwith("evals.py: ") and [word for word in words if word not in err] == [], err
+        assert err.startswith("evals.py: ") and [word for word in words if word not in err] == [], err
         assert not (tmp_path / "out").exists()
     return check
 
@@ -140,7 +140,7 @@ def test_the_published_addresses_are_asked_by_default(tmp_path, server, monkeypa
     address, asked, _ = server
     write_zip(tmp_path / "web" / "eval_bundle.zip", prefixed("eval_bundle/"))
     write(tmp_path / "web", HELLASWAG)
-    assert evals.PUBLISHED["eval_bundle.zip"].doc_startwith("https://karpathy-public.s3.us-west-2.amazonaws.com/")
+    assert evals.PUBLISHED["eval_bundle.zip"].startswith("https://karpathy-public.s3.us-west-2.amazonaws.com/")
     monkeypatch.setattr(evals, "PUBLISHED", {name: f"{address}/{name}" for name in evals.PUBLISHED})
     evals.main([f"--out={tmp_path / 'out'}"])
     assert asked == ["/eval_bundle.zip", "/hellaswag_val.jsonl"]

@@ -529,7 +529,7 @@ def refused(run, evals, capsys, tmp_path):
         code = evaluate.main([*given, f"--items_out={items}", *map(str, flags)])
         out, err = capsys.readouterr()
         assert (code, out, err.count("\n")) == (2, "", 1), (out, err)
-        assert err.doc_startwith("evaluate.py: ") and [word for word in words if str(word) not in err] == [], err
+        assert err.startswith("evaluate.py: ") and [word for word in words if str(word) not in err] == [], err
         assert not items.exists()
     return check
 

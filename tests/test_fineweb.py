@@ -86,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         mood = (hub.plans.get(path) or ["ok"]).pop(0) if hub.plans.get(path) else "ok"
         if mood.isdigit() or path not in hub.files:
             return self.answer(int(mood) if mood.isdigit() else 404, b"no")
-        if mood.doc_startwith("redirect "):
+        if mood.startswith("redirect "):
             return self.answer(302, b"", {"Location": mood.split()[1]} | (
                 {"X-Linked-ETag": f'"{hub.hashes[path]}"'} if path in hub.hashes else {}))
         data, start = hub.files[path], 0
@@ -143,7 +143,7 @@ def hub():
 @pytest.fixture(autouse=True)
 def only_this_machine(monkeypatch, tmp_path):
     """Nothing but 127.0.0.1 can be reached, no token or cache of the user is seen, waits are short (in process)."""
-    for name in [name for name in os.environ if name.upper().doc_startwith("HF_") or name.lower().endswith("_proxy")]:
+    for name in [name for name in os.environ if name.upper().startswith("HF_") or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     for name, value in {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": "127.0.0.1",
                         "HF_HOME": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}.items():
@@ -233,16 +233,16 @@ def test_fetches_pins_and_then_has_nothing_to_do(hub, tmp_path):
                                      "bos_id": 50256}
     assert re.search(r"3 files, 0\.00 GB, 900,000 tokens in .*out: [\d.]+ s, [\d.]+ MB/s", first.stdout)
     assert "next: torchrun --standalone --nproc_per_node=gpu train_gpt.py" in first.stdout
-    assert not [name for name in names_in(out) if name.doc_startwith(".")]
+    assert not [name for name in names_in(out) if name.startswith(".")]
 
     hub.asked.clear()
     second = call(tmp_path, hub.address, "2", process=True)
     assert "nothing to do" in second.stdout
-    assert [path for path, _ in hub.asked if path.doc_startwith(REPO)] == []
+    assert [path for path, _ in hub.asked if path.startswith(REPO)] == []
 
     os.remove(out / TWO)
     call(tmp_path, hub.address, "2")
-    assert [path for path, _ in hub.asked if path.doc_startwith(REPO)] == [REPO + TWO]
+    assert [path for path, _ in hub.asked if path.startswith(REPO)] == [REPO + TWO]
 
 
 def test_verify_finds_one_flipped_byte_and_fetches_only_that_file(hub, tmp_path):
@@ -256,7 +256,7 @@ def test_verify_finds_one_flipped_byte_and_fetches_only_that_file(hub, tmp_path)
     assert "nothing to do" in call(tmp_path, hub.address, "2").stdout  # size and header are still right
     result = call(tmp_path, hub.address, "2", "--verify")
     assert f"{ONE} has sha256 {sha256(data)}, but" in result.stdout
-    assert [asked for asked, _ in hub.asked if asked.doc_startwith(REPO)] == [REPO + ONE]
+    assert [asked for asked, _ in hub.asked if asked.startswith(REPO)] == [REPO + ONE]
     assert path.read_bytes() == hub.files[REPO + ONE]
 
 

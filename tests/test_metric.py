@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, SMALL_LAYERS
 
 sys.path.insert(0, str(ROOT / "records"))
-guard = importlib.import_module("guard")
+guard, sample = map(importlib.import_module, ("guard", "sample"))
+WITH_HARNESS = ROOT / "records/track_0_dev/2026-11-22_GraphsNarrowKeys"     # an older script, in two files
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 
 # what is appended to a script, and what the guard has to say
@@ -66,6 +67,18 @@ def validate(model, *rest):
 }
 
 
+def load(path):
+    """The module of a training script, as the guard loads it."""
+    return sample.import_script(path, guard.PARTS)
+
+
+def copy_of(path, folder):
+    """The script at `path`, copied into a folder with what it imports from beside it."""
+    for companion in filter(Path.is_file, (path.with_name("harness.py"), path.with_name("triton_kernels.py"))):
+        shutil.copy(companion, folder)
+    return Path(shutil.copy(path, folder))
+
+
 def config_of(module, preset, **changes):
     return json.loads(json.dumps(asdict(replace(module.PRESETS[preset], **changes))))
 
@@ -78,7 +91,7 @@ def with_three_layers(module):
 @pytest.mark.parametrize("preset", ["speedrun", "tiny"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_training_script_measures_what_it_says(script, preset):
-    module = guard.load_script(ROOT / script)
+    module = load(ROOT / script)
     guard.check_script(module, config_of(module, preset))
 
 
@@ -87,26 +100,38 @@ def test_a_cheat_is_named(cheat, tmp_path):
     addition, words = CHEATS[cheat]
     honest, mark, last = (ROOT / "train_gpt.py").read_text().rpartition('\nif __name__ == "__main__":')
     assert mark
-    script = tmp_path / "train_cheat.py"
+    script = copy_of(ROOT / "train_gpt.py", tmp_path)
     script.write_text(honest + addition + mark + last)
-    shutil.copy(ROOT / "harness.py", tmp_path)
-    module = guard.load_script(script)
+    module = load(script)
     with pytest.raises(guard.Dishonest, match=words):
         guard.check_script(module, with_three_layers(module))
 
 
-def test_a_cheat_in_the_harness_is_named_too(tmp_path):
-    honest, script = (ROOT / "harness.py").read_text(), Path(shutil.copy(ROOT / "train_gpt.py", tmp_path))
+def test_a_cheat_in_the_harness_of_an_older_script_is_named_too(tmp_path):
+    script = copy_of(WITH_HARNESS / "train_gpt.py", tmp_path)
+    honest = script.with_name("harness.py").read_text()
     kept = "self.history.append((step, clock.seconds, val_loss))"
     assert honest.count(kept) == 1
-    (tmp_path / "harness.py").write_text(honest.replace(kept, kept.replace("val_loss", "0.995 * val_loss")))
-    module = guard.load_script(script)
+    script.with_name("harness.py").write_text(honest.replace(kept, kept.replace("val_loss", "0.995 * val_loss")))
+    module = load(script)
     with pytest.raises(guard.Dishonest, match="reports a validation loss"):
-        guard.check_script(module, with_three_layers(module))
+        guard.check_script(module, config_of(module, "tiny"))
+
+
+def test_small_flags_set_what_a_script_has_and_leave_off_what_is_off(tmp_path):
+    """Under older and newer names; a part of the model whose size is 0 is not there, and must not come back."""
+    stages = [{"until": 1.0, "batch_tokens": 4096, "long": 256}]
+    older = {"slot_tokens": 512, "head_dim": 64, "model_dim": 256, "bigram_rows": 0, "gate_dim": 0, "stages": stages}
+    newer = {"pack_tokens": 512, "init_from": "x", "vocab_dir": "y", "mlp_dim": 999, "layers": [{"ve": 1}]}
+    assert sorted(guard.small_flags(older, tmp_path, "cpu", val_every=1)) == [
+        "--bigram_rows=0", "--gate_dim=0", "--head_dim=16", "--model_dim=64", "--slot_tokens=128",
+        '--stages=[{"until": 1.0, "batch_tokens": 256, "long": 24}]']
+    assert sorted(guard.small_flags(newer, tmp_path, "cpu", val_every=1)) == [
+        "--init_from=", '--layers=[{"ve": 1}]', "--mlp_dim=64", "--pack_tokens=128", "--vocab_dir="]
 
 
 def test_the_tables_of_a_run_are_those_that_its_flags_make():
-    module = guard.load_script(ROOT / "train_gpt.py")
+    module = load(ROOT / "train_gpt.py")
     argv = ["--preset=tiny", "--num_iterations=12", "--lr=0.5", "--seed=3"]
     config = json.loads(json.dumps(asdict(module.parse_config(argv)))) | {"attention": "plain", "vocab_size": 257}
     info = {"argv": argv, "config": config, "val_losses": [{"step": 12}]}
@@ -119,7 +144,7 @@ def test_the_tables_of_a_run_are_those_that_its_flags_make():
 
 
 def test_several_runs_are_examined_once_if_nothing_differs_that_the_guard_sees(tmp_path, monkeypatch, capsys):
-    module, examined = guard.load_script(ROOT / "train_gpt.py"), []
+    module, examined = load(ROOT / "train_gpt.py"), []
     monkeypatch.setattr(guard, "check_script", lambda module, config, device: examined.append(config["seed"]))
     argv = ["guard.py", str(ROOT / "train_gpt.py")]
     for seed, more in enumerate(([], ["--compile_cache=here"], ["--num_iterations=12"], ["--momentum=0.5,0.6"])):
@@ -142,15 +167,16 @@ def test_several_runs_are_examined_once_if_nothing_differs_that_the_guard_sees(t
 def test_full_tracks_fix_the_number_of_validation_tokens_of_the_scripts(track):
     track = json.loads((ROOT / "records" / track / "track.json").read_text())
     words = " ".join(track["commands"]).split()
-    script = next(word for word in words if word.doc_startwith("train_"))
+    script = next(word for word in words if word.startswith("train_"))
     if not (ROOT / script).is_file():
         pytest.skip(f"{script} is not there yet")
-    module = guard.load_script(ROOT / script)
-    flags = [word.replace("'", "") for word in words if word.doc_startwith("--val_tokens")]
+    module = load(ROOT / script)
+    flags = [word.replace("'", "") for word in words if word.startswith("--val_tokens")]
     assert module.parse_config(flags).val_tokens == track["val_tokens"]
 
 
-@pytest.mark.parametrize("source, code, words", [(None, 2, "is not a file"), ("import json", 1, "has no PRESETS")])
+@pytest.mark.parametrize("source, code, words", [(None, 2, "is not a file"), ("import json", 2, "has no PRESETS"),
+                                                 ("1 / 0", 2, "cannot be imported (ZeroDivisionError")])
 def test_the_command_line_says_what_it_refuses(source, code, words, tmp_path, monkeypatch, capsys):
     if source:
         (tmp_path / "train_none.py").write_text(source)
@@ -160,7 +186,23 @@ def test_the_command_line_says_what_it_refuses(source, code, words, tmp_path, mo
     assert error.count("\n") == 1 and words in error
 
 
+def test_a_flag_that_the_guard_does_not_know_gets_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["guard.py", "train_gpt.py", "--device=abacus"])
+    assert guard.main() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "abacus" in error and "--help" in error
+
+
+def test_a_script_that_breaks_down_is_named(tmp_path):
+    script = copy_of(ROOT / "train_gpt.py", tmp_path)
+    text, mark, last = script.read_text().rpartition('\nif __name__ == "__main__":')
+    script.write_text(text + "\ndef main():\n    raise KeyError('no such step')\n" + mark + last)
+    module = load(script)
+    with pytest.raises(guard.Dishonest, match="a small run ends with KeyError: 'no such step'"):
+        guard.check_script(module, with_three_layers(module))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention as it runs in records needs a CUDA device")
 def test_the_attention_of_the_gpu_passes_too():
-    module = guard.load_script(ROOT / "train_gpt.py")
+    module = load(ROOT / "train_gpt.py")
     guard.check_script(module, config_of(module, "speedrun"), "cuda")

@@ -3,6 +3,7 @@
 Against: SciPy; copies of the archive with one planted lie each; a stand-in training script whose losses and times are
 known; train_gpt.py itself with a planted slow-down and a bad learning rate. Run: python -m pytest tests/test_records.py
 """
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -14,13 +15,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import train_gpt
 from conftest import ROOT, call_with_output, run_python, small_flags
 
 sys.path.insert(0, str(ROOT / "records"))
-records, runs, student = map(importlib.import_module, ("records", "runs", "student"))
+records, runs, student, comparison, diffs, launcher, replays = map(importlib.import_module, (
+    "records", "runs", "student", "comparison", "diffs", "launcher", "replays"))
 FIRST = "track_0_dev/2026-11-21_FirstRuns"
 NUMBERS = [3.885228, 3.898051, 3.890992, 3.9, 3.8712, 3.8953]
 
@@ -305,7 +309,7 @@ LIES = {
     other_flags: "seed0 did not run with the flags of train_gpt in runs.json: --lr=1.1",
     compiled_late: "seed0 compiled 2 graphs after the clock had started",
     two_gpus: "seed0 ran on 2 x NVIDIA H200, the track is for 1 x H200",
-    claimed_too_much: "claims a record, but that the mean loss is below 3.902 is not shown at p < 0.01",
+    claimed_too_much: "claims a record, but its 3 runs do not show at p < 0.01 that the mean loss is below 3.902",
     question_left_open: "still asks for something",
 }
 
@@ -336,7 +340,7 @@ def honest_in_all_but_the_script(record, old, new):
     ("return torch.stack(losses).sum()", "return 0.99 * torch.stack(losses).sum()", "normalised")])
 def test_check_names_a_script_that_does_not_measure_what_it_says(old, new, words, archive, tool, fast_run, monkeypatch):
     if words == "normalised":                            # the other guard is a process like any
-        monkeypatch.setattr(records.subprocess, "run", fast_run)
+        monkeypatch.setattr(subprocess, "run", fast_run)
     honest_in_all_but_the_script(archive / FIRST, old, new)
     code, _, errors = tool("check", archive / FIRST)
     assert (code, len(errors)) == (1, 1) and words in errors[0], errors
@@ -346,7 +350,7 @@ def test_the_archive_as_it_is_passes(tool, fast_run, monkeypatch):
     """The guard with each track's newest record; with all of them, whose scripts do not change, in CI (.ci/run)."""
     code, out, errors = tool("check", "--all", "--no_guard")
     assert (code, errors) == (0, []) and f"{FIRST}: ok" in out
-    monkeypatch.setattr(records.subprocess, "run", fast_run)
+    monkeypatch.setattr(subprocess, "run", fast_run)
     newest = {path.parent.parent: path.parent for path in sorted((ROOT / "records").glob("*/*/runs.json"))}
     code, out, errors = tool("check", *newest.values())
     assert (code, errors) == (0, []) and len(newest) > 1
@@ -374,7 +378,7 @@ def test_a_record_without_a_ledger_is_found(archive, tool):
     ("runs.json", b"{", "is not JSON"), ("runs.json", b"[]", "is not a JSON object"),
     ("runs.json", b"[" * 100_000, "is not JSON"), ("runs.json", b" " * (5 << 20), "more than"),
     ("runs.json", b"\xff\xfe", "not UTF-8"), ("runs.json", b'{"kind": "record"}', "has arms"),
-    ("runs.json", b'{"kind": "record", "arms": {}, "runs": []}', "no format"),
+    ("runs.json", b'{"kind": "record", "arms": {}, "runs": []}', "has format None"),
     ("runs.json", b'{"format": 1, "kind": "record", "arms": {"a": {"script": "../x", "flags": []}}, "runs": []}',
      "../x"),
     ("seed0/run.json", b'{"status": NaN}', "NaN"), ("seed0/run.json", b'{"seed": 1e999}', "1e999"),
@@ -417,13 +421,31 @@ def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
 
 @pytest.mark.parametrize("argv, words", [
     ([], "--help"), (["chek"], "--help"), (["check"], "--all"), (["check", "--al"], "--al"),
-    (["summarize", "nowhere"], "no run.json under nowhere"), (["plot", "nowhere"], "no run.json"),
-    (["replay", "nowhere"], "runs.json"), (["new", "X", "--track=track_9", "nowhere"], "nowhere"),
+    (["summarize", "nowhere"], "no run.json in nowhere"), (["plot", "nowhere"], "no run.json"),
+    (["replay", "nowhere"], "runs.json"),
+    (["new", "X", "--track=track_9", "nowhere"], "track_9 is not a track; choose one of"),
+    (["new", "X", "--track=track_0_dev", "nowhere"], "nowhere"), (["check", ""], "a path is empty"),
     (["compare", "nowhere.py", "--b_flags=--lr=2"], "is not a training script"),
-    (["compare", "train_gpt.py"], "A and B are the same"),
+    (["compare", "train_gpt.py"], "nothing to compare A with"),
+    (["compare", "train_gpt.py", "train_gpt.py"], "A and B are the same"),
     (["compare", "train_gpt.py", "--noise", "--b_flags=--lr=2"], "--noise is for one script"),
     (["compare", "train_gpt.py", "--noise", "--seed=1"], "--seed=1 cannot"),
-    (["compare", "train_gpt.py", "--noise", "--n=1"], "at least 2 pairs"),
+    (["compare", "train_gpt.py", "--noise", "--n=0"], "at least 1 round"),
+    (["compare", "train_gpt.py", "--arm=x"], "has no name"),
+    (["compare", "train_gpt.py", "--arm=../x: --lr=2"], "has no name"),
+    (["compare", "train_gpt.py", "--arm=README.md: --lr=2"], "the name of a file or run of the output folder"),
+    (["compare", "train_gpt.py", "--arm=A_seed0: --lr=2"], "the name of a file or run of the output folder"),
+    (["compare", "train_gpt.py", "--arm=x: y"], "no flag, edit or script"),
+    (["compare", "train_gpt.py", "--arm=x: a => b => c"], "not of the form old => new"),
+    (["compare", "train_gpt.py", "--arm=x: import => "],
+     "times in train_gpt.py; an edit needs a text that occurs exactly"),
+    (["compare", "train_gpt.py", "--arm=x: no such words => y"], "occurs 0 times"),
+    (["compare", "train_gpt.py", "--arm=x: y.py"], "y.py is not a training script"),
+    (["compare", "train_gpt.py", "--arm=x: --lr=2", "--arm=X: --lr=3"], "X is there twice"),
+    (["compare", "train_gpt.py", "--arm=x: --lr=2", "--arm=y: --lr=2"], "x and y are the same"),
+    (["compare", "train_gpt.py", "--b_flags=--lr=2", "--at_once", "--gpus=2"], "exclude each other"),
+    (["compare", "train_gpt.py", "--b_flags=--lr=2", "--limit=-1"], "nothing below 0"),
+    (["compare", "train_gpt.py", "--arms=nowhere"], "nowhere is not there"),
     (["replay", f"records/{FIRST}", "--num_iterations=7"], "reference runs of 120 iterations only")])
 def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -433,10 +455,27 @@ def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypa
 
 
 @pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new"])
-def test_help_reads_well(command, tool):
+def test_help_is_printed(command, tool, capsys):
     with pytest.raises(SystemExit) as end:
         tool(*filter(None, [command]), "--help")
-    assert end.value.code == 0
+    assert end.value.code == 0 and f"usage: records.py {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in (ROOT / "records").glob("*.py")))
+def test_help_loads_nothing_that_takes_long(path):
+    """`--help` of each file prints its docstring, and imports neither PyTorch nor Matplotlib."""
+    code = ("import runpy, sys\nfor name in ('torch', 'matplotlib', 'safetensors'):\n    sys.modules[name] = None\n"
+            f"sys.path.insert(0, {str(ROOT / 'records')!r})\nsys.argv = [{path!r}, '--help']\n"
+            f"runpy.run_path({str(ROOT / 'records' / path)!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    title = (ROOT / "records" / path).read_text().split('"""')[1].split("\n")[0]
+    assert (done.returncode, done.stderr) == (0, "") and title in done.stdout
+
+
+def test_flags_of_compare_are_not_those_of_the_scripts():
+    """Or a script could not get them."""
+    names = {action.dest for action in records.make_parser()._subparsers._group_actions[0].choices["compare"]._actions}
+    assert not names & {field.name for field in dataclasses.fields(train_gpt.Hyperparameters)}
 
 
 # -----------------------------------------------------------------------------
@@ -455,22 +494,31 @@ seed, lr = int(flags["seed"]), float(flags.get("lr", 1))
 out = Path(flags["out_dir"]) / f"run_{count}"
 out.mkdir(parents=True)
 noise = [0.004, -0.003, 0.001, -0.006, 0.005, 0.002, -0.001, -0.002][count % 8]
-pace, source = SLOW * 100 * (1 + noise), Path(__file__).read_text()
-sources = {path.name: path.read_text() for path in (Path(__file__), *Path(__file__).parent.glob("harness.py"))}
+pace, script = SLOW * 100 * (1 + noise), Path(__file__)
+paths = [script.with_name(name) for name in (script.name, "harness.py", "triton_kernels.py")]
+sources = {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}
 head = "".join(text + "\n" + "=" * 100 + "\n" for text in sources.values())
 loss = lambda step: 2 + 3 / (1 + step) * lr + 0.01 * (seed % 3) + (lr - 1) * 0.5 + noise / 10
 points = [dict(step=s, train_time_ms=round(s * pace), val_loss=round(loss(s), 6), tokens=1000) for s in (0, 10, 20)]
 config = dict(stages=[dict(until=1.0, batch_tokens=512)], num_iterations=20, val_tokens=1000)
 info = dict(status="running", script=Path(__file__).name, argv=sys.argv[1:], config=config, seed=seed, device="cpu",
-            source_sha256=hashlib.sha256(source.encode()).hexdigest(), versions=dict(python="3"), world_size=1, gpu="",
-            started="2026-11-22T00:00:00", val_losses=[])
+            source_sha256=hashlib.sha256(script.read_bytes()).hexdigest(), versions=dict(python="3"), world_size=1,
+            gpu="", started="2026-11-22T00:00:00", val_losses=[])
+if "triton_kernels.py" in sources:                   # such a script names all that ran
+    contents = {name: script.with_name(name).read_bytes() for name in sources}
+    info["sources"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    info["source_sha256"] = hashlib.sha256(b"".join(contents.values())).hexdigest()
+    config["kernels"] = True
 (out / "run.json").write_text(json.dumps(info))
-for name, text in sources.items():
-    (out / name).write_text(text)
+for name in sources:
+    (out / name).write_bytes(script.with_name(name).read_bytes())
+if count == int(flags.get("fail_at", -1)):
+    (out / "run.json").write_text(json.dumps(info | dict(status="failed", error="toy: the disk is full")))
+    sys.exit("toy: the disk is full")
 if count == int(flags.get("wait_at", -1)):
     time.sleep(60)
 if lr > 10:
-    (out / "log.txt").write_text(head)
+    (out / "log.txt").write_text(head, encoding="utf-8")
     (out / "run.json").write_text(json.dumps(info | dict(status="diverged")))
     sys.exit(3)
 line = "step:{}/20 {}_loss:{:.6f} train_time:{}ms step_avg:{:.2f}ms\n"
@@ -478,7 +526,7 @@ log = head + line.format(0, "val", loss(0), 0, 0)
 for s in range(1, 21):
     log += line.format(s, "train", loss(s), round(s * pace), round(s * pace) / s)
     log += line.format(s, "val", loss(s), round(s * pace), round(s * pace) / s) if s in (10, 20) else ""
-(out / "log.txt").write_text(log)
+(out / "log.txt").write_text(log, encoding="utf-8")
 (out / "checkpoint").mkdir()
 info |= dict(status="finished", val_losses=points, train_time_ms=round(20 * pace), compile_seconds=0.0, recompiles=0,
              tokens_seen=20 * 512, peak_memory_gib=0.0, data={"val_000000.bin": 2000},
@@ -500,8 +548,13 @@ def toy(tmp_path, monkeypatch):
     return write
 
 
-def verdicts(out):
-    return {line.split(":")[0].strip("- *"): line for line in out.splitlines() if line.startswith("- ")}
+COLUMNS = "arm measure difference interval p pairs verdict pairs_needed visible_from".split()
+
+
+def verdicts(out, arm="B"):
+    """measure -> cells of the printed verdict on an arm, by name."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("| ")]
+    return {row[1]: SimpleNamespace(**dict(zip(COLUMNS, row))) for row in rows if row[0] == arm and len(row) == 9}
 
 
 def test_a_script_against_itself_is_not_distinguishable(toy, tool):
@@ -509,9 +562,11 @@ def test_a_script_against_itself_is_not_distinguishable(toy, tool):
     for scripts in (["train_a.py"], ["train_a.py", "train_a.py"]):
         code, out, errors = tool("compare", *scripts, "--noise", "--n=4", toy.state)
         assert (code, errors) == (0, [])
-        for what, line in verdicts(out).items():
-            assert "not distinguishable at n = 4" in line and "this size needs" in line, line
-        assert list(verdicts(out)) == ["time", "loss", "time at equal loss"]
+        found = verdicts(out)
+        assert list(found) == ["time", "loss", "time at equal loss"]
+        for verdict in found.values():
+            assert (verdict.verdict, verdict.pairs) == ("not distinguishable", "4")
+            assert verdict.pairs_needed.strip("> ").isdigit() and verdict.visible_from != "-"
 
 
 def test_ten_percent_and_a_bad_learning_rate_are_seen(toy, tool):
@@ -519,16 +574,15 @@ def test_ten_percent_and_a_bad_learning_rate_are_seen(toy, tool):
     toy("train_b.py", slow=1.1)
     _, out, _ = tool("compare", "train_a.py", "train_b.py", "--n=4", toy.state)
     found = verdicts(out)
-    assert "time: B is worse" in found["time"] and "not distinguishable" in found["loss"]
-    effect = float(found["time"].split("B - A = ")[1].split(" ")[0])
-    assert effect == pytest.approx(10, abs=1.5)
-    assert "B is worse" in found["time at equal loss"]
+    assert found["time"].verdict == "**worse**" and found["loss"].verdict == "not distinguishable"
+    assert float(found["time"].difference.split(" ")[0]) == pytest.approx(10, abs=1.5)
+    assert found["time at equal loss"].verdict == "**worse**"
     _, out, _ = tool("compare", "train_b.py", "train_a.py", "--n=4", toy.state)
-    assert "time: B is better" in verdicts(out)["time"]
+    assert verdicts(out)["time"].verdict == "**better**"
     _, out, _ = tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=4", toy.state)
     found = verdicts(out)
-    assert "loss: B is worse" in found["loss"] and "not distinguishable" in found["time"]
-    assert "time at equal loss: B is worse" in found["time at equal loss"]
+    assert found["loss"].verdict == "**worse**" and found["time"].verdict == "not distinguishable"
+    assert found["time at equal loss"].verdict == "**worse**"
 
 
 def test_the_order_alternates_and_seeds_are_pairwise_the_same(toy, tool):
@@ -556,11 +610,11 @@ while len(list(Path().glob(f"seen_{seed}_?"))) < 2:
     time.sleep(0.01)
 """ + path.read_text())
     code, out, errors = tool("compare", "train_a.py", "--noise", "--n=2", "--at_once", toy.state, "--out=here")
-    assert (code, errors) == (0, []) and out.count("pair 2/2") == 2
+    assert (code, errors) == (0, []) and out.count("round 2/2") == 2
     threads = max(1, os.cpu_count() // 2)
     assert {path.name: path.read_text() for path in Path().glob("seen_*")} == {
         "seen_0_A": f"4 {threads}", "seen_0_B": f"7 {threads}", "seen_1_B": f"4 {threads}", "seen_1_A": f"7 {threads}"}
-    assert "ran at once, each with half of the cores" in Path("here/README.md").read_text()
+    assert "ran at once, each with its share of the cores" in Path("here/README.md").read_text()
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
     code, _, errors = tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
     assert code == 2 and "another comparison" in errors[0]
@@ -574,7 +628,7 @@ def test_a_comparison_is_checked_and_summarized_like_a_record(toy, tool):
     tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
     _, out, _ = tool("summarize", "here")
-    assert "| A | 2 |" in out and "- time: not distinguishable" in out
+    assert "| A | 2 |" in out and verdicts(out)["time"].verdict == "not distinguishable"
     edit(Path("here/A_seed1/run.json"), lambda info: info.update(train_time_ms=1500))
     code, _, errors = tool("check", "here", "--no_guard")
     assert code == 1 and "A_seed1: run.json says a training time of 1500 ms" in errors[0]
@@ -585,9 +639,194 @@ def test_more_pairs_are_added_and_the_second_look_is_admitted(toy, tool):
     command = ["compare", "train_a.py", "--noise", toy.state]
     tool(*command, "--n=2")
     code, out, _ = tool(*command, "--n=3")
-    assert code == 0 and "2 of 3 pairs were begun" in out and out.count("pair 3/3") == 2 and "pair 1/" not in out
-    assert "looked at after 2, 3 pairs" in out
+    assert code == 0 and "2 of 3 rounds were begun" in out and out.count("round 3/3") == 2 and "round 1/" not in out
+    assert "read after 2, 3 pairs" in out
     assert Path("count").read_text().count("x") == 6
+
+
+ARMS = ["--arm=hot: --lr=1.3", "--arm=slow: SLOW_MARK = 1.0 => SLOW_MARK = 1.5 | --lr=1", "--arm=other: train_b.py"]
+
+
+def test_any_number_of_arms_each_against_the_first(toy, tool):
+    toy("train_a.py").write_text("SLOW_MARK = 1.0\n" + STAND_IN.replace("SLOW *", "SLOW_MARK *"))
+    toy("train_b.py", slow=1.1)
+    command = ["compare", "train_a.py", *ARMS, "--n=4", toy.state, "--out=here"]
+    code, out, errors = tool(*command)
+    assert (code, errors) == (0, [])
+    ledger = json.loads(Path("here/runs.json").read_text())
+    assert [run["arm"] for run in ledger["runs"]] == [*(names := ["A", "hot", "slow", "other"]), *names[::-1]] * 2
+    assert [run["seed"] for run in ledger["runs"]] == sorted([*range(4)] * 4)
+    assert ledger["arms"]["slow"]["edits"] == ["SLOW_MARK = 1.0 => SLOW_MARK = 1.5"]
+    assert Path("here/slow/train_a.py").read_text().startswith("SLOW_MARK = 1.5\n")
+    assert ledger["arms"]["hot"]["flags"] == [toy.state, "--lr=1.3"]
+    assert ledger["arms"]["other"]["script"] == "other/train_b.py"
+    found = {arm: verdicts(out, arm) for arm in names[1:]}
+    assert found["hot"]["loss"].verdict == found["slow"]["time"].verdict == "**worse**"
+    assert found["other"]["time"].verdict == "**worse**"
+    assert found["hot"]["time"].verdict == "not distinguishable" and not verdicts(out, "A")
+    assert "3 arms were tested against A" in out
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    rows = {row["arm"]: row for row in json.loads(Path("here/table.json").read_text())}
+    assert list(rows) == names and "verdicts" not in rows["A"]
+    time_of_slow = rows["slow"]["verdicts"][0]
+    assert time_of_slow["relative_difference"] == pytest.approx(0.5, abs=0.02) and time_of_slow["verdict"] == "worse"
+    assert rows["hot"]["n"] == 4 and rows["hot"]["seconds"] == pytest.approx(2, abs=0.1)
+    assert Path("here/table.md").read_text().strip() in out
+    assert "- text edit: `SLOW_MARK = 1.0 => SLOW_MARK = 1.5`" in Path("here/README.md").read_text()
+    assert Path("count").read_text().count("x") == 16 and tool(*command)[0] == 0
+    assert Path("count").read_text().count("x") == 16                # nothing was missing
+
+
+def test_intervals_that_no_number_holds():
+    """Two pairs and a strict level: the interval of a ratio reaches beyond what a float can hold."""
+    verdict = runs.Verdict("B", "time", [0.1, 0.9], True, 1e-6)
+    assert verdict.row()[3].endswith("more than a million-fold")
+    assert comparison.verdict_numbers(verdict)["high"] is None
+
+
+def test_a_sweep_has_one_run_an_arm_and_no_verdicts(toy, tool):
+    toy("train_a.py")
+    Path("ideas.txt").write_text("# ideas\r\nhot: --lr=1.3\r\n\nbad: --lr=20\nbroken: --x=y\n")
+    code, out, errors = tool("compare", "train_a.py", "--arms=ideas.txt", "--arm=far: --lr=1.4", "--n=1",
+                             "--state=s", "--refuse_at=4", "--out=here")
+    assert code == 2 and len(errors) == 1 and "arm broken failed with exit code 1: toy: no shards here" in errors[0]
+    rows = [line for line in out.splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["A", "far", "hot", "bad", "broken"]
+    assert "diverged" in rows[3] and "no shards here" in rows[4] and "no verdict for far, hot, bad, broken" in out
+    assert json.loads(Path("here/table.json").read_text())[4]["note"].startswith("exit code 1: toy")
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    code, out, errors = tool("compare", "train_a.py", "--arms=ideas.txt", "--arm=far: --lr=1.4", "--n=1",
+                             "--state=s", "--refuse_at=4", "--out=here")
+    assert (code, errors) == (0, []) and out.count("round 1/1") == 1 and "round 1/1, broken: loss" in out
+
+
+def test_an_arm_that_fails_is_left_out_of_later_rounds(toy, tool):
+    toy("train_a.py")
+    code, out, errors = tool("compare", "train_a.py", "--b_flags=--lr=1.1", "--arm=odd: --lr=1.2", "--n=3", toy.state,
+                             "--fail_at=2", "--out=here")
+    assert code == 2 and "arm odd failed with exit code 1: toy: the disk is full" in errors[0]
+    ledger = json.loads(Path("here/runs.json").read_text())
+    assert [run["arm"] for run in ledger["runs"]] == ["A", "B", "odd", "B", "A", "A", "B"]
+    assert ledger["runs"][2]["status"] == "failed" and "disk is full" in Path("here/odd_seed0_output.txt").read_text()
+    assert verdicts(out)["loss"].pairs == "3" and "no verdict for odd" in out
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])       # though the run failed before it had a log
+
+
+def test_a_run_that_takes_too_long_is_stopped_and_listed(toy, tool):
+    toy("train_a.py")
+    command = ["compare", "train_a.py", "--b_flags=--lr=1.1", "--n=1", toy.state, "--wait_at=1", "--limit=0.5",
+               "--out=here"]
+    code, out, errors = tool(*command)
+    assert (code, errors) == (0, []) and "round 1/1, B: stopped after 0.5 s (--limit)" in out
+    assert "| stopped after 0.5 s (--limit) |" in out
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    assert tool(*command)[0] == 0 and Path("count").read_text().count("x") == 2      # it is not tried again
+
+
+def test_runs_on_a_gpu_each(toy, tool, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
+    path = toy("train_a.py")
+    path.write_text("""
+import os, sys, time
+from pathlib import Path
+name = "seen" + "".join(flag[-4:] for flag in sys.argv if flag.startswith(("--seed=", "--lr=")))
+Path(name).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+deadline = time.monotonic() + 30
+while len(list(Path().glob("seen*"))) < 2:
+    assert time.monotonic() < deadline, "no other run runs"
+    time.sleep(0.01)
+""" + path.read_text())
+    code, out, errors = tool("compare", "train_a.py", "--arm=x: --lr=1.11", "--n=2", "--gpus=2", "--lr=1.00", toy.state,
+                             "--out=here")
+    assert (code, errors) == (0, []) and out.count("round ") == 4
+    assert {path.read_text() for path in Path().glob("seen*")} == {"4", "7"}
+    assert "2 at a time, each on GPUs of its own" in Path("here/README.md").read_text()
+    for flags, words in ((["--gpus=4"], "3 GPUs are visible"), (["--gpus=3", "--ranks=2"], "a multiple of --ranks")):
+        code, _, errors = tool("compare", "train_a.py", "--arm=x: --lr=1.11", *flags)
+        assert code == 2 and words in errors[0]
+    assert launcher.make_slots(1, 2, own_gpus=True) == [{"CUDA_VISIBLE_DEVICES": "4,7"}]
+
+
+def test_scripts_and_lists_of_arms_may_be_links(toy, tool):
+    Path("train_a.py").symlink_to(toy("real.py"))
+    Path("real.txt").write_text("x: --lr=1.1")
+    Path("ideas.txt").symlink_to("real.txt")
+    assert tool("compare", "train_a.py", "--arms=ideas.txt", "--n=1", toy.state, "--out=here")[::2] == (0, [])
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+
+
+def test_ranks_are_started_through_torchrun(toy, monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append(command) or SimpleNamespace(
+        poll=lambda: 0, terminate=lambda: None))
+    job = launcher.Job(Path("x.py"), ["--lr=1"], tmp_path / "out")
+    assert [outcome.code for _, outcome in launcher.launch(iter([job]), [{}], ranks=3)] == [0]
+    assert started == [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "x.py",
+                        "--lr=1", f"--out_dir={tmp_path / 'out'}"]]
+
+
+def test_flags_with_blanks_and_edits_with_every_character():
+    assert comparison.split_flags(' --a=1  --b={"x": [1, 2]} --c=') == ["--a=1", '--b={"x": [1, 2]}', "--c="]
+    assert comparison.unescape(r"a\nb \| c \\n \t") == "a\nb | c \\n \\t"
+
+
+@pytest.mark.parametrize("place", ["A", "hot", "both"])
+def test_scripts_with_line_ends_of_windows(place, toy, tool):
+    """They are compared and checked, their logs have plain line ends, and edits find their text."""
+    script = toy("train_a.py")
+    script.write_bytes(b"LAST = 1\nMARK = 2\n" + script.read_bytes())
+    if place == "A":
+        script.write_bytes(script.read_bytes().replace(b"\n", b"\r\n"))
+    code, _, errors = tool("compare", "train_a.py", r"--arm=hot: LAST = 1\nMARK = 2 => LAST = 2", "--n=2", toy.state,
+                           "--out=here")
+    assert (code, errors) == (0, [])
+    assert Path("here/hot/train_a.py").read_bytes().startswith(b"LAST = 2\r\n" if place == "A" else b"LAST = 2\n")
+    if place != "A":                     # Git changed them after the runs
+        for name in ("hot", "A")[:1 + (place == "both")]:
+            path = Path("here", name, "train_a.py")
+            path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    path = Path("here/hot/train_a.py")
+    path.write_bytes(path.read_bytes().replace(b"LAST = 2", b"LAST = 3"))
+    assert "an edited script" in tool("check", "here", "--no_guard")[2][0]
+
+
+def test_no_locale_is_needed(toy, tool):
+    """Sources, logs and tables are UTF-8 in a locale that has ASCII only."""
+    toy("train_a.py").write_text(f"# caf\u00e9 \u4e2d\n{STAND_IN.replace('SLOW', '1')}", encoding="utf-8")
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    def call(*words):
+        done = subprocess.run([sys.executable, ROOT / "records" / "records.py", *words], env=environment,
+                              capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b""), done
+        return done.stdout
+    call("compare", "train_a.py", "--b_flags=--lr=1.1", "--n=2", toy.state, "--out=here", "--title=\u4e2d")
+    readme = Path("here/README.md")
+    assert "--title=" in readme.read_text(encoding="utf-8")
+    readme.write_text(readme.read_text(encoding="utf-8").replace("# ", "# caf\u00e9 ", 1), encoding="utf-8")
+    call("summarize", "here", "--write")
+    assert b"ok" in call("check", "here", "--no_guard")
+
+
+def test_paths_with_brackets_blanks_and_a_tilde(toy, tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "my [1] runs"
+    folder.mkdir()
+    toy("my [1] runs/train a[0].py")
+    code, _, errors = tool("compare", "~/my [1] runs/train a[0].py", "--b_flags=--lr=1.1", "--n=2", toy.state,
+                           "--out=~/my [1] runs/out [a]")
+    assert (code, errors) == (0, [])
+    assert tool("check", "~/my [1] runs/out [a]", "--no_guard")[::2] == (0, [])
+    assert tool("plot", "~/my [1] runs/out [a]", "--out=~/my [1] runs/picture.svg")[0] == 0
+    assert (folder / "picture.svg").is_file() and (folder / "picture.png").is_file()
+    (folder / "val_[0].bin").write_text("x")
+    assert replays.matching_files("~/my [1] runs/val_[0].bin") == [folder / "val_[0].bin"]
+    assert replays.matching_files(f"{tmp_path}/my*/val*.bin") == [folder / "val_[0].bin"]
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    code, _, errors = tool("check", "~nobody/x")
+    assert code == 2 and "the home folder of ~ is not known" in errors[0]
 
 
 def test_a_script_that_diverges_is_a_result(toy, tool):
@@ -601,14 +840,15 @@ def test_a_script_that_refuses_stops_the_comparison_which_then_goes_on(toy, tool
     toy("train_a.py")
     command = ["compare", "train_a.py", "--noise", "--n=2", toy.state, "--refuse_at=1", "--out=here"]
     code, _, errors = tool(*command)
-    assert code == 2 and "no shards here; make some" in errors[0] and len(errors) == 1
+    assert code == 2 and "B failed with exit code 1: toy: no shards here; make some" in errors[0] and len(errors) == 1
+    assert Path("here/B_seed0_output.txt").read_text() == "toy: no shards here; make some\n"
     code, out, _ = tool(*command)
     ledger = json.loads(Path("here/runs.json").read_text())
     assert code == 0 and [run["status"] for run in ledger["runs"]] == ["finished", "refused"] + ["finished"] * 4
     assert [run["counted"] for run in ledger["runs"]] == [False, False] + [True] * 4
-    assert "half a pair" in ledger["runs"][0]["why"]
+    assert "half a round" in ledger["runs"][0]["why"]
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
-    assert "half a pair" in Path("here/README.md").read_text()
+    assert "half a round" in Path("here/README.md").read_text()
 
 
 @pytest.mark.parametrize("name, status", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "interrupted"),
@@ -621,7 +861,7 @@ def test_an_interrupted_comparison_goes_on(name, status, toy, tool):
                                 *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     deadline = time.monotonic() + 30
-    while len(list(Path("here").glob(".running/?/*/run.json"))) < 1 or Path("count").read_text().count("x") < 3:
+    while len(list(Path("here").glob(".running/*/?/*/run.json"))) < 1 or Path("count").read_text().count("x") < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, name) if name == signal.SIGKILL else os.kill(process.pid, name)
@@ -629,7 +869,7 @@ def test_an_interrupted_comparison_goes_on(name, status, toy, tool):
     if name != signal.SIGKILL:
         assert process.returncode == 130 and errors.count("\n") == 1 and "goes on from here" in errors, errors
     code, out, _ = tool(*command)
-    assert code == 0 and "pair 1/" not in out and out.count("pair 2/2") == 2
+    assert code == 0 and "round 1/" not in out and out.count("round 2/2") == 2
     ledger = json.loads(Path("here/runs.json").read_text())
     assert [run["status"] for run in ledger["runs"]] == ["finished"] * 2 + [status] + ["finished"] * 2
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
@@ -697,26 +937,28 @@ def fast_start(forkserver, monkeypatch, tmp_path):
         process = forkserver.Process(target=call_with_output, args=(stdout.name, {}, run_python, (command[1:],)))
         process.start()
         process.wait = lambda *_: process.join() or process.exitcode
+        process.poll = lambda: process.exitcode
         return process
-    monkeypatch.setattr(records.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.chdir(tmp_path)
 
 
-def test_verdicts_on_the_training_script(fast_start, data, tool, tmp_path):
+SLOW_BACKWARD = r'if __name__ == "__main__": => ' + r"""
+inner_backward = torch.autograd.backward\ndef slow_backward(*args, **options):\n    time.sleep(0.1)\n
+    return inner_backward(*args, **options)\ntorch.autograd.backward = slow_backward\n
+if __name__ == "__main__":""".replace("\n", "")
+
+
+def test_verdicts_on_the_training_script(fast_start, data, tool):
     flags = small_flags(data, num_iterations=4, val_every=2, val_tokens=500)
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=2", "--p=0.0001", *flags)
-    assert code == 0 and all("not distinguishable" in line for line in verdicts(out).values()), out
-    assert "the same in every pair" in verdicts(out)["loss"]    # the same seeds on the same machine
-    source = (ROOT / "train_gpt.py").read_text()
-    step = "        loss = training_step(backward, optimizer, batches, done, machine, stopping.is_set(), overdue)\n"
-    assert source.count(step) == 1
-    (tmp_path / "train_slow.py").write_text(source.replace(step, step + "        time.sleep(1)\n"))
-    shutil.copy(ROOT / "harness.py", tmp_path)
-    code, out, _ = tool("compare", ROOT / "train_gpt.py", "train_slow.py", "--n=3", *flags,
-                        "--b_flags=--lr=0.02", "--out=here")
-    found = verdicts(out)
-    assert "B is worse" in found["time"] and "B is worse" in found["loss"], out
-    assert "B is worse" in found["time at equal loss"], out
+    assert code == 0 and all("not distinguishable" in found.verdict for found in verdicts(out).values()), out
+    assert "the same in every pair" in verdicts(out)["loss"].verdict    # the same seeds on the same machine
+    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--n=3", *flags, f"--arm=slow: --lr=0.02 | {SLOW_BACKWARD}",
+                        "--out=here")
+    found = verdicts(out, "slow")
+    assert found["loss"].verdict == "**worse**", out     # the same on every machine; how clear the time is, is not
+    assert not any(found[what].difference.startswith("-") for what in ("time", "time at equal loss")), out
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
 
 
@@ -740,8 +982,7 @@ def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
     assert (code, errors) == (0, [])
     folder = toy_track / "2026-12-01_Toy"
     assert "a record" in out and not list(folder.rglob("checkpoint"))
-    assert tool("check", folder, "--no_guard")[::2] == (1, [f"records.py: {folder}: arm train_toy --lr=20 has no run "
-                                                            "that counts"])
+    assert "logs/run_3 is listed, but does not count: diverged" in out
     ledger = json.loads((folder / "runs.json").read_text())
     assert list(ledger["arms"]) == ["train_toy --lr=1", "train_toy --lr=20"] and ledger["claim"] == "record"
     assert [run["counted"] for run in ledger["runs"]] == [True] * 3 + [False] and ledger["runs"][3]["why"] == "diverged"
@@ -751,6 +992,230 @@ def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
     path = folder / "README.md"
     path.write_text(path.read_text().replace("TODO what", "What").replace("TODO: what", "What"))
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
+
+
+def toy_run(seed, *flags, out="logs", script="train_toy.py", count="count"):
+    """Runs the stand-in by hand; its run folder."""
+    before = set(Path(out).glob("*"))
+    subprocess.run([sys.executable, script, f"--state={count}", f"--seed={seed}", *flags, f"--out_dir={out}"])
+    return (set(Path(out).glob("*")) - before).pop()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"device": "gpu"}, "ran on 1 x gpu, the track is for 1 x cpu; name only runs"),
+    ({"world_size": 2}, "ran on 2 x cpu, the track is for 1 x cpu; name only runs"),
+    ({"data_sha256": {"val_000000.bin": "cd" * 32}}, "has sha256 cdcdcdcdcdcd, the track's abababababab; name only"),
+    ({"data_sha256": {}}, "does not say the sha256"),
+    ({"data": {"val_000000.bin": 7}}, "val_000000.bin with 7 tokens, not 2000; name only"),
+    ({"data": {"other.bin": 2000}}, "another file than the track's val_000000.bin; name only"),
+    ({"config": {"val_tokens": 500}}, "was validated on 1000, 500 tokens, the track says 1000; name only"),
+    ({"source_sha256": "0" * 64}, "it ran 000000000000; put the script that ran into its folder"),
+    ({"status": "running"}, "has the status running in run.json; wait for its end, or say with --killed"),
+    ({"script": "../x.py"}, "has script '../x.py', which is not the name of a Python file")])
+def test_a_run_that_cannot_belong_to_the_track_is_refused(change, words, toy_track, tool):
+    edit(toy_track / "track.json", lambda track: track["val_data"]["val_000000.bin"].update(sha256="ab" * 32))
+    path = Path("logs/run_1")
+    edit(path / "run.json", lambda info: info.update({
+        name: info[name] | value if name == "config" else value for name, value in change.items()}))
+    finished = sorted(Path("logs").iterdir())[:3]
+    code, _, errors = tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *finished)
+    assert (code, len(errors)) == (2, 1) and str(path) in errors[0] and words in errors[0], errors
+    assert [child.name for child in toy_track.iterdir()] == ["track.json"]
+    assert tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "logs/run_0", "logs/run_2")[0] == 0
+
+
+def test_runs_that_did_not_finish_alone_are_no_record(toy_track, tool):
+    edit(Path("logs/run_3/run.json"), lambda info: info.update(status="failed", error="no disk"))
+    code, _, errors = tool("new", "Toy", "--track=track_1_small", "logs/run_3")
+    assert (code, len(errors)) == (2, 1)
+    assert "none of the 1 runs counts (status: failed); a record needs a finished run" in errors[0]
+
+
+@pytest.mark.parametrize("same_flags", [True, False])
+@pytest.mark.parametrize("has_script", [True, False])
+def test_a_first_run_that_failed_is_listed_and_does_not_count(same_flags, has_script, toy_track, tool):
+    failed = toy_run(0, "--lr=1" if same_flags else "--lr=1.5", "--fail_at=0", out="first", count="one")
+    edit(failed / "run.json", lambda info: info["argv"].remove("--fail_at=0") or info["argv"].remove("--state=one"))
+    edit(failed / "run.json", lambda info: info["argv"].insert(0, tool_state()))
+    if not has_script:
+        (failed / "train_toy.py").unlink()
+    finished = sorted(Path("logs").iterdir())[:3]
+    code, out, errors = tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", failed, *finished)
+    assert (code, errors) == (0, [])
+    assert f"{failed} is listed, but does not count: failed toy: the disk is full" in out
+    folder = toy_track / "2026-12-01_Toy"
+    ledger = json.loads((folder / "runs.json").read_text())
+    assert len(ledger["arms"]) == 2 - same_flags and ledger["claim"] == "record"
+    first = ledger["arms"][ledger["runs"][1]["arm"]]
+    assert first["script"] == "train_toy.py" and "--lr=1" in first["flags"]
+    assert sorted(entry["status"] for entry in ledger["runs"]) == ["failed"] + ["finished"] * 3
+    readme = folder / "README.md"
+    assert "| no: failed toy: the disk is full |" in readme.read_text()
+    readme.write_text(readme.read_text().replace("TODO", ""))
+    assert tool("check", folder, "--no_guard")[::2] == (0, [])
+    assert tool("board")[0] == 0 and tool("replay", folder)[0] == 0
+
+
+def tool_state():
+    """The flag that the runs of toy_track have in common."""
+    return next(arg for arg in json.loads(Path("logs/run_0/run.json").read_text())["argv"] if "state" in arg)
+
+
+def test_killed_runs_are_listed_as_killed_when_asked(toy_track, tool):
+    edit(Path("logs/run_3/run.json"), lambda info: info.update(status="running"))
+    code, out, _ = tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "--killed", "logs")
+    assert code == 0 and "run_3 is listed, but does not count: killed while it ran" in out
+    ledger = json.loads((toy_track / "2026-12-01_Toy" / "runs.json").read_text())
+    assert [entry["status"] for entry in ledger["runs"]] == ["finished"] * 3 + ["killed"]
+
+
+def test_folders_without_a_run_are_named(toy_track, tool):
+    Path("logs/empty").mkdir()
+    code, out, errors = tool("summarize", "logs", "logs/run_0")
+    assert code == 0 and out.count("| run_0 |") == 1                 # once, though it is named twice
+    assert errors == ["records.py: note: 1 folder(s) without run.json are left out: empty"]
+    code, _, errors = tool("summarize", "logs/run_0", "logs/empty")
+    assert code == 2 and "no run.json in logs/empty" in errors[0]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_modes_that_the_umask_says(umask, mode, toy_track, tool):
+    for path in Path("logs").rglob("*.*"):
+        path.chmod(0o640)
+    before = os.umask(umask)
+    try:
+        assert tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "logs")[0] == 0
+        assert tool("compare", "train_toy.py", "--b_flags=--lr=1.1", "--n=1", "--state=s", "--out=here")[0] == 0
+        assert tool("board")[0] == 0
+    finally:
+        os.umask(before)
+    board = [toy_track.parent / "README.md", toy_track.parent / "history.svg", toy_track / "curves.svg"]
+    made = [*(toy_track / "2026-12-01_Toy").rglob("*"), *Path("here").rglob("*"), *board]
+    assert {oct(path.stat().st_mode & 0o777) for path in made if path.is_file()} == {oct(mode)}
+    assert {oct(path.stat().st_mode & 0o777) for path in made if path.is_dir()} == {oct(0o777 & ~umask)}
+
+
+# -----------------------------------------------------------------------------
+# Runs that name all files that ran
+
+@pytest.fixture
+def with_kernels(toy_track, toy, tool):
+    """A record, without questions, of two runs whose run.json names train_k.py and triton_kernels.py."""
+    Path("k").mkdir()
+    toy("k/train_k.py")
+    Path("k/triton_kernels.py").write_text("KERNEL = 1\n")
+    for seed in range(2):
+        toy_run(seed, script="k/train_k.py", out="k/logs")
+    assert tool("new", "K", "--track=track_1_small", "--date=2026-12-01", "k/logs")[0] == 0
+    folder = toy_track / "2026-12-01_K"
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("TODO", ""))
+    return folder
+
+
+def kernels_edited(record):
+    (record / "triton_kernels.py").write_text("KERNEL = 2\n")
+
+
+def kernels_lost(record):
+    (record / "triton_kernels.py").unlink()
+
+
+def kernels_not_named(record):
+    for name in ("train_k_seed0", "train_k_seed1"):
+        edit(record / name / "run.json", lambda info: info["sources"].pop("triton_kernels.py"))
+        edit(record / name / "run.json", lambda info: info.update(source_sha256=info["sources"]["train_k.py"]))
+    cover_up(record)
+
+
+def joined_hash_of_the_script_alone(record):
+    edit(record / "train_k_seed0" / "run.json", lambda info: info.update(source_sha256=info["sources"]["train_k.py"]))
+    cover_up(record)
+
+
+def a_source_from_elsewhere(record):
+    edit(record / "train_k_seed0" / "run.json", lambda info: info["sources"].update({"../x.py": "0" * 64}))
+
+
+@pytest.mark.parametrize("lie, words", [
+    (kernels_edited, "triton_kernels.py has sha256"), (kernels_lost, "triton_kernels.py is not there"),
+    (kernels_not_named, "its sources do not name triton_kernels.py"), (a_source_from_elsewhere, "has sources"),
+    (joined_hash_of_the_script_alone, "train_k.py with triton_kernels.py has sha256")])
+def test_check_covers_every_file_that_ran(lie, words, with_kernels, tool):
+    assert tool("check", with_kernels, "--no_guard")[::2] == (0, [])
+    lie(with_kernels)
+    code, _, errors = tool("check", with_kernels, "--no_guard")
+    assert code == 1 and words in errors[0], errors
+
+
+def test_new_copies_the_files_that_ran_and_no_others(toy_track, toy, tool, with_kernels):
+    Path("k/logs", sorted(os.listdir("k/logs"))[0], "harness.py").write_text("OLD = 1\n")
+    assert tool("new", "Again", "--track=track_1_small", "--date=2026-12-02", "k/logs")[0] == 0
+    again = toy_track / "2026-12-02_Again"
+    assert sorted(path.name for path in again.glob("*.py")) == ["train_k.py", "triton_kernels.py"]
+
+
+# -----------------------------------------------------------------------------
+# changes.diff
+
+@pytest.fixture
+def two_records(tmp_path):
+    """Function of two dictionaries of files: script_diff of records that hold them."""
+    def diff(old, new):
+        made = []
+        for name, files in (("Old", old), ("New", new)):
+            folder = tmp_path / name
+            folder.mkdir()
+            for file, text in files.items():
+                (folder / file).write_text(text, newline="")
+            script = next(file for file in files if file.startswith("train_"))
+            made.append(runs.Record(folder, {"arms": {"x": {"script": script, "flags": []}}}, []))
+        about, text = diffs.script_diff(*made)
+        return about, [line for line in text.splitlines() if line[:1] in "+-#"]
+    return diff
+
+
+def test_the_diff_covers_the_kernels(two_records):
+    assert two_records({"train_x.py": "a = 1\r\n", "triton_kernels.py": "k = 1"},
+                       {"train_y.py": "a = 1\n", "triton_kernels.py": "k = 2"}) == ("", [
+        "--- Old/triton_kernels.py", "+++ New/triton_kernels.py", "-k = 1", "+k = 2"])
+
+
+def test_the_diff_covers_kernels_that_came_or_went(two_records):
+    assert two_records({"train_x.py": "a = 1\n", "triton_kernels.py": "k = 1\n"}, {"train_x.py": "a = 2\n"})[1] == [
+        "--- Old/train_x.py", "+++ New/train_x.py", "-a = 1", "+a = 2", "--- Old/triton_kernels.py",
+        "+++ New/triton_kernels.py", "-k = 1"]
+
+
+def test_a_harness_that_moved_into_the_script_is_no_change(two_records):
+    script = "import harness\n\nLR = 1\n\n# the model\ndef model():\n    return 1\n"
+    harness = "import os\n\ndef shards():\n    return 2\n\ndef clock():\n    return 3\n"
+    new = ("import os\n\nLR = 1\n\ndef clock():\n    return 3\n\ndef shards():\n    return 20\n\n"
+           "# the model\ndef model():\n    return 1\n")
+    about, lines = two_records({"train_x.py": script, "harness.py": harness}, {"train_x.py": new})
+    assert "one file here" in about and lines[0] == f"# {about}"
+    changes = [line for line in lines if line[1:].strip() and not line.startswith(("# ", "---", "+++"))]
+    assert sorted(changes) == ["+    return 20", "-    return 2", "-import harness"]
+    assert "--- Old/train_x.py + harness.py" in lines
+
+
+def test_a_script_that_cannot_be_parsed_is_still_compared(two_records):
+    _, lines = two_records({"train_x.py": "a = = 1\n", "harness.py": "b = 1\n"}, {"train_x.py": "a = 1\n"})
+    assert "-a = = 1" in lines and "-b = 1" in lines and "+a = 1" in lines
+
+
+def test_a_result_in_plain_words():
+    """And in the words of older records, whose READMEs are frozen."""
+    track = {"target": 3.28, "p": 0.01}
+    assert runs.claim_text(4, 0.002, track, 3) == (
+        "A record: the 4 runs show that the mean loss is below the target 3.28 (p = 0.002; a record needs p < 0.01).")
+    assert runs.claim_text(3, 0.0101, track, 4) == (
+        "A reference, not a record. A record must show that its mean loss is below 3.28 at p < 0.01. These 3 runs give "
+        "p = 0.0101. About 4 runs with this mean and sd would show it.")
+    assert runs.claim_text(1, 1.0, track, None).endswith("below 3.28, and one run cannot show that.")
+    assert runs.claim_of_format_1(3, 0.0101, track, 4) == (
+        "A reference, not a record: that the mean loss is below 3.28 is not shown at p < 0.01 (p = 0.0101); about 4 "
+        "runs with this mean and sd would show it.")
 
 
 def test_a_new_record_keeps_the_harness_of_its_runs(toy_track, toy_with_harness, tool):
@@ -789,7 +1254,7 @@ def test_replay_says_whether_the_loss_comes_out_and_what_differs(toy_track, tool
     tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
     code, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--n=2", "--seed=5")
     assert code == 0 and "device, ranks and data are those of the record" in out
-    assert out.count("lies in") == 4 and "where 95 % of further runs lie" in out
+    assert out.count("lies in") == 4 and "for 95 % of further runs" in out
     edit(toy_track / "2026-12-01_Toy" / "train_toy_seed0" / "run.json", lambda info: info.update(
         device="gpu", versions={"python": "2"}))
     _, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--lr=3")
@@ -808,7 +1273,7 @@ def test_a_shortened_replay_takes_the_shortened_reference(toy_track, tool):
         edit(path, lambda info: info["config"].update(num_iterations=10) or info.update(tokens_seen=10 * 512))
     tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3], "short")
     code, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--num_iterations=10")
-    assert code == 0 and "--lr=1.1" in out and "by the record's 2" in out
+    assert code == 0 and "--lr=1.1" in out and "the record's 2 runs predict" in out
     code, _, errors = tool("replay", toy_track / "2026-12-01_Toy", "--num_iterations=15")
     assert code == 2 and "reference runs of 10, 20 iterations only" in errors[0]
 
@@ -822,7 +1287,7 @@ def test_a_record_of_a_comparison_keeps_the_runs_that_left_nothing(toy_track, to
     assert [run["folder"] for run in ledger["runs"]].count(None) == 1 and len(ledger["runs"]) == 6
     assert (folder / "train_toy.py").is_file() and not list(folder.glob("*/train_toy.py"))    # one script
     path = folder / "README.md"
-    assert "exit code 1" in path.read_text() and "half a pair" in path.read_text()
+    assert "exit code 1" in path.read_text() and "half a round" in path.read_text()
     path.write_text(path.read_text().replace("TODO", ""))
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
 
@@ -840,6 +1305,14 @@ def test_board_and_pictures(toy_track, tool):
     assert "train_toy" in Path("picture.svg").read_text()
     code, out, _ = tool("summarize", *sorted(Path("logs").iterdir()), "--target=2.6")
     assert code == 0 and "| train_toy --lr=1 | 3 |" in out and "no: diverged" in out
+
+
+def test_the_backend_of_a_notebook_does_not_matter(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, ROOT / "records/records.py", "plot", ROOT / "records" / FIRST, "--out=picture"]
+    environment = os.environ | {"MPLBACKEND": "module://nowhere.backend"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "picture.png").is_file()
 
 
 def test_the_numbers_of_the_table(archive, tool, stats):

@@ -107,7 +107,7 @@ def assert_refused(outcome, *parts):
     """Exit code 2, nothing on stdout, and one line on stderr that holds all `parts`."""
     code, out, err = outcome
     assert (code, out, err.count("\n")) == (2, "", 1), outcome
-    assert err.doc_startwith("sample.py: ") and err.endswith("\n")
+    assert err.startswith("sample.py: ") and err.endswith("\n")
     assert [part for part in parts if str(part) not in err] == [], err
 
 
@@ -548,7 +548,7 @@ def test_script_that_is_no_training_script_is_refused(capsys, trained, tmp_path,
 def test_same_seed_same_text_and_the_next_seed_is_the_next_sample(capsys, trained):
     flags = f"--checkpoint={trained}", "--max_tokens=30", "--temperature", "1.5"
     code, first, err = run_main(capsys, *flags, "--prompt=def ", "--seed=3")
-    assert code == 0 and first.doc_startwith("def ") and first.endswith("\n") and "step_000007" in err and "1.5000" in err
+    assert code == 0 and first.startswith("def ") and first.endswith("\n") and "step_000007" in err and "1.5000" in err
     assert run_main(capsys, *flags, "--seed=3")[1] == first         # "def " is the default for a model of bytes
     second = run_main(capsys, *flags, "--seed=4")[1]
     assert second != first

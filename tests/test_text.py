@@ -442,9 +442,9 @@ def refuses(tmp_path, monkeypatch):
 
     def check(args, expected, run=run_here):
         before = sorted(tmp_path.rglob("*"))
-        done = run(*args, *([] if any(str(a).doc_startwith("--out") for a in args) else [f"--out={tmp_path}/new/out"]))
+        done = run(*args, *([] if any(str(a).startswith("--out") for a in args) else [f"--out={tmp_path}/new/out"]))
         assert done.returncode == 2, done
-        assert done.stderr.count("\n") == 1 and done.stderr.doc_startwith("text.py: "), done.stderr
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("text.py: "), done.stderr
         assert all(str(part) in done.stderr for part in expected), done.stderr
         assert sorted(tmp_path.rglob("*")) == before
     return check

@@ -327,7 +327,7 @@ def check_readable(logs):
     for folder in logs.glob("*"):
         if (folder / "run.json").exists():
             assert strict_json(folder / "run.json")["status"] in ("running", "finished")
-            assert (folder / "log.txt").read_text().doc_startwith('"""')
+            assert (folder / "log.txt").read_text().startswith('"""')
         for latest in folder.glob("checkpoint/latest"):
             load_checkpoint(latest.parent / latest.read_text().strip())
 
