@@ -489,9 +489,16 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
         precision = "bf16" if device == "cuda" else "fp32"
     return device, precision
 
-def seconds_per_call(run) -> float:
-    """The mean time of run(), after one call that warms up: of five calls, or of fewer after a tenth of a second."""
+def seconds_per_call(run, too_slow: float = math.inf) -> float:
+    """The mean time of run(), after one call that warms up: of five calls, or of fewer after a tenth of a second.
+
+    If the first call takes more than `too_slow` seconds, its time is returned, and there are no others.
+    """
+    begin = time.perf_counter()
     run()
+    first = time.perf_counter() - begin
+    if first > too_slow:
+        return first
     begin = time.perf_counter()
     for calls in range(1, 6):
         run()
@@ -515,7 +522,8 @@ def choose_threads(run, most: int, given: int = 0) -> str:
     tried, best = {}, 1
     for threads in [*powers_of_two, most]:
         torch.set_num_threads(threads)
-        tried[threads] = seconds_per_call(run)
+        # new threads have to start in the first call
+        tried[threads] = seconds_per_call(run, 4 * tried[best] if tried else math.inf)
         if threads > 1 and tried[threads] > 0.8 * tried[best]:
             break
         best = threads
@@ -1108,6 +1116,10 @@ def prepare_stdout():
         as_it_is = sys.stdout.isatty() or os.environ.get("PYTHONIOENCODING")
         sys.stdout.reconfigure(encoding=None if as_it_is else "utf-8", errors="replace")
 
+def close_stdout():
+    """Lets the process end in silence after its reader has closed the pipe, as head does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 2 an error that the user can correct, 130 interrupted."""
     try:
@@ -1120,8 +1132,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nsample.py: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:                                         # the reader has closed the pipe, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        close_stdout()
         return 0
     except OSError as error:                                        # a name that is too long, a folder without access
         print(f"sample.py: {UserError(error)}; name another path", file=sys.stderr)

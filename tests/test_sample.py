@@ -517,6 +517,7 @@ def test_the_fewest_threads_that_are_fast_are_taken(timed, seconds, most, expect
 def test_trying_threads_takes_few_calls(timed):
     assert len(timed({1: 0.001, 2: 0.001}, 2)[2]) == 12
     assert len(timed({1: 9, 2: 9}, 2)[2]) == 4
+    assert timed({1: 0.004, 2: 0.2}, 2)[2] == [1] * 6 + [2]         # another program holds a core
 
 
 def test_threads_that_are_given_are_not_tried(timed):
@@ -1003,11 +1004,12 @@ def test_stdout_is_utf8_unless_it_is_a_terminal_or_told_otherwise(monkeypatch, t
     assert stream.getvalue() == expected.encode("utf-8" if expected.endswith("😀") else "gbk")
 
 
-def test_a_reader_that_leaves_is_no_error():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import sample\n"
+@pytest.mark.parametrize("module, function", [("sample", "sample"), ("evaluate", "evaluate")])
+def test_a_reader_that_leaves_is_no_error(module, function):
+    code = (f"import sys; sys.path.insert(0, sys.argv[1]); import {module}\n"
             "def endless(args):\n"
             "    while True: print('text', flush=True)\n"
-            "sample.sample = endless; sys.exit(sample.main([]))")
+            f"{module}.{function} = endless; sys.exit({module}.main([]))")
     process = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()
