@@ -489,30 +489,28 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
         precision = "bf16" if device == "cuda" else "fp32"
     return device, precision
 
-def seconds_per_call(run, too_slow: float = math.inf) -> float:
-    """The mean time of run(), after one call that warms up: of five calls, or of fewer after a tenth of a second.
+def time_calls(run, too_slow: float = math.inf) -> list[float]:
+    """Seconds of run(), after one call that warms up: of five calls, or of fewer after a tenth of a second.
 
     If the first call takes more than `too_slow` seconds, its time is returned, and there are no others.
     """
-    begin = time.perf_counter()
+    times = [time.perf_counter()]
     run()
-    first = time.perf_counter() - begin
-    if first > too_slow:
-        return first
-    begin = time.perf_counter()
-    for calls in range(1, 6):
+    times.append(time.perf_counter())
+    if times[1] - times[0] > too_slow:
+        return [times[1] - times[0]]
+    while len(times) < 7 and times[-1] - times[1] <= 0.1:
         run()
-        spent = time.perf_counter() - begin
-        if spent > 0.1:
-            break
-    return spent / calls
+        times.append(time.perf_counter())
+    return [end - begin for begin, end in zip(times[1:], times[2:])]
 
 def choose_threads(run, most: int, given: int = 0) -> str:
     """Sets the number of CPU threads that run() is fastest with; returns a sentence that says so, "" without a choice.
 
-    1, 2, 4, ... and `most` threads are tried in turn, until more threads save less than a fifth of the time. So a small
-    model gets one thread. More would save it little, and would wait for each other whenever another program holds a
-    core: a step of the tiny preset then takes three times as long with two threads as with one. given: use this number.
+    1, 2, 4, ... and `most` threads are tried in turn, until more threads save less than a fifth of the time. A call of
+    less than 10 ms gets one thread at once. More would save it little, and would wait for each other whenever another
+    program holds a core: a step of the tiny preset then takes three times as long with two threads as with one.
+    given: use this number.
     """
     import torch
     if given or most < 2:
@@ -522,11 +520,14 @@ def choose_threads(run, most: int, given: int = 0) -> str:
     tried, best = {}, 1
     for threads in [*powers_of_two, most]:
         torch.set_num_threads(threads)
-        # new threads have to start in the first call
-        tried[threads] = seconds_per_call(run, 4 * tried[best] if tried else math.inf)
+        # the first call with more threads also starts them
+        times = time_calls(run, 4 * tried[best] if tried else math.inf)
+        tried[threads] = sum(times) / len(times)
         if threads > 1 and tried[threads] > 0.8 * tried[best]:
             break
         best = threads
+        if min(times) < 0.01:            # the fastest call, since another program may slow down the others
+            break
     torch.set_num_threads(best)
     times = ", ".join(f"{1e3 * seconds:.1f} ms with {threads}" for threads, seconds in tried.items())
     return f"CPU threads: {best} (a step takes {times}; --threads=N sets the number)"
