@@ -1,18 +1,21 @@
-"""Scores of a trained model: validation loss, bits per byte, HellaSwag, CORE; each with its standard error.
+"""Scores of a trained model: validation loss, bits per byte, HellaSwag and CORE, each with its standard error.
 
-    python evaluate.py                                                      # the one run under logs/, all four
+    python evaluate.py                                                      # the newest run under logs/, all scores
     python evaluate.py --checkpoint=logs/<run> --tasks=val,hellaswag
     torchrun --standalone --nproc_per_node=8 evaluate.py --tasks=core --items_out=items.jsonl
     python evaluate.py --model=gpt2 --tasks=hellaswag,core                  # the original weights, to calibrate
 
-python data/evals.py fetches the questions first; nothing is downloaded here but the weights that --model names.
-val is the loss of the training script, on its tokens with its windows. bpb counts the bytes of the text and no special
-token. hellaswag takes the ending with the lowest summed (plain) or mean (norm) loss. core is DCLM's, 22 tasks with the
-v1 baselines: the mean of (accuracy - baseline) / (1 - baseline). A prompt longer than the model reads keeps the
-begin-of-document id and its last tokens. Every prompt is a document of its own in a long packed stream, and ranks take
-streams in turn, so neither the number of ranks nor the packing changes what a document is given.
+Fetch the questions first with python data/evals.py. This script downloads nothing but the weights that --model names.
+
+val         the validation loss, as the training script computes it
+bpb         bits per byte of the validation text
+hellaswag   accuracy: the ending with the lowest summed loss (plain), or with the lowest mean loss (norm)
+core        22 tasks, as nanochat computes them: the mean of (accuracy - baseline) / (1 - baseline)
+
+The scores do not depend on the number of GPUs or on how prompts are packed. docs/evaluation.md explains each score.
 """
 import argparse
+import glob
 import hashlib
 import itertools
 import json
@@ -20,6 +23,7 @@ import lzma
 import math
 import os
 import random
+import re
 import sys
 import time
 from collections import deque
@@ -30,23 +34,24 @@ from pathlib import Path
 import numpy as np
 
 import sample
-from sample import UserError
+from sample import GPT2_PATTERN, UserError
 
-# PyTorch takes seconds to import, so the functions that need it do it: --help and mistakes are answered at once
+# PyTorch takes seconds to import, so only the functions that need it import it: --help and errors come at once.
 
 # -----------------------------------------------------------------------------
 # Tasks
 
 @dataclass(frozen=True)
-class Task:                      # one row a task of CORE
+class Task:
+    """One task of CORE."""
     label: str
     category: str                # folder of its file
     shots: int                   # solved examples before each question
     kind: str                    # choice: one prompt an answer; schema: one prompt a context; lm: the exact answer
-    baseline: float              # of guessing; DCLM's v1, on which the published scores rest
+    baseline: float              # accuracy of guessing: the v1 baselines, which the published scores use
     delimiter: str               # between question and answer
     gpt2: tuple                  # published accuracy of gpt2, -medium, -large, -xl
-    file: str = ""               # if not the label
+    file: str = ""               # name of its file, if it is not the label
 
 LANGUAGE, WORLD, COMMON = "language_understanding", "world_knowledge", "commonsense_reasoning"
 SYMBOLS, READING = "symbolic_problem_solving", "reading_comprehension"
@@ -76,46 +81,46 @@ TASKS = (
     Task("boolq", READING, 10, "choice", .62, ANSWER, (.552294, .606, .567, .619)),
     Task("bigbench_language_identification", LANGUAGE, 10, "choice", .091, SPACE, (.2566, .269, .261, .250)),
 )
-# The three larger columns have the look of 1,000 items a task. `hellaswag` alone, whose prompts have no activity label,
-# is shown beside the published hellaswag_zeroshot.
+# The figures of the three larger models look like those of 1,000 items a task. The score `hellaswag`, whose prompts
+# have no activity label, is shown next to the published hellaswag_zeroshot.
 HELLASWAG = replace(TASKS[0], label="hellaswag", kind="ending")
-SHUFFLE_SEED, SHOTS_SEED = 1337, 1234    # of the order of items, and (plus its number) of the examples of each item
+SHUFFLE_SEED = 1337                      # of the order of items
+SHOTS_SEED = 1234                        # plus the number of the item: of its examples
 SCORES = ("val", "bpb", "hellaswag", "core")
-QUESTIONS_BYTES, LINE_BYTES = 1 << 26, 1 << 20      # a larger file of questions, or a longer line, is none
-GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+QUESTIONS_BYTES, LINE_BYTES = 1 << 26, 1 << 20      # the largest file of questions and the longest line
 
 # -----------------------------------------------------------------------------
 # Command line
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, checked as far as it goes without a model; raises UserError."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description=__doc__, allow_abbrev=False)
-
-    def refuse(message):
-        raise UserError(f"{message}; --help lists the flags")
-    parser.error = refuse
+    """The flags, checked as far as possible without a model; raises UserError."""
+    parser = sample.make_parser("evaluate.py", __doc__)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="FOLDER", help="a checkpoint (step_...), or a run: then its latest one; "
-        "default: the only run under --out_dir")
-    add("--model", metavar="NAME", help="or gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with such weights")
-    add("--tasks", default=",".join(SCORES), metavar="LIST", help="any of %(default)s (default: all)")
-    add("--evals", type=Path, default=Path("data/evals"), metavar="FOLDER", help="the questions (default: %(default)s)")
-    add("--shards", metavar="GLOB", help="token shards of val and bpb (default: the checkpoint's validation shards)")
-    add("--bpb_tokens", type=int, default=10_485_760, metavar="N", help="bpb is of the documents that begin in the "
-        "first N tokens, 0: of all (default: %(default)s)")
-    add("--max_items", type=int, default=0, metavar="N", help="only the first N items of each task after shuffling, of "
-        "which the examples are, too; 0: all (default: %(default)s)")
-    add("--items_out", type=Path, metavar="FILE", help="write the result of every item there, one JSON object a line")
+    add("--checkpoint", type=sample.path_flag, metavar="FOLDER", help="a checkpoint (step_...), or a run, whose latest "
+        "checkpoint is taken; default: the newest run in --out_dir")
+    add("--model", metavar="NAME", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder with such a model, instead "
+        "of a checkpoint (default: none)")
+    add("--tasks", default=",".join(SCORES), metavar="LIST", help="the scores to compute, separated by commas "
+        "(default: %(default)s)")
+    add("--evals", type=sample.path_flag, default=Path("data/evals"), metavar="FOLDER",
+        help="folder with the questions (default: %(default)s)")
+    add("--shards", metavar="GLOB", help="token shards for val and bpb (default: the validation shards of the training "
+        "run)")
+    add("--bpb_tokens", type=int, default=10_485_760, metavar="N", help="bpb reads the documents that begin in the "
+        "first N tokens; 0: all documents (default: %(default)s)")
+    add("--max_items", type=int, default=0, metavar="N", help="use only the first N items of each task after "
+        "shuffling, also for the examples; 0: all items (default: %(default)s)")
+    add("--items_out", type=sample.path_flag, metavar="FILE", help="write the result of every item to FILE, one JSON "
+        "object a line (default: none)")
     add("--stream_tokens", type=int, default=0, metavar="N", help="length of a packed stream, a multiple of 128; "
-        "default: 131072 on cuda, elsewhere what 1 GiB of logits allows")
-    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="(default: cuda where there is one)")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="(default: bf16 on cuda, fp32 elsewhere)")
-    add("--script", type=Path, metavar="PATH", help="training script with the model, run as it is; default: the one of "
-        "that name beside evaluate.py")
-    add("--out_dir", type=Path, default=Path("logs"), metavar="FOLDER",
-        help="where the runs are (default: %(default)s)")
-    args = parser.parse_args(sample.words(argv))
+        "default: 131072 on cuda, else as much as 1 GiB of logits allows")
+    sample.add_model_flags(add, "evaluate.py")
+    args = parser.parse_args(sample.command_line(argv))
+    check_args(args)
+    return args
+
+def check_args(args: argparse.Namespace):
+    """Splits --tasks; raises UserError for a value out of range or for flags that contradict each other."""
     args.tasks = args.tasks.split(",")
     for name in args.tasks:
         if name not in SCORES:
@@ -125,39 +130,80 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} {remedy}")
     most = max(task.shots for task in TASKS)
-    need(not (args.checkpoint and args.model), "model", f"and --checkpoint={args.checkpoint} are two models; name one")
-    need(not (args.model and "val" in args.tasks), "model", "has no training script, whose loss val is; take bpb")
+    for name in ("checkpoint", "vocab_dir"):
+        need(not args.model or not getattr(args, name), "model", f"and --{name}={getattr(args, name)} are both given, "
+             f"but --{name} is for checkpoints; give one of them")
+    need(not (args.model and "val" in args.tasks), "model", "has no training script to compute val; use bpb instead")
     need(not (args.model and "bpb" in args.tasks) or args.shards, "model", "needs --shards=GLOB for bpb")
     need(args.stream_tokens >= 0 and args.stream_tokens % 128 == 0, "stream_tokens", "must be a multiple of 128")
     need(args.bpb_tokens >= 0, "bpb_tokens", "must be 0 (all) or a positive number")
-    need(args.max_items == 0 or args.max_items > most, "max_items",
-         f"must be 0 (all) or above {most}, the examples before a question")
-    need(not args.items_out or args.items_out.absolute().parent.is_dir(), "items_out",
-         "is in a folder that does not exist; make it first")
-    return args
+    need(args.max_items == 0 or args.max_items > most, "max_items", f"must be 0 (all) or above {most}, which is the "
+         "number of examples before a question")
+    need(0 <= args.threads <= 1024, "threads", "must be 0 (chosen by trying) or a number up to 1024")
+    if args.items_out:
+        need(args.items_out.absolute().parent.is_dir(), "items_out", "is in a folder that does not exist; create it "
+             "first")
+        need(not args.items_out.is_dir(), "items_out", "is a folder; name a file")
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
-    """The one checkpoint folder that the flags mean; raises UserError for none and for several."""
-    several = not args.checkpoint and len(list(args.out_dir.glob("*/checkpoint/latest"))) > 1
-    path = args.checkpoint or (args.out_dir if several else sample.find_checkpoint(args.out_dir))
-    folder = sample.resolve_checkpoint(path)
+    """The checkpoint folder that the flags name, by default the latest of the newest run; raises UserError."""
+    if args.checkpoint:
+        folder = sample.resolve_checkpoint(args.checkpoint)
+    else:
+        folder = sample.find_checkpoint(args.out_dir)
     if not (folder / "meta.json").is_file():
         raise UserError(f"{folder} holds no checkpoint; name one with --checkpoint=")
     return folder
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those that torchrun started."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+def read_ranks() -> Ranks:
+    """The ranks from the variables that torchrun sets; raises UserError for values that cannot come from torchrun."""
+    env = os.environ
+    remedy = "start evaluate.py with torchrun, or unset RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE"
+    values = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if name in env:
+            if not re.fullmatch("[0-9]{1,9}", env[name], re.ASCII):
+                raise UserError(f"{name}={env[name]!r} in the environment is not a number; {remedy}")
+            values[name.lower()] = int(env[name])
+    ranks = Ranks(**values)
+    if max(ranks.rank, ranks.local_rank) >= ranks.world_size:
+        raise UserError(f"RANK={ranks.rank} and LOCAL_RANK={ranks.local_rank} in the environment must be below "
+                        f"WORLD_SIZE={ranks.world_size}; {remedy}")
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if ranks.world_size > 1 and missing:
+        raise UserError(f"WORLD_SIZE={ranks.world_size} is in the environment without {', '.join(missing)}; {remedy}")
+    return ranks
+
+def shard_pattern(pattern: str) -> str:
+    """The glob that finds what the user means: ~ is the home folder, and an existing path or folder means itself."""
+    pattern = os.path.expanduser(pattern)
+    folder, name = os.path.split(pattern)
+    if os.path.exists(pattern):
+        return glob.escape(pattern)
+    return os.path.join(glob.escape(folder), name) if os.path.isdir(folder) else pattern
 
 # -----------------------------------------------------------------------------
 # Prompts
 
 @dataclass
 class Item:
+    """One question with its options."""
     task: str
     kind: str
-    line: int                    # of the data file, from 0
-    gold: int                    # the right option; 0 where there is only one
-    prompts: list                # of each option: the texts that the prompt is made of
-    before: tuple = ()           # what comes before the answer, where all of that is scored
+    line: int                    # in the data file, from 0
+    gold: int                    # the right option; 0 if there is only one
+    prompts: list                # for each option: the texts that the prompt is made of
+    before: tuple = ()           # texts before the answer, if the whole answer may be scored
 
-FIELDS = {                       # of an item, by kind: question, answer, right option; a list has one text an option
+FIELDS = {                       # of an item, by kind: question, answer, right option; a list has one text per option
     "choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
     "lm": ("context", "continuation", None), "ending": ("ctx", "endings", "label")}
 
@@ -167,7 +213,7 @@ def task_file(evals: Path, task: Task) -> Path | None:
     return next((path for end in (".jsonl", ".jsonl.xz") if (path := evals / f"{name}{end}").is_file()), None)
 
 def find_tasks(args: argparse.Namespace) -> list[Task]:
-    """The asked tasks that have a file; raises UserError if one of the scores would have none."""
+    """The tasks of --tasks that have a file; raises UserError for a score without any file."""
     found = []
     for name, tasks in (("hellaswag", (HELLASWAG,)), ("core", TASKS)):
         if name in args.tasks:
@@ -178,13 +224,13 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
     return found
 
 def check_item(kind: str, row: dict) -> dict:
-    """What the evaluation needs of an item; raises an error of Python's if it has no texts, or no right option."""
+    """The fields of an item that are used; raises KeyError, IndexError, TypeError or ValueError if one is not sound."""
     asked, answered, gold = FIELDS[kind]
     texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered)]
     for text in itertools.chain(*texts):
-        text.encode()                    # nor is text what UTF-8 cannot hold
+        text.encode()                    # fails for what UTF-8 cannot hold
     if gold and (type(row[gold]) is not int or not 0 <= row[gold] < max(map(len, texts))):
-        raise IndexError(f"{gold} {str(row[gold]):.40} is no option")
+        raise IndexError(f"{gold} {str(row[gold]):.40} is not an option")
     return {name: row[name] for name in FIELDS[kind] if name}
 
 def read_rows(path: Path, kind: str, max_items: int) -> list[tuple[int, dict]]:
@@ -202,15 +248,15 @@ def read_rows(path: Path, kind: str, max_items: int) -> list[tuple[int, dict]]:
     return rows[:max_items or None]
 
 def few_shot(i: int, count: int, shots: int) -> list[int]:
-    """Which other items of `count` are the examples of item i."""
+    """The numbers of the items, of `count`, that are the examples of item i."""
     drawn = random.Random(SHOTS_SEED + i).sample(range(count - 1), shots)
     return [other + (other >= i) for other in drawn]
 
 def join(texts: list[str], cuts: bool) -> tuple[str, ...]:
-    """The same text in the pieces that can be encoded one by one; if not `cuts`, in one piece.
+    """The same text in pieces that can be encoded one by one; in one piece unless `cuts`.
 
-    The pattern of GPT-2 always ends a word before whitespace that follows something else. So the examples of a task are
-    encoded once each, and not once in every prompt.
+    GPT-2's pattern always ends a word before whitespace that follows something else. So the examples of a task are
+    encoded once each, and not again in every prompt.
     """
     pieces = []
     for text in texts:
@@ -220,16 +266,22 @@ def join(texts: list[str], cuts: bool) -> tuple[str, ...]:
             pieces[-1] += text
     return tuple(pieces)
 
+def pick(texts, option: int) -> str:
+    """The text of an option; a single text belongs to all options."""
+    return texts[option] if isinstance(texts, list) else texts
+
+def one_begins_another(texts) -> bool:
+    """Whether one of the texts begins with another one."""
+    ordered = sorted(texts) if isinstance(texts, list) else []
+    return any(later.startswith(earlier) for earlier, later in zip(ordered, ordered[1:]))
+
 def render(task: Task, rows: list, cuts: bool) -> list[Item]:
     """The items of a task: examples, each followed by a blank line, then the question and, for each option, the answer.
 
-    rows: (line, item) of all items of the task, from which the examples come. Raises an error of Python's for an item
-    that is none.
+    rows: (line, item) of all items of the task, from which the examples come. Raises KeyError, IndexError, TypeError,
+    ValueError or AttributeError for an item that is not sound.
     """
     asked, answered, gold = FIELDS[task.kind]
-
-    def pick(texts, option):
-        return texts[option] if isinstance(texts, list) else texts
 
     def question(row, option):
         return row[asked].strip() if task.kind == "lm" else pick(row[asked], option)
@@ -238,8 +290,9 @@ def render(task: Task, rows: list, cuts: bool) -> list[Item]:
         return task.delimiter + pick(row[answered], option)
     lines, rows = zip(*rows)
     golds = [row[gold] if gold else 0 for row in rows]
-    first = [question(*pair) for pair in zip(rows, golds)]          # of the examples, and after an example
-    later, answers = ["\n\n" + text for text in first], [answer(*pair) for pair in zip(rows, golds)]
+    first = [question(*pair) for pair in zip(rows, golds)]          # of the examples
+    later = ["\n\n" + text for text in first]                       # the same after another example
+    answers = [answer(*pair) for pair in zip(rows, golds)]
     items = []
     for i, row in enumerate(rows):
         shots = few_shot(i, len(rows), task.shots)
@@ -248,11 +301,11 @@ def render(task: Task, rows: list, cuts: bool) -> list[Item]:
         options = max(len(row[name]) if isinstance(row[name], list) else 1 for name in (asked, answered))
         prompts = [(*examples, gap + question(row, option), answer(row, option)) for option in range(options)]
         before = ()
-        if task.kind == "ending":        # context and ending are encoded apart
+        if task.kind == "ending":        # context and ending are encoded separately
             before = prompts[0][:1]
         else:
             prompts = [join(prompt, cuts) for prompt in prompts]
-        if task.kind == "lm":
+        if task.kind == "lm" or task.kind == "choice" and one_begins_another(row[answered]):
             before = join([*examples, (gap + question(row, 0) + task.delimiter).rstrip()], cuts)
         items.append(Item(task.label, task.kind, lines[i], golds[i], prompts, before))
     return items
@@ -273,7 +326,7 @@ def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool) -> list[
 # Documents
 
 def encode_all(tokenizer, texts: list[str], threads: int) -> dict[str, np.ndarray]:
-    """text -> its tokens, int32; on several threads, as tiktoken lets others run meanwhile."""
+    """text -> its tokens, int32. tiktoken releases the interpreter, so several threads are faster."""
     table = np.array([tokenizer.ids[bytes([byte])] for byte in range(256)], np.int32)
 
     def encode(part):
@@ -285,44 +338,62 @@ def encode_all(tokenizer, texts: list[str], threads: int) -> dict[str, np.ndarra
         return dict(zip(texts, itertools.chain.from_iterable(pool.map(encode, parts))))
 
 def common_prefix(documents: list[np.ndarray]) -> int:
-    """How many tokens all documents begin with."""
+    """The number of tokens that all documents begin with."""
     shortest = min(map(len, documents))
     heads = np.stack([tokens[:shortest] for tokens in documents])
     differ = (heads != heads[0]).any(0)
     return int(differ.argmax()) if differ.any() else shortest
 
 def item_documents(item: Item, encoded: dict, bos: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
-    """(tokens, start, end) of each option: the answer that is scored is tokens[start:end]; raises UserError."""
+    """(tokens, start, end) of each option: the answer that is scored is tokens[start:end]; raises UserError.
+
+    choice: the tokens after those that all options begin with. If that leaves an option without a token, because
+    another one goes on from it, whole answers are scored. schema: the tokens that all options end with. lm and ending:
+    the whole answer.
+    """
     documents = [np.concatenate([bos, *map(encoded.__getitem__, prompt)]) for prompt in item.prompts]
+    before = np.concatenate([bos, *map(encoded.__getitem__, item.before)])
     if item.kind == "choice":
-        starts = [common_prefix(documents)] * len(documents)
+        start = common_prefix(documents)
+        if item.before and start == min(map(len, documents)):
+            start = common_prefix([*documents, before])
+        starts = [start] * len(documents)
     elif item.kind == "schema":
         suffix = common_prefix([tokens[::-1] for tokens in documents])
         starts = [max(len(tokens) - suffix, 1) for tokens in documents]
     else:
-        before = np.concatenate([bos, *map(encoded.__getitem__, item.before)])
         starts = [len(before)] * len(documents)
         if any(len(tokens) <= len(before) or (tokens[:len(before)] != before).any() for tokens in documents):
             raise UserError(f"item {item.line} of {item.task} merges question and answer into one token; choose a "
-                            "tokenizer that does not")
+                            "model whose tokenizer does not")
     return [(tokens, start, len(tokens)) for tokens, start in zip(documents, starts)]
 
+def document_ranges(ids: np.ndarray, bos_id: int):
+    """(start, end) of every document in the tokens of a shard, in order."""
+    parts = range(0, len(ids), 1 << 22)                             # a few million tokens in memory at a time
+    starts = np.concatenate([low + np.flatnonzero(ids[low:low + (1 << 22)] == bos_id) for low in parts])
+    return zip(starts, [*starts[1:], len(ids)])
+
 def text_documents(subject, shards: list, limit_tokens: int):
-    """Yields (tokens, 1, end) for the text of shards; of a document that is too long the rest is one of its own."""
-    taken, step = 0, subject.longest - 1
-    for ids, start, end in subject.module.documents(shards):
-        if limit_tokens and taken >= limit_tokens:
-            return
-        taken += end - start
-        for low in range(start + 1, end, step):
-            tokens = np.concatenate([ids[start:start + 1], ids[low:min(low + step, end)]]).astype(np.int32)
-            if (highest := tokens.max()) >= subject.tokenizer.vocab_size:
-                raise UserError(f"{ids.filename} holds id {highest}, outside the vocabulary of "
-                                f"{subject.tokenizer.vocab_size}; make the shard again")
-            yield tokens, 1, len(tokens)
+    """Yields (tokens, 1, end) for the documents of shards; a document that is too long is split into several."""
+    taken = 0
+    step = subject.longest - 1
+    for shard in shards:
+        ids = shard.read()
+        for start, end in document_ranges(ids, shard.bos_id):
+            if limit_tokens and taken >= limit_tokens:
+                return
+            taken += end - start
+            for low in range(start + 1, end, step):
+                tokens = np.concatenate([ids[start:start + 1], ids[low:min(low + step, end)]]).astype(np.int32)
+                highest = tokens.max()
+                if highest >= subject.tokenizer.vocab_size:
+                    raise UserError(f"{shard.path} holds id {highest}, outside the vocabulary of "
+                                    f"{subject.tokenizer.vocab_size}; make the shard again")
+                yield tokens, 1, len(tokens)
 
 def cut(document: tuple, longest: int) -> tuple:
-    """The document without what is too much for the model: of the prompt only the last tokens stay, after the first."""
+    """The document if the model can read it, else its first token and its last ones."""
     tokens, start, end = document
     extra = len(tokens) - longest
     if extra <= 0:
@@ -330,7 +401,7 @@ def cut(document: tuple, longest: int) -> tuple:
     return np.concatenate([tokens[:1], tokens[1 + extra:]]), max(start - extra, 1), end - extra
 
 def pack(documents, stream_tokens: int):
-    """Yields lists of (number, document) that fit a stream, in order."""
+    """Yields lists of (number, document), in order, each of which fits into one stream."""
     stream, room = [], stream_tokens
     for number, document in enumerate(documents):
         if len(document[0]) > room:
@@ -342,9 +413,11 @@ def pack(documents, stream_tokens: int):
         yield stream
 
 def fill(stream: list, length: int, bos_id: int) -> tuple[np.ndarray, ...]:
-    """(tokens, targets) of `length` as a model takes them, and of each document (number, first, last) target."""
-    tokens, targets = np.full(length, bos_id, np.int32), np.full(length, -1, np.int64)
-    spans, filled = np.empty((len(stream), 3), np.int64), 0
+    """(tokens, targets, spans): inputs and targets of `length`, and each document's number and range of targets."""
+    tokens = np.full(length, bos_id, np.int32)
+    targets = np.full(length, -1, np.int64)
+    spans = np.empty((len(stream), 3), np.int64)
+    filled = 0
     for i, (number, (ids, start, end)) in enumerate(stream):
         tokens[filled:filled + len(ids)] = ids
         targets[filled + start - 1:filled + end - 1] = ids[start:end]
@@ -356,16 +429,18 @@ def fill(stream: list, length: int, bos_id: int) -> tuple[np.ndarray, ...]:
 # Model
 
 @dataclass
-class Subject:                   # what is evaluated, and where
+class Subject:
+    """The model that is evaluated, and where it runs."""
     name: str
     model: object
-    tokenizer: sample.Tokenizer
+    tokenizer: sample.Tokenizer | None     # None: the checkpoint has none, which is enough for val
     meta: dict
     cuts: bool                   # whether text can be cut before whitespace (see join)
-    module: object               # the training script, whose shards these are
+    module: object               # the training script, which reads the shards
     machine: object              # device, rank, world_size, name
     stream_tokens: int
     compile_seconds: float = 0.0
+    score_seconds: float = 0.0   # without compilation and loading
 
     @property
     def longest(self) -> int:
@@ -373,11 +448,12 @@ class Subject:                   # what is evaluated, and where
         return min(self.stream_tokens, getattr(self.model.cfg, "context_tokens", self.stream_tokens))
 
     def compiled(self, function, *arguments):
-        """The function compiled for such arguments, on CUDA; the seconds are noted."""
+        """On CUDA the function compiled for such arguments, else the function itself; adds up the seconds."""
         import torch
-        if self.machine.device.type != "cuda" or self.meta["script"] == "gpt2":     # FlexAttention needs it, GPT-2 not
+        if self.machine.device.type != "cuda" or self.meta["script"] == "gpt2":     # gpt2.py needs no FlexAttention
             return function
-        start, function = time.perf_counter(), torch.compile(function, dynamic=False, fullgraph=True)
+        start = time.perf_counter()
+        function = torch.compile(function, dynamic=False, fullgraph=True)
         with torch.no_grad():
             function(*self.module.to_device(arguments, self.machine.device))
         torch.cuda.synchronize()
@@ -387,36 +463,60 @@ class Subject:                   # what is evaluated, and where
 def load_subject(args: argparse.Namespace) -> Subject:
     """The model that the flags name, ready on this rank's device; raises UserError."""
     import torch
-    env = os.environ
-    rank, world_size, local = (int(env.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    ranks = read_ranks()
     path = None if args.model else find_checkpoint(args)
     device, precision = sample.choose_device(args.device, args.precision)
     if device == "cuda":
-        if int(env.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            raise UserError(f"torchrun starts more ranks than the {torch.cuda.device_count()} GPUs here; lower "
-                            "--nproc_per_node")
-        torch.cuda.set_device(local)
+        if ranks.local_world_size > torch.cuda.device_count():
+            raise UserError(f"torchrun starts {ranks.local_world_size} ranks here, but there are only "
+                            f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        torch.cuda.set_device(ranks.local_rank)
     if args.model:
-        import gpt2
-        try:
-            model, content, meta = gpt2.load(args.model, device, precision)
-        except gpt2.UserError as error:
-            raise UserError(str(error)) from None
-        tokenizer, script = sample.Tokenizer(json.loads(content)), sample.find_script("train_gpt", args.script)
+        model, tokenizer, meta = sample.load_model(args.model, device, precision)
+        script = sample.find_script("train_gpt", args.script)
     else:
-        model, tokenizer, meta = sample.load_checkpoint(path, device, args.script, precision)
-        content, script = (path / "tokenizer.json").read_bytes(), sample.find_script(meta["script"], args.script)
+        model, tokenizer, meta = sample.load_checkpoint(path, device, args.script, precision, args.vocab_dir,
+                                                        needs_tokenizer=args.tasks != ["val"])
+        script = sample.find_script(meta["script"], args.script)
         if device == "cuda":             # windows of long streams without T x T masks, as in training
             model.cfg = replace(model.cfg, attention="flex")
     module = sample.import_script(script)
     name = torch.cuda.get_device_name() if device == "cuda" else device
-    place = torch.device(device, local) if device == "cuda" else torch.device(device)
-    machine = module.Machine(place, rank, world_size, name)
+    place = torch.device(device, ranks.local_rank) if device == "cuda" else torch.device(device)
+    machine = module.Machine(place, ranks.rank, ranks.world_size, name)
     fits = min(1 << 15, (1 << 28) // model.cfg.vocab_size // 128 * 128)
     if device == "cuda":
         fits = 1 << 17 if path else 1 << 15     # the attention of --model is plain
-    cuts = json.loads(content)["pattern"] in ("", GPT2_PATTERN)
+    cuts = tokenizer is not None and tokenizer.pattern in ("", GPT2_PATTERN)
     return Subject(args.model or str(path), model, tokenizer, meta, cuts, module, machine, args.stream_tokens or fits)
+
+def set_threads(args: argparse.Namespace, subject: Subject):
+    """Sets the number of CPU threads that scores short streams fastest, and prints a choice on stderr."""
+    import torch
+    if subject.machine.device.type != "cpu" or subject.machine.world_size > 1 and not args.threads:
+        return
+    length = min(512, subject.longest)
+    tokens = torch.full((length,), 32, dtype=torch.int32)
+    tokens[0] = subject.model.cfg.bos_id
+
+    def run():
+        with torch.no_grad():
+            subject.model.score(tokens, tokens.long())
+    choice = sample.choose_threads(run, torch.get_num_threads(), args.threads)
+    if choice:
+        print(f"evaluate.py: {choice}", file=sys.stderr)
+
+def join_ranks(machine):
+    """Connects the ranks, if there are several; raises UserError if they cannot reach each other."""
+    if machine.world_size == 1:
+        return
+    import torch.distributed as dist
+    cuda = machine.device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=machine.device if cuda else None)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the {machine.world_size} ranks cannot reach each other ({error}); start evaluate.py with "
+                        "torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE") from None
 
 def gather(machine, value) -> list:
     """The values of all ranks, in their order."""
@@ -427,35 +527,49 @@ def gather(machine, value) -> list:
     dist.all_gather_object(values, value)
     return values
 
+def prepare_ahead(items, depth: int):
+    """The same items, made by a thread that is up to `depth` ahead; its exceptions are raised here."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, None) for _ in range(depth))
+        while waiting:
+            item = waiting.popleft().result()
+            if item is None:             # no more items
+                return
+            waiting.append(thread.submit(next, items, None))
+            yield item
+
 def score_documents(subject: Subject, score, documents, total_tokens: int) -> np.ndarray:
     """(documents, 3): summed loss in nats over the scored tokens, their count, and how many were not the likeliest.
 
-    score is the model's function of that name; documents are (tokens, start, end) of together total_tokens.
+    score: the model's function of that name; documents: (tokens, start, end) each, with total_tokens together.
     """
     import torch
     from tqdm import tqdm
+    begin = time.perf_counter()
     machine, device, length = subject.machine, subject.machine.device, subject.stream_tokens
-    sums_on = torch.device("cpu") if device.type == "mps" else device           # which has no float64
+    sums_on = torch.device("cpu") if device.type == "mps" else device           # mps has no float64
 
     def streams():
         for stream in itertools.islice(pack(documents, length), machine.rank, None, machine.world_size):
             filled = -(-sum(len(document[0]) for _, document in stream) // 128) * 128
-            # a compiled graph is of one length
+            # compiled code takes one length only
             yield fill(stream, length if device.type == "cuda" else filled, subject.model.cfg.bos_id)
     bar = tqdm(total=total_tokens, unit=" tokens", unit_scale=True, disable=None if machine.rank == 0 else True)
-    waiting, results = deque(), []
+    waiting = deque()
+    results = []
 
     def collect():
         numbers, sums = waiting.popleft()
         results.append(np.column_stack([numbers, sums.cpu().numpy().T]))
     with torch.no_grad(), bar:
-        for *batch, spans in subject.module.prefetch(streams(), depth=4):
+        for *batch, spans in prepare_ahead(streams(), depth=4):
             tokens, targets, ends = subject.module.to_device((*batch, spans[:, 1:]), device)
             losses, likeliest = score(tokens, targets)
             counted = targets >= 0
             wrong = counted & (likeliest != targets)
             sums = torch.stack([part.to(sums_on, torch.float64) for part in (losses, counted, wrong)]).cumsum(1)
-            sums, ends = torch.nn.functional.pad(sums, (1, 0)), ends.to(sums_on)
+            sums = torch.nn.functional.pad(sums, (1, 0))
+            ends = ends.to(sums_on)
             waiting.append((spans[:, 0], sums[:, ends[:, 1]] - sums[:, ends[:, 0]]))
             if len(waiting) > 2:         # reading results late keeps the GPU busy
                 collect()
@@ -463,6 +577,7 @@ def score_documents(subject: Subject, score, documents, total_tokens: int) -> np
         while waiting:
             collect()
     gathered = np.concatenate([part for parts in gather(machine, results) for part in parts] or [np.empty((0, 4))])
+    subject.score_seconds += time.perf_counter() - begin
     if not np.isfinite(gathered).all():
         raise UserError(f"the losses of {subject.name} are not finite; choose another with --checkpoint=")
     return gathered[gathered[:, 0].argsort(), 1:]
@@ -470,50 +585,67 @@ def score_documents(subject: Subject, score, documents, total_tokens: int) -> np
 # -----------------------------------------------------------------------------
 # Scores
 
-def ratio(sums: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """sum(sums) / sum(weights) and its standard error over the documents or streams that were summed."""
-    mean, n = sums.sum() / weights.sum(), len(sums)
+def ratio(sums: np.ndarray, weights: np.ndarray) -> tuple[float, float | None]:
+    """sum(sums) / sum(weights) and its standard error over the summed documents or streams; None for a single one."""
+    mean = sums.sum() / weights.sum()
+    n = len(sums)
+    if n < 2:
+        return float(mean), None
     spread = ((sums - mean * weights) ** 2).sum()
-    return float(mean), float(math.sqrt(n / max(n - 1, 1) * spread) / weights.sum())
+    return float(mean), float(math.sqrt(n / (n - 1) * spread) / weights.sum())
+
+def rounded(number: float | None) -> float | None:
+    """The number to six decimals."""
+    return None if number is None else round(number, 6)
 
 def open_shards(subject: Subject, pattern: str) -> list:
     """The shards of a glob; raises UserError if there are none or the model has another tokenizer."""
+    found = shard_pattern(pattern)
     try:
-        shards, _ = subject.module.open_shards(pattern, pattern)
+        shards, _ = subject.module.open_shards(found, found)
     except subject.module.UserError as error:
-        raise UserError(str(error).replace("--train_files=", "--shards=")) from None
-    if shards[0].tokenizer != subject.meta["tokenizer_sha256"]:
-        raise UserError(f"{shards[0].path} has tokenizer {shards[0].tokenizer[:12]}, {subject.name} "
-                        f"{subject.meta['tokenizer_sha256'][:12]}; choose shards of the same one with --shards=")
+        raise UserError(str(error).replace(found, pattern).replace("--train_files=", "--shards=")) from None
+    wanted = subject.meta["tokenizer_sha256"]
+    if shards[0].tokenizer != wanted:
+        raise UserError(f"{shards[0].path} has tokenizer {shards[0].tokenizer[:12]}, but {subject.name} has "
+                        f"{wanted[:12]}; choose shards of the same tokenizer with --shards=")
     return shards
 
 def validation_loss(subject: Subject, cfg, streams: list) -> dict:
-    """The loss that the training script reports, by its own function; its error is over streams."""
-    totals, machine = [], subject.machine
+    """The loss that the training script reports, by its own function, and its standard error over streams."""
+    totals = []
+    machine = subject.machine
     forward = subject.compiled(subject.model, *streams[0])
 
-    def noted(tokens, targets):
+    def recorded(tokens, targets):
         totals.append(forward(tokens, targets))
         return totals[-1]
-    loss = subject.module.validate(noted, cfg, streams, machine)
+    begin = time.perf_counter()
+    loss = subject.module.validate(recorded, cfg, streams, machine)
+    subject.score_seconds += time.perf_counter() - begin
     mine = [(float(total), int((targets >= 0).sum()))
             for total, (_, targets) in zip(totals, streams[machine.rank::machine.world_size])]
     sums, counts = np.array([row for rows in gather(machine, mine) for row in rows]).T
     if not math.isfinite(loss):
         raise UserError(f"the validation loss of {subject.name} is {loss}; choose another with --checkpoint=")
-    return {"loss": round(loss, 6), "se": round(ratio(sums, counts)[1], 6), "tokens": cfg.val_tokens, "n": len(sums)}
+    return {"loss": round(loss, 6), "se": rounded(ratio(sums, counts)[1]), "tokens": cfg.val_tokens, "n": len(sums)}
 
 def bits_per_byte(documents, results: np.ndarray, tokenizer) -> dict:
     """Bits per byte of documents as text_documents yields them."""
     lengths = np.array([len(text) for text in tokenizer.ranks] + [0] * (tokenizer.vocab_size - len(tokenizer.ranks)))
     sizes = np.array([lengths[tokens[1:]].sum() for tokens, _, _ in documents], np.float64)
     bpb, se = ratio(results[:, 0] / math.log(2), sizes)
-    return {"bpb": round(bpb, 6), "se": round(se, 6), "bytes": int(sizes.sum()), "tokens": int(results[:, 1].sum()),
+    return {"bpb": round(bpb, 6), "se": rounded(se), "bytes": int(sizes.sum()), "tokens": int(results[:, 1].sum()),
             "n": len(results)}
 
 def judge(items: list[Item], results: np.ndarray) -> list[dict]:
-    """One record an item: which option has the lowest mean (for HellaSwag also summed) loss, the first of equals."""
-    records, low = [], 0
+    """One record an item. The option with the lowest mean loss is chosen, the first of equals.
+
+    For HellaSwag the record also says whether the option with the lowest summed loss is right. An option without a
+    scored token is chosen only if no option has one.
+    """
+    records = []
+    low = 0
     for item in items:
         rows = results[low:low + len(item.prompts)]
         low += len(rows)
@@ -532,22 +664,26 @@ def judge(items: list[Item], results: np.ndarray) -> list[dict]:
     return records
 
 def task_score(task: Task, records: list[dict], key: str = "correct") -> dict:
-    """Accuracy with everything one needs to judge it."""
-    mean, n = sum(record[key] for record in records) / len(records), len(records)
-    score = {"accuracy": round(mean, 6), "se": round(math.sqrt(mean * (1 - mean) / max(n - 1, 1)), 6), "n": n,
-             "chance": task.baseline}
+    """Accuracy, its standard error over items (None for a single one), n, chance and the published accuracies."""
+    n = len(records)
+    mean = sum(record[key] for record in records) / n
+    se = math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
+    score = {"accuracy": round(mean, 6), "se": rounded(se), "n": n, "chance": task.baseline}
     return score | {"gpt2": task.gpt2} if key == "correct" else score
 
 def core_score(scores: dict[str, dict]) -> dict:
-    """CORE over the tasks that were scored, what is missing, and CORE of the published models over the same tasks."""
+    """CORE over the tasks that were scored, the missing tasks, and CORE of the published models over the same tasks."""
     here = [task for task in TASKS if task.label in scores]
     for task in here:
         score = scores[task.label]
         score["centered"] = round((score["accuracy"] - task.baseline) / (1 - task.baseline), 6)
-    spread = sum((scores[task.label]["se"] / (1 - task.baseline)) ** 2 for task in here)
+    se = None
+    if all(scores[task.label]["se"] is not None for task in here):
+        spread = sum((scores[task.label]["se"] / (1 - task.baseline)) ** 2 for task in here)
+        se = math.sqrt(spread) / len(here)
     published = [sum((task.gpt2[size] - task.baseline) / (1 - task.baseline) for task in here) for size in range(4)]
     return {"core": round(sum(score["centered"] for score in scores.values()) / len(here), 6),
-            "se": round(math.sqrt(spread) / len(here), 6), "n": len(here), "chance": 0,
+            "se": rounded(se), "n": len(here), "chance": 0,
             "gpt2": [round(total / len(here), 6) for total in published],
             "missing": [task.label for task in TASKS if task.label not in scores], "tasks": scores}
 
@@ -555,8 +691,9 @@ def core_score(scores: dict[str, dict]) -> dict:
 # Evaluation
 
 def read_streams(args: argparse.Namespace, subject: Subject):
-    """(config, its validation streams or [], documents of bpb or []), as far as asked for; raises UserError."""
-    cfg, streams, texts = subject.model.cfg, [], []
+    """(config, validation streams, documents of bpb), empty lists for scores not in --tasks; raises UserError."""
+    cfg = subject.model.cfg
+    streams, texts = [], []
     if "val" in args.tasks:
         cfg = replace(cfg, val_files=args.shards or cfg.val_files)
         try:
@@ -566,27 +703,32 @@ def read_streams(args: argparse.Namespace, subject: Subject):
     if "bpb" in args.tasks:
         texts = list(text_documents(subject, open_shards(subject, args.shards or cfg.val_files), args.bpb_tokens))
         if not texts:
-            raise UserError(f"--shards={args.shards or cfg.val_files} holds no text; choose others")
+            raise UserError(f"--shards={args.shards or cfg.val_files} holds no text; choose other shards")
     return cfg, streams, texts
 
 def prepare_items(args: argparse.Namespace, tasks: list[Task], subject: Subject) -> tuple[list[Item], dict]:
     """The items of all tasks and the tokens of all their texts."""
     items = read_items(args, tasks, subject.cuts)
+    if not items:                        # the model may have no tokenizer then
+        return [], {}
     texts = {text for item in items for prompt in [*item.prompts, item.before] for text in prompt}
     threads = max(1, (os.cpu_count() or 1) // subject.machine.world_size)
     return items, encode_all(subject.tokenizer, sorted(texts), threads)
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """All scores, and the records of all items; the same on every rank. Raises UserError."""
-    import torch
-    start, tasks = time.perf_counter(), find_tasks(args)
+    start = time.perf_counter()
+    tasks = find_tasks(args)
     subject = load_subject(args)
     machine, longest, bos_id = subject.machine, subject.longest, subject.model.cfg.bos_id
+    if not args.checkpoint and not args.model and machine.rank == 0:
+        print(f"evaluate.py: {sample.one_line(subject.name)}", file=sys.stderr)
     cfg, streams, texts = read_streams(args, subject)
-    if machine.world_size > 1:
-        cuda = machine.device.type == "cuda"
-        torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=machine.device if cuda else None)
-    scores, score, too_long = {}, None, 0
+    set_threads(args, subject)
+    join_ranks(machine)
+    scores = {}
+    score = None
+    too_long = 0
     with ThreadPoolExecutor(1) as thread:
         prepared = thread.submit(prepare_items, args, tasks, subject)           # while the model is compiled
         if streams:
@@ -604,24 +746,24 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
                 yield cut(document, longest)
     total = sum(len(tokens) for tokens, _, _ in texts) + sum(
         min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
-    scoring = time.perf_counter()
-    results = score_documents(subject, score, documents(), total)
-    end = time.perf_counter()
+    results = score_documents(subject, score, documents(), total) if texts or tasks else np.empty((0, 3))
+    seconds = time.perf_counter() - start - subject.compile_seconds
     if texts:
         scores["bpb"] = bits_per_byte(texts, results[:len(texts)], subject.tokenizer)
     records = judge(items, results[len(texts):])
     return {"model": subject.name, "script": subject.meta["script"], "step": subject.meta["step"],
             "device": machine.name, "world_size": machine.world_size, "max_items": args.max_items,
-            "cut_documents": too_long, "tokens": total, "compile_seconds": round(subject.compile_seconds, 1),
-            "score_seconds": round(end - scoring, 1), "seconds": round(end - start - subject.compile_seconds, 1),
+            "cut_documents": too_long, "tokens": total + (cfg.val_tokens if streams else 0),
+            "compile_seconds": round(subject.compile_seconds, 1), "score_seconds": round(subject.score_seconds, 3),
+            "seconds": round(seconds, 3),
             "scores": scores | summarize(tasks, records)}, records
 
 def write_items(path: Path, records: list[dict]):
-    """Writes the records as JSONL, under a temporary name first; raises UserError."""
+    """Writes the records as JSON lines, first under a temporary name; raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)           # it may be a link, which writing would follow
-        with open(temporary, "x") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
@@ -631,7 +773,8 @@ def write_items(path: Path, records: list[dict]):
 
 def summarize(tasks: list[Task], records: list[dict]) -> dict:
     """The scores of HellaSwag and CORE from the records of their items."""
-    scores, core, groups = {}, {}, itertools.groupby(records, lambda record: (record["task"], record["kind"]))
+    scores, core = {}, {}
+    groups = itertools.groupby(records, lambda record: (record["task"], record["kind"]))
     by_task = {key: list(group) for key, group in groups}
     for task in tasks:
         mine = by_task[task.label, task.kind]
@@ -641,14 +784,20 @@ def summarize(tasks: list[Task], records: list[dict]) -> dict:
             core[task.label] = task_score(task, mine)
     return scores | ({"core": core_score(core)} if core else {})
 
+def short(seconds: float) -> str:
+    """Seconds to about two digits, so that a short time is not shown as 0."""
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
 def table(result: dict) -> str:
-    """The console's table of all scores."""
-    lines = [f"{'':34}{'score':>10}{'+-':>9}{'n':>9}{'chance':>9}   {'gpt2':>7}{'medium':>8}{'large':>8}{'xl':>8}"]
+    """The table of all scores for the console."""
+    lines = [sample.one_line(f"{result['model']}, {result['script']} after {result['step']} steps"),
+             f"{'':34}{'score':>10}{'+-':>9}{'n':>9}{'chance':>9}   {'gpt2':>7}{'medium':>8}{'large':>8}{'xl':>8}"]
 
     def row(name, value, score, digits=4):
+        error = "-" if score["se"] is None else f"{score['se']:.{digits}f}"
         chance = f"{score['chance']:.3f}" if "chance" in score else "-"
         published = "".join(f"{number:8.{digits}f}" for number in score.get("gpt2", ()))
-        lines.append(f"{name:34}{value:10.{digits}f}{score['se']:9.{digits}f}{score['n']:9,}{chance:>9}  {published}")
+        lines.append(f"{name:34}{value:10.{digits}f}{error:>9}{score['n']:9,}{chance:>9}  {published}".rstrip())
     scores = result["scores"]
     if "val" in scores:
         row(f"val loss, {scores['val']['tokens']:,} tokens", scores["val"]["loss"], scores["val"], 6)
@@ -662,19 +811,23 @@ def table(result: dict) -> str:
             row(f"  {label}", score["accuracy"], score)
         row("CORE", core["core"], core)
         if core["missing"]:
-            lines.append(f"CORE, GPT-2's too: {core['n']} of {len(TASKS)} tasks: {', '.join(core['missing'])} missing")
+            lines.append(f"CORE, also of GPT-2, is over {core['n']} of {len(TASKS)} tasks; missing: "
+                         f"{', '.join(core['missing'])}")
     if result["max_items"]:
         lines.append(f"only {result['max_items']} items of each task: not comparable with the published scores")
     if result["cut_documents"]:
         lines.append(f"{result['cut_documents']:,} prompts were too long and lost their first tokens")
-    lines.append(f"{result['tokens']:,} tokens in {result['score_seconds']} s, with loading {result['seconds']} s; "
-                 f"compilation, not counted: {result['compile_seconds']} s")
+    compilation = f"; compilation took {result['compile_seconds']} s more" if result["compile_seconds"] else ""
+    lines.append(f"{result['tokens']:,} tokens in {short(result['score_seconds'])}, {short(result['seconds'])} with "
+                 f"loading{compilation}")
     return "\n".join(lines)
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 2 the user can put it right, 130 interrupted."""
-    rank = int(os.environ.get("RANK", 0))
+    """Runs the command line; returns the exit code: 0 done, 2 an error that the user can correct, 130 interrupted."""
+    rank = 0
     try:
+        sample.prepare_stdout()
+        rank = read_ranks().rank
         args = parse_args(argv)
         result, records = evaluate(args)
         if rank == 0:
@@ -687,7 +840,10 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-    except OSError as error:             # of any rank: a name that is too long, a folder that is closed
+    except BrokenPipeError:
+        sample.close_stdout()
+        return 0
+    except OSError as error:             # on any rank: a name that is too long, a folder without access
         print(f"evaluate.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

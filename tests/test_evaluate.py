@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,6 +239,10 @@ def documents_of(kind, prompts, before=(), merges=MERGES):
 @pytest.mark.parametrize("kind, prompts, before, spans", [
     ("choice", [("q", " xa"), ("q", " xbc")], (), ["a", "bc"]),                     # what differs, not the whole answer
     ("choice", [("q", " x"), ("q", " xy")], (), ["", "y"]),
+    ("choice", [("q", " x"), ("q", " xy")], ("q",), [" x", " xy"]),                 # one goes on from the other
+    ("choice", [("q", " x"), ("q", " xy"), ("q", " z")], ("q",), ["x", "xy", "z"]),
+    ("choice", [("the", "n"), ("the", "n m")], ("th",), ["then", "then m"]),        # its token joins the question's end
+    ("choice", [("q", " x"), ("q", " x")], ("q",), [" x", " x"]),
     ("schema", [("one", " end."), ("two", " end.")], (), [" end.", " end."]),
     ("schema", [("cat", " end."), ("rat", " end.")], (), ["at end.", "at end."]),
     ("lm", [("q", "\nA: x y")], ("q", "\nA:"), [" x y"]),
@@ -249,6 +254,32 @@ def test_what_is_scored(kind, prompts, before, spans):
         assert (tokens[0], end) == (tokenizer.bos_id, len(tokens))
         assert b"".join(map(tokenizer.token_bytes, tokens[1:])) == "".join(prompt).encode()
         assert b"".join(map(tokenizer.token_bytes, tokens[start:end])).decode() == span
+
+
+@pytest.mark.parametrize("choices, whole", [
+    (["a", "ab"], True), (["b c", "x", "b"], True), (["a", "b", "a"], True), (["a", "b a"], False), (["", "b"], True)])
+def test_an_answer_that_begins_another_one_is_noticed(choices, whole):
+    task = next(task for task in evaluate.TASKS if task.label == "copa")
+    item, = evaluate.render(task, [(0, {"query": "q ", "choices": choices, "gold": 0})], True)
+    assert item.before == (("q",) if whole else ())
+
+
+@needs_data
+def test_in_piqa_four_items_have_an_answer_that_goes_on_from_the_other():
+    """Whole answers are scored there. In item 101 one text begins the other, too, but their last tokens differ."""
+    task = next(task for task in evaluate.TASKS if task.label == "piqa")
+    tokenizer, whole = sample.Tokenizer(json.loads(text.gpt2_tokenizer_json(SHARED / "gpt2_bpe"))), []
+    items = [item for item in evaluate.render(task, reference_data(task), True) if item.before]
+    for item in items:
+        texts = [piece for prompt in [*item.prompts, item.before] for piece in prompt]
+        encoded = evaluate.encode_all(tokenizer, sorted(set(texts)), 1)
+        documents = evaluate.item_documents(item, encoded, np.array([50256], np.int32))
+        answers = [b"".join(map(tokenizer.token_bytes, tokens[start:end])).decode() for tokens, start, end in documents]
+        assert all(answers)
+        if all("".join(prompt).endswith("\nAnswer:" + answer) for prompt, answer in zip(item.prompts, answers)):
+            whole.append(item.line)
+    assert sorted(item.line for item in items) == [101, 178, 355, 987, 1028]
+    assert sorted(whole) == [178, 355, 987, 1028]
 
 
 def test_an_answer_that_is_no_suffix_of_tokens_is_an_error():
@@ -290,7 +321,8 @@ def judged(kind, sums, counts, gold=0, prompts=None, wrong=0):
 def test_the_lowest_mean_loss_decides():
     assert judged("choice", [6, 5, 9], [2, 1, 4])["choice"] == 2
     assert judged("schema", [1, 1], [1, 1], gold=1)["correct"] is False              # the first of equals
-    assert judged("choice", [0, 5], [0, 2])["choice"] == 1                           # no token, no chance
+    assert judged("choice", [0, 5], [0, 2])["choice"] == 1                           # an answer without a token
+    assert judged("choice", [0, 0], [0, 0])["choice"] == 0
     assert judged("choice", [2, 1], [1, 1], prompts=[("same",)] * 2)["choice"] == 0  # whatever the rounding
     ending = judged("ending", [6, 5, 9], [2, 1, 4], gold=1)
     assert (ending["correct"], ending["plain_correct"]) == (False, True)
@@ -305,6 +337,21 @@ def test_standard_errors():
     assert 0.85 < np.mean([se for _, se in found]) / spread < 1.15
     score = evaluate.task_score(evaluate.HELLASWAG, [{"correct": i < 30} for i in range(101)])
     assert score["se"] == pytest.approx(np.std([1] * 30 + [0] * 71) / 10, abs=1e-6)
+
+
+def test_there_is_no_standard_error_of_one():
+    assert evaluate.ratio(np.array([6.0]), np.array([4.0])) == (1.5, None)
+    score = evaluate.task_score(evaluate.TASKS[5], [{"correct": True}])
+    core = evaluate.core_score({"copa": score, "winograd": {"accuracy": 0.5, "se": 0.1}})
+    assert (score["accuracy"], score["se"], core["se"], core["core"]) == (1, None, None, 0.5)
+    result = {"scores": {"val": {"loss": 1.25, "se": None, "n": 1, "tokens": 7}}, "max_items": 0, "cut_documents": 0,
+              "tokens": 7, "score_seconds": 0.0042, "seconds": 1.5, "compile_seconds": 0.0, "model": "m\x1b",
+              "script": "s", "step": 3}
+    assert [line.split() for line in evaluate.table(result).splitlines()[2:]] == [
+        "val loss, 7 tokens 1.250000 - 1 -".split(), "7 tokens in 0.0042 s, 1.5 s with loading".split()]
+    assert evaluate.table(result).startswith("m?, s after 3 steps\n")
+    assert evaluate.table(result | {"seconds": 132.06, "compile_seconds": 31.5}).endswith(
+        "132.1 s with loading; compilation took 31.5 s more")
 
 
 # -----------------------------------------------------------------------------
@@ -357,7 +404,8 @@ def run(shards, tmp_path_factory):
     logs = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_gpt.py", *small_flags(shards, out_dir=logs, val_every=0, num_iterations=6)])
-        patch.setattr(train_gpt.signal, "signal", lambda *_: None)
+        patch.setattr(signal, "signal", lambda *_: None)
+        patch.setitem(sys.modules, "matplotlib", None)              # no curve, which takes longer than the steps
         assert train_gpt.main() == 0
     return only_folder(logs)
 
@@ -368,7 +416,8 @@ def score(run, evals, capsys, tmp_path):
     def main(*flags):
         out = tmp_path / "items.jsonl"
         capsys.readouterr()
-        code = evaluate.main([f"--checkpoint={run}", f"--evals={evals}", f"--items_out={out}", "--device=cpu", *flags])
+        code = evaluate.main([f"--checkpoint={run}", f"--evals={evals}", f"--items_out={out}", "--device=cpu",
+                              "--threads=1", *flags])
         console, err = capsys.readouterr()
         assert code == 0, err
         *table, last = console.splitlines()
@@ -376,13 +425,18 @@ def score(run, evals, capsys, tmp_path):
     return main
 
 
-def test_val_is_the_loss_that_training_logged(run, score):
+def test_val_is_the_loss_that_training_logged(run, shards, score):
     logged = json.loads((run / "run.json").read_text())["val_losses"][-1]
     result, table, _ = score("--tasks=val")
     found = result["scores"]["val"]
     assert (found["loss"], found["tokens"]) == (logged["val_loss"], logged["tokens"])
     assert f"val loss, {logged['tokens']:,} tokens" in table and f"{logged['val_loss']:.6f}" in table
     assert 0 < found["se"] < 0.5 and found["n"] > 2
+    assert result["tokens"] == logged["tokens"] and 0 < result["score_seconds"] < result["seconds"]
+    *_, last = table.splitlines()
+    assert last.startswith(f"{logged['tokens']:,} tokens in ") and " 0 s" not in table and "compil" not in table
+    one = score("--tasks=val", f"--shards={shards}/val_*.bin")[0]["scores"]["val"]
+    assert one == found
 
 
 @pytest.mark.parametrize("stream_tokens", [256, 4096])
@@ -421,7 +475,8 @@ def test_all_scores_with_what_one_needs_to_judge_them(score):
     scores, core = result["scores"], result["scores"]["core"]
     assert scores["hellaswag"]["norm"]["n"] == 16 and scores["hellaswag"]["plain"]["chance"] == 0.25
     assert core["tasks"].keys() == {"arc_easy", "copa", "jeopardy", "winograd", "coqa"} and core["n"] == 5
-    assert len(core["missing"]) == 17 and "5 of 22 tasks: hellaswag_zeroshot, bigbench_qa_wikidata, " in table
+    assert len(core["missing"]) == 17
+    assert "5 of 22 tasks; missing: hellaswag_zeroshot, bigbench_qa_wikidata, " in table
     mean = np.mean([(core["tasks"][task.label]["accuracy"] - task.baseline) / (1 - task.baseline)
                     for task in evaluate.TASKS if task.label in core["tasks"]])
     assert core["core"] == pytest.approx(mean, abs=2e-6)
@@ -523,7 +578,7 @@ def test_original_weights_are_evaluated_too(evals, shards, tmp_path, monkeypatch
 def refused(run, evals, capsys, tmp_path):
     """Function that expects exit code 2 and one line with all the words, and no items file."""
     def check(*flags, words, checkpoint=True):
-        given = [f"--checkpoint={run}"] * checkpoint + [f"--evals={evals}", "--device=cpu"]
+        given = [f"--checkpoint={run}"] * checkpoint + [f"--evals={evals}", "--device=cpu", "--threads=1"]
         items = tmp_path / "refused.jsonl"
         capsys.readouterr()
         code = evaluate.main([*given, f"--items_out={items}", *map(str, flags)])
@@ -541,7 +596,9 @@ def refused(run, evals, capsys, tmp_path):
     (["--stream_tokens=1000"], ["--stream_tokens=1000 must be a multiple of 128"]),
     (["--max_items=10"], ["--max_items=10 must be 0 (all) or above 10"]),
     (["--bpb_tokens=-1"], ["--bpb_tokens=-1 must be"]),
-    (["--model=gpt2"], ["--model=gpt2 and --checkpoint=", "are two models; name one"]),
+    (["--model=gpt2"], ["--model=gpt2 and --checkpoint=", "give one of them"]),
+    (["--threads=2000"], ["--threads=2000 must be 0"]),
+    (["--vocab_dir="], ["--vocab_dir", "the path is empty"]),
     (["--items_out=nowhere/x.jsonl"], ["--items_out=nowhere/x.jsonl is in a folder that does not exist"]),
     (["--tasks=val", "--shards=nowhere/*.bin"], ["--shards=nowhere/*.bin matches no file"]),
     (["--checkpoint=nowhere"], ["--checkpoint=nowhere is not a folder"]),
@@ -555,25 +612,118 @@ def test_a_bad_flag_is_refused(refused, flags, words):
     (["--model=gpt2", "--tasks=val"], ["--model=gpt2 has no training script"]),
     (["--model=gpt2", "--tasks=bpb"], ["--model=gpt2 needs --shards=GLOB"]),
     (["--model=gpt3", "--tasks=hellaswag"], ["--model=gpt3 is neither a folder nor one of gpt2, "]),
+    (["--model=gpt2", "--tasks=core", "--vocab_dir=x"], ["--model=gpt2 and --vocab_dir=x are both given"]),
 ], ids=str)
 def test_a_bad_model_is_refused(refused, flags, words):
     refused(*flags, words=words, checkpoint=False)
 
 
-def test_no_checkpoint_and_several_are_refused(run, refused, tmp_path):
+def test_a_folder_without_a_checkpoint_and_one_with_several_are_refused(run, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(f"--out_dir={tmp_path / 'empty'}", words=["has no run with a checkpoint"], checkpoint=False)
     refused(f"--checkpoint={tmp_path / 'empty'}", words=["holds no checkpoint"], checkpoint=False)
     for name in ("one", "two"):
-        shutil.copytree(run, tmp_path / "logs" / name)
-    words = ["is none, but holds", "logs/one/checkpoint", "logs/two/checkpoint", "name one", "--checkpoint="]
-    refused(f"--out_dir={tmp_path / 'logs'}", words=words, checkpoint=False)
+        (tmp_path / "logs" / name / "checkpoint").mkdir(parents=True)
+        (tmp_path / "logs" / name / "checkpoint" / "latest").write_text("step_000006")
+    words = ["is not a checkpoint, but it holds", "logs/one/checkpoint", "logs/two/checkpoint", "name one of them"]
     refused(f"--checkpoint={tmp_path / 'logs'}", words=words, checkpoint=False)
 
 
-def test_the_only_run_is_found(run, tmp_path):
-    args = evaluate.parse_args([f"--out_dir={run.parent}"])
-    assert evaluate.find_checkpoint(args) == sample.resolve_checkpoint(run)
+def test_the_newest_run_is_evaluated_and_named(run, evals, tmp_path, capsys):
+    for name, stamp in (("a", 3e9), ("b", 1e9)):
+        shutil.copytree(run, tmp_path / name)
+        os.utime(tmp_path / name / "checkpoint" / "latest", (stamp, stamp))
+    assert evaluate.main([f"--out_dir={tmp_path}", f"--evals={evals}", "--tasks=hellaswag", "--device=cpu",
+                          "--threads=1"]) == 0
+    out, err = capsys.readouterr()
+    newest = sample.resolve_checkpoint(tmp_path / "a")
+    assert err == f"evaluate.py: {newest}\n" and out.startswith(f"{newest}, train_gpt after 6 steps\n")
+    assert json.loads(out.splitlines()[-1])["model"] == str(newest)
+
+
+def test_paths_may_have_brackets_blanks_and_a_home_folder(run, evals, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "my [1]*"
+    folder.mkdir()
+    for name, source in (("run", run), ("evals", evals), ("shards", shards)):
+        (folder / name).symlink_to(source)
+    wanted = evaluate.main([f"--checkpoint={run}", f"--evals={evals}", "--tasks=val", "--threads=1"])
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    for shard in ("val_*.bin", "val_000000.bin"):
+        code = evaluate.main(["--checkpoint=~/my [1]*/run", "--evals=~/my [1]*/evals", "--tasks=val", "--threads=1",
+                              f"--shards=~/my [1]*/shards/{shard}", "--items_out=~/my [1]*/items [2].jsonl"])
+        out, err = capsys.readouterr()
+        assert (wanted, code) == (0, 0), err
+        assert json.loads(out.splitlines()[-1])["scores"] == expected and (folder / "items [2].jsonl").is_file()
+
+
+def test_items_out_may_not_be_a_folder(refused, tmp_path):
+    refused(f"--items_out={tmp_path}", words=[f"--items_out={tmp_path} is a folder; name a file"])
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"RANK": ""}, ["RANK='' in the environment is not a number"]),
+    ({"WORLD_SIZE": "two"}, ["WORLD_SIZE='two' in the environment is not a number"]),
+    ({"LOCAL_RANK": "-1"}, ["LOCAL_RANK='-1' in the environment is not a number"]),
+    ({"LOCAL_WORLD_SIZE": "1.0"}, ["LOCAL_WORLD_SIZE='1.0' in the environment is not a number"]),
+    ({"RANK": "\u0663"}, ["RANK=", "is not a number"]),
+    ({"RANK": "1"}, ["RANK=1 and LOCAL_RANK=0", "must be below WORLD_SIZE=1"]),
+    ({"RANK": "0", "LOCAL_RANK": "2", "WORLD_SIZE": "2"}, ["LOCAL_RANK=2", "must be below WORLD_SIZE=2"]),
+    ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 is in the environment without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"]),
+    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, ["without MASTER_ADDR, MASTER_PORT"]),
+], ids=str)
+def test_ranks_that_torchrun_did_not_set_are_refused(refused, monkeypatch, env, words):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    refused(words=[*words, "start evaluate.py with torchrun, or unset RANK"])
+
+
+def test_ranks_that_cannot_meet_are_reported(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("connection refused")
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(evaluate.UserError, match="the 2 ranks cannot reach each other .connection refused.; start"):
+        evaluate.join_ranks(SimpleNamespace(world_size=2, device=torch.device("cpu")))
+
+
+def test_val_needs_no_tokenizer_and_the_other_scores_say_where_to_get_it(run, refused, score, tmp_path, monkeypatch):
+    """As for a model trained on published shards, whose vocabulary is GPT-2's."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    folder = sample.resolve_checkpoint(copy)
+    (folder / "tokenizer.json").unlink()
+    meta = json.loads((folder / "meta.json").read_text())
+    monkeypatch.setattr(sample, "GPT2_TOKENIZER_SHA256", meta["tokenizer_sha256"])
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    assert score(f"--checkpoint={copy}", "--tasks=val")[0]["scores"] == score("--tasks=val")[0]["scores"]
+    for task in ("bpb", "hellaswag"):
+        flags = f"--checkpoint={copy}", f"--tasks={task}"
+        refused(*flags, words=[folder / "tokenizer.json", "is missing", "--vocab_dir="])
+        refused(*flags, f"--vocab_dir={tmp_path}", words=["--vocab_dir=", tmp_path])
+
+
+def test_the_threads_are_chosen_by_a_short_stream(run, evals, monkeypatch, capsys):
+    asked = []
+
+    def choose(step, most, given):
+        asked.append((step(), given))
+        return "CPU threads: 1"
+    monkeypatch.setattr(sample, "choose_threads", choose)
+    flags = [f"--checkpoint={run}", f"--evals={evals}", "--tasks=hellaswag", "--device=cpu"]
+    assert evaluate.main([*flags, "--threads=3"]) == 0
+    assert asked == [(None, 3)] and capsys.readouterr().err == "evaluate.py: CPU threads: 1\n"
+
+
+@pytest.mark.parametrize("module", [sample, evaluate])
+def test_docs_name_every_flag_and_no_other(module, capsys):
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    flags = {"--help"} | set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = page.split(f"## Flags of {module.__name__}.py")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(--\w+)", section, re.M)) == flags
 
 
 def test_shards_of_another_tokenizer_are_refused(refused, tmp_path):

@@ -7,6 +7,7 @@ text with Python's decoder. What decoding itself gives is the matter of test_dec
 
 Run: python -m pytest tests/test_sample.py
 """
+import argparse
 import base64
 import contextlib
 import hashlib
@@ -16,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import only_folder, small_flags
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +96,7 @@ def change_meta(folder, **changes):
 
 def run_main(capsys, *flags):
     """(exit code, stdout, stderr) of the command line, run in this process, where PyTorch is imported already."""
-    code = sample.main(["--device=cpu", *map(str, flags)])
+    code = sample.main(["--device=cpu", "--threads=1", *map(str, flags)])
     return code, *capsys.readouterr()
 
 
@@ -199,6 +202,92 @@ def test_decode_replaces_only_what_cannot_become_valid():
     for _ in range(200):
         noise = bytes(rng.choice((97, 128, 159, 195, 226, 240, 255)) for _ in range(20))
         assert "".join(sample.decode(tokenizer, noise)) == noise.decode("utf-8", "replace")
+
+
+# -----------------------------------------------------------------------------
+# GPT-2's vocabulary for checkpoints without a tokenizer.json
+
+@pytest.fixture
+def vocabulary(monkeypatch, tmp_path):
+    """A made-up encoder.json that is taken for GPT-2's, in a folder of its own; no cache of tiktoken has it yet."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    tokens = letters + [f"{first}{second}" for first in letters for second in letters][:50_000]
+    content = json.dumps({token: i for i, token in enumerate([*tokens, "<|endoftext|>"])}).encode()
+    made = sample.tokenizer_of_encoder(json.loads(content))
+    monkeypatch.setattr(sample, "ENCODER_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(sample, "GPT2_TOKENIZER_SHA256", hashlib.sha256(made).hexdigest())
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sample.tempfile, "tempdir", str(tmp_path / "temporary"))
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (folder / "encoder.json").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", ""])
+def test_the_vocabulary_comes_from_the_cache_of_tiktoken(vocabulary, monkeypatch, tmp_path, place):
+    cache = tmp_path / "temporary" / "data-gym-cache"
+    if place:
+        cache = tmp_path / "cache"
+        monkeypatch.setenv(place, str(cache))
+    cache.mkdir(parents=True)
+    assert sample.gpt2_tokenizer() == b""
+    cached = cache / sample.ENCODER_CACHE_NAME
+    cached.write_bytes(b"damaged")
+    assert sample.gpt2_tokenizer() == b""
+    shutil.copy(vocabulary / "encoder.json", cached)
+    content = sample.gpt2_tokenizer()
+    assert hashlib.sha256(content).hexdigest() == sample.GPT2_TOKENIZER_SHA256
+    assert sample.Tokenizer(json.loads(content)).bos_id == 50256
+
+
+def test_the_vocabulary_comes_from_vocab_dir(vocabulary):
+    content = sample.gpt2_tokenizer(vocabulary)
+    tokenizer = sample.Tokenizer(json.loads(content))
+    assert (tokenizer.vocab_size, tokenizer.token_bytes(0), len(tokenizer.token_bytes(300))) == (50257, b"!", 2)
+    assert sorted(tokenizer.ranks[:256]) == [bytes([byte]) for byte in range(256)]
+    (vocabulary / "encoder.json").rename(vocabulary / "vocab.json")  # as other publishers call it
+    assert sample.gpt2_tokenizer(vocabulary) == content
+    (vocabulary / "vocab.json").write_text("{}")
+    for folder, part in ((vocabulary, "is not GPT-2's"), (vocabulary / "none", "cannot be read")):
+        with pytest.raises(sample.UserError, match=f"{part}.*name a folder with .*--vocab_dir="):
+            sample.gpt2_tokenizer(folder)
+
+
+def test_the_vocabulary_is_that_of_data():
+    """The real one, in the same bytes; and tiktoken's name for it."""
+    import text
+    assert sample.ENCODER_CACHE_NAME == hashlib.sha1(text.ENCODER_JSON_URL).hexdigest()
+    assert (sample.ENCODER_SHA256, sample.GPT2_TOKENIZER_SHA256) == (
+        text.ENCODER_JSON_SHA256, text.GPT2_TOKENIZER_SHA256)
+    if not SHARED_VOCAB.is_dir():
+        pytest.skip(f"GPT-2's vocabulary is not in {SHARED_VOCAB.parent}")
+    assert sample.gpt2_tokenizer(SHARED_VOCAB) == text.gpt2_tokenizer_json(SHARED_VOCAB)
+
+
+def test_a_checkpoint_without_a_tokenizer_finds_the_vocabulary_or_says_what_to_do(capsys, vocabulary, trained, tmp_path,
+                                                                                  monkeypatch):
+    import tiktoken.load
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda *_: pytest.fail("it asks the network"))
+    model = Scripted([15, 31, 50256], vocab_size=50304)
+    model.cfg = SimpleNamespace(bos_id=50256, vocab_size=50304)
+    model.set_stage = lambda *_, **__: None
+    model.matmul_parameters = 1
+    monkeypatch.setattr(sample, "build_model", lambda *_: model)
+    monkeypatch.setattr(sample, "load_weights", lambda *_: None)
+    run = tmp_path / "run"
+    shutil.copytree(trained.parents[1], run)
+    folder = sample.resolve_checkpoint(run)
+    (folder / "tokenizer.json").unlink()
+    assert_refused(run_main(capsys, f"--checkpoint={run}"), "tokenizer.json is missing; copy the tokenizer.json of")
+    change_meta(folder, tokenizer_sha256=sample.GPT2_TOKENIZER_SHA256)
+    flags = f"--checkpoint={run}", "--prompt=A", "--temperature=0"
+    assert_refused(run_main(capsys, *flags), folder / "tokenizer.json", "is missing", "--vocab_dir=", "tiktoken")
+    assert_refused(run_main(capsys, *flags, f"--vocab_dir={tmp_path}"), tmp_path / "encoder.json", "cannot be read")
+    assert run_main(capsys, *flags, f"--vocab_dir={vocabulary}")[:2] == (0, "A0@\n")
+    assert sample.load_checkpoint(folder, "cpu", needs_tokenizer=False)[1] is None
 
 
 # -----------------------------------------------------------------------------
@@ -393,6 +482,59 @@ def test_nothing_of_a_stop_string_is_ever_shown():
 
 
 # -----------------------------------------------------------------------------
+# CPU threads
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Function (seconds of a step by number of threads, most, given) -> (threads that are set, sentence, calls)."""
+    before = torch.get_num_threads()
+    now, set_to, calls = [0.0], [before], []
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: set_to.append(threads))
+
+    def choose(seconds, most, given=0):
+        def run():
+            calls.append(set_to[-1])
+            now[0] += seconds[set_to[-1]]
+        calls.clear()
+        sentence = sample.choose_threads(run, most, given)
+        return set_to[-1], sentence, calls
+    return choose
+
+
+@pytest.mark.parametrize("seconds, most, expected", [
+    ({1: 0.004}, 64, 1), ({1: 0.04, 2: 0.008}, 64, 2),              # so fast that more threads save little
+    ({1: 0.04, 2: 0.036}, 2, 1), ({1: 0.04, 2: 0.14}, 2, 1),        # the second: another program holds a core
+    ({1: 0.4, 2: 0.21}, 2, 2), ({1: 0.4, 2: 0.21, 3: 0.15}, 3, 3), ({1: 0.4, 2: 0.21, 3: 0.2}, 3, 2),
+    ({1: 8, 2: 4, 4: 2, 8: 1, 12: 0.7}, 12, 12), ({1: 8, 2: 4, 4: 3.9}, 64, 2)])
+def test_the_fewest_threads_that_are_fast_are_taken(timed, seconds, most, expected):
+    threads, sentence, calls = timed(seconds, most)
+    assert threads == expected and sentence.startswith(f"CPU threads: {expected} (")
+    assert sorted(set(calls)) == sorted(seconds)                    # and no larger number is tried
+    assert all(f"{1e3 * time:.1f} ms with {n}" in sentence for n, time in seconds.items())
+
+
+def test_trying_threads_takes_few_calls(timed):
+    assert len(timed({1: 0.015, 2: 0.015}, 2)[2]) == 12
+    assert len(timed({1: 9, 2: 9}, 2)[2]) == 4
+    assert timed({1: 0.015, 2: 0.2}, 2)[2] == [1] * 6 + [2]         # another program holds a core
+
+
+def test_threads_that_are_given_are_not_tried(timed):
+    assert timed({}, 16, 3) == (3, "", []) and timed({}, 1) == (1, "", [])
+
+
+def test_the_choice_is_printed_apart_from_the_text(capsys, trained, monkeypatch):
+    monkeypatch.setattr(sample, "choose_threads", lambda run, most, given: run() or f"CPU threads: {given}")
+    flags = f"--checkpoint={trained}", "--max_tokens=5", "--json", "--device=cpu"
+    assert sample.main([*flags, "--threads=7"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["finish"] == "length" and "sample.py: CPU threads: 7\n" in err
+    monkeypatch.undo()
+    assert run_main(capsys, *flags)[1] == out                       # a step that was tried leaves nothing behind
+
+
+# -----------------------------------------------------------------------------
 # Loading
 
 def test_loaded_weights_and_stage_are_the_saved_ones(trained):
@@ -405,19 +547,19 @@ def test_loaded_weights_and_stage_are_the_saved_ones(trained):
     assert torch.equal(model(tokens), saved(tokens))
 
 
-def test_what_save_checkpoint_writes_loads(tmp_path):
-    model = random_model(replace(CFG, precision="bf16"))
-    machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-    run = train_gpt.Run(train_gpt.SCRIPT, replace(CFG, out_dir=str(tmp_path), kernels=False), machine, [], None, {})
-    run.history.append((0, 0.0, 5.5))
-    train_gpt.save_checkpoint(run, model, train_gpt.Optimizer(model), CFG.num_iterations, len(CFG.stages) - 1,
-                              train_gpt.Clock(machine), tokenizer_file(), False)
-    run.writing.result()
-    folder = run.saved
-    assert sample.find_checkpoint(tmp_path) == folder
+def test_what_training_saves_loads(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *small_flags(data, out_dir=tmp_path, num_iterations=4)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)            # no curve, which takes longer than the steps
+    assert train_gpt.main() == 0
+    capsys.readouterr()
+    folder = sample.find_checkpoint(tmp_path)
+    assert folder == sample.resolve_checkpoint(only_folder(tmp_path))
     loaded, _, meta = sample.load_checkpoint(folder, "cpu")
-    assert loaded.embed.dtype == torch.float32 and torch.equal(loaded.embed, model.embed.float())
-    assert (meta["stage"], meta["val_loss"]) == (len(CFG.stages) - 1, None)
+    saved = load_file(folder / "model.safetensors")
+    assert loaded.embed.dtype == torch.float32 and torch.equal(loaded.embed, saved["embed"].float())
+    assert (meta["script"], meta["step"]) == ("train_gpt", 4) and capsys.readouterr().err == ""     # no note
+    assert sample.kept_source(folder, meta) == only_folder(tmp_path) / "train_gpt.py"
     assert sample.load_checkpoint(folder, "cpu", precision="bf16")[0].embed.dtype == torch.bfloat16
 
 
@@ -472,14 +614,52 @@ def test_script_flag_uses_that_source(capsys, broken, tmp_path):
     assert sys.modules[type(model).__module__].MARK == 1
 
 
-def test_a_changed_source_is_noted(capsys, broken):
-    change_meta(broken, source_sha256="0" * 64)
+@pytest.mark.parametrize("sources", [False, True])
+def test_a_changed_source_is_noted(capsys, broken, sources):
+    """With `sources` the hash of the script alone counts, and source_sha256 is that of several files."""
     kept = broken.parent.parent / "train_gpt.py"
-    for expected in ("--script=PATH", f"--script={kept}"):
+    content = b"# another version"
+    said = hashlib.sha256(content).hexdigest()
+    change_meta(broken, **({"sources": {"train_gpt.py": said}, "source_sha256": "0" * 64} if sources
+                           else {"source_sha256": said}))
+    for now, expected in ((None, "--script=PATH"), (b"a third version", "--script=PATH"),
+                          (content, shlex.quote(f"--script={kept}"))):
+        if now is not None:
+            kept.write_bytes(now)
         code, out, err = run_main(capsys, f"--checkpoint={broken}", "--max_tokens=1")
         note, status = err.splitlines()
-        assert code == 0 and "note: train_gpt.py" in note and expected in note and str(broken) in status
-        kept.write_text("")                                         # from now on the run folder has the source
+        assert code == 0 and "note: train_gpt.py has changed" in note and str(broken) in status
+        assert note.endswith(f"name the script that made it with {expected}")
+
+
+def test_no_note_if_the_script_itself_is_the_same(capsys, broken):
+    source = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    change_meta(broken, source_sha256="0" * 64, sources={"train_gpt.py": source, "triton_kernels.py": "1" * 64})
+    assert "sample.py: note" not in run_main(capsys, f"--checkpoint={broken}", "--max_tokens=1")[2]
+
+
+@pytest.mark.parametrize("name", ["my_idea", "my idea [2]"])
+def test_a_script_that_has_moved_is_named_and_runs_only_then(capsys, broken, name):
+    """The line says exactly what to type; the copy in the run folder runs only after that."""
+    kept = broken.parent.parent / f"{name}.py"
+    kept.write_text((ROOT / "train_gpt.py").read_text() + f"\nopen({str(broken / 'ran')!r}, 'w').close()\n")
+    change_meta(broken, script=name, source_sha256=hashlib.sha256(kept.read_bytes()).hexdigest())
+    code, out, err = run_main(capsys, f"--checkpoint={broken}")
+    assert_refused((code, out, err), "was made by the script", repr(name), "is not beside sample.py", "train_gpt")
+    typed = shlex.split(err.split("in the run folder, add ")[1])
+    assert typed == [f"--script={kept}"] and not (broken / "ran").exists()
+    assert run_main(capsys, f"--checkpoint={broken}", *typed, "--max_tokens=1")[0] == 0
+    assert (broken / "ran").exists() and not (broken.parents[1] / "__pycache__").exists()
+
+
+@pytest.mark.parametrize("make", [
+    lambda kept: None, lambda kept: kept.write_text("other text"), lambda kept: kept.mkdir(),
+    lambda kept: kept.symlink_to(ROOT / "train_gpt.py")], ids=["absent", "changed", "folder", "link"])
+def test_a_script_in_the_run_folder_is_not_named_unless_it_is_the_one(capsys, broken, make):
+    kept = broken.parent.parent / "my_idea.py"
+    make(kept)
+    change_meta(broken, script="my_idea")
+    assert_refused(run_main(capsys, f"--checkpoint={broken}"), "name the script that made it with --script=PATH")
 
 
 @pytest.mark.parametrize("change, parts", [
@@ -501,8 +681,8 @@ def test_weights_that_do_not_fit_are_named(capsys, broken, change, parts):
     ({"stage": 2}, "stage 2 of 2"), ({"stage": -1}, "stage -1"), ({"stage": True}, "stage"), ({"config": []}, "config"),
     ({"config": {}}, "config"), ({"config": asdict(CFG) | {"layers": 3}}, "config"),
     ({"config": asdict(CFG) | {"model_dim": 100}}, "model_dim=100"),
-    ({"config": asdict(CFG) | {"vocab_size": 0}}, "config makes no model"),
-    ({"config": asdict(CFG) | {"vocab_size": 10 ** 15}}, "config makes no model"),
+    ({"config": asdict(CFG) | {"vocab_size": 0}}, "no model can be made from the checkpoint's config"),
+    ({"config": asdict(CFG) | {"vocab_size": 10 ** 15}}, "no model can be made from the checkpoint's config"),
     ({"config": asdict(CFG) | {"bos_id": 3}}, "a tokenizer of 257 ids"),
     ({"tokenizer_sha256": "0" * 64}, "tokenizer.json"),
 ])
@@ -542,6 +722,44 @@ def test_script_that_is_no_training_script_is_refused(capsys, trained, tmp_path,
     assert_refused(run_main(capsys, f"--checkpoint={trained}", f"--script={bad}"), bad, part)
 
 
+def test_scripts_are_imported_from_anywhere_without_a_trace(tmp_path, capsys, monkeypatch):
+    """A library's name is no obstacle, and each script gets the companion beside it."""
+    path, modules = list(sys.path), {name: sys.modules.get(name) for name in ("json", *sample.COMPANIONS)}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "triton_kernels.py").write_text(f"NAME = {folder!r}")
+        (tmp_path / folder / "json.py").write_text("import triton_kernels\nGPT = triton_kernels.NAME")
+    monkeypatch.chdir(tmp_path / "one")
+    found = [sample.import_script(Path(name), needs=["GPT"]) for name in ("json.py", "../two/json.py")]
+    assert [module.GPT for module in found] == ["one", "two"]
+    assert sample.import_script(tmp_path / "one" / "json.py", needs=()) is found[0]
+    assert capsys.readouterr() == ("", "") and sys.path == path and sys.modules["json"] is json
+    kept = {name: module for name, module in modules.items() if module}
+    assert {name: sys.modules[name] for name in kept} == kept
+    assert not list(tmp_path.rglob("__pycache__"))
+    for module in found:
+        del sys.modules[module.__name__]
+
+
+def test_a_script_that_is_interrupted_is_not_half_imported(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text("GPT = 1\nraise KeyboardInterrupt")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            sample.import_script(script, needs=["GPT"])
+    with pytest.raises(sample.UserError, match="is not a Python file"):
+        sample.import_script(tmp_path / "notes.txt")
+
+
+def test_scripts_of_old_records_are_imported_with_what_is_beside_them(capsys):
+    folders = sorted(path.parent for path in (ROOT / "records").glob("track_*/*/harness.py"))
+    if not folders:
+        pytest.skip("no record with a harness.py in this checkout")
+    script = sample.import_script(folders[0] / "train_gpt.py")
+    assert Path(script.harness.__file__).parent == folders[0] and script.PRESETS["tiny"]
+    assert capsys.readouterr() == ("", "")
+
+
 # -----------------------------------------------------------------------------
 # Command line
 
@@ -571,7 +789,7 @@ def test_text_streams_in_whole_characters(capsys, monkeypatch):
     monkeypatch.setattr(sample, "load_checkpoint", lambda *_: (model, tokenizer, {"script": "s", "step": 1}))
     monkeypatch.setattr(sample, "find_checkpoint", lambda *_: Path("c"))
     monkeypatch.setattr(sys, "stdout", Recorder())
-    assert sample.main(["--prompt=é", "--temperature=0"]) == 0
+    assert sample.main(["--prompt=é", "--temperature=0", "--threads=1"]) == 0
     whole = f"é{text}\n"
     assert Recorder.shown[:len(whole)] == [whole[:n + 1] for n in range(len(whole))]
 
@@ -584,6 +802,8 @@ def test_text_streams_in_whole_characters(capsys, monkeypatch):
     (["--top_p=1.01"], ["--top_p=1.01"]), (["--top_p=nan"], ["--top_p=nan"]), (["--seed=-1"], ["--seed=-1"]),
     (["--min_p=1.5"], ["--min_p=1.5"]), (["--min_p=-0.1"], ["--min_p=-0.1"]),
     (["--repetition_penalty=0"], ["--repetition_penalty=0"]), (["--batch=0"], ["--batch=0"]),
+    (["--threads=-1"], ["--threads=-1"]), (["--checkpoint="], ["--checkpoint", "path is empty"]),
+    (["--stop", b"\xff"], ["--stop=", "UTF-8"]), (["--model=gpt2", "--vocab_dir=a"], ["--model=gpt2", "--vocab_dir=a"]),
     (["--stop="], ["--stop=", "empty"]), (["--stop=a", "--stop", ""], ["--stop=", "empty"]),
     (["--prompt=a", "--prompts_file=b"], ["--prompts_file=b", "--prompt"]),
     (["--model=gpt2", "--checkpoint=a"], ["--model=gpt2", "--checkpoint"]),
@@ -622,15 +842,42 @@ def test_a_prompt_longer_than_the_models_cache_is_refused(capsys, monkeypatch):
     code, out, err = run_main(capsys, "--prompt=" + "a" * 18, "--max_tokens=2")
     assert (code, out, err.splitlines()[1:]) == (2, "", [
         "sample.py: a prompt of 18 tokens and --max_tokens=2 are too much for the model (it has 20 positions); shorten "
-        "it or lower --max_tokens"])
+        "the prompt or lower --max_tokens"])
     assert run_main(capsys, "--prompt=" + "a" * 17, "--max_tokens=2")[0] == 0
 
 
-@pytest.mark.parametrize("content, parts", [(b"one\n\ntwo\n", ["line 2"]), (b"", ["line 1"]), (b"\xff\n", ["UTF-8"])])
+@pytest.mark.parametrize("content, parts", [
+    (b"one\n\ntwo\n", ["line 2"]), (b"one\r\n\r\ntwo", ["line 2"]), (b"", ["is empty"]), (b"\n", ["line 1"]),
+    (b"a\xff\n", ["is not UTF-8 (byte 1 is invalid)"]), ("né\n".encode("utf-16"), ["it is UTF-16", "as UTF-8"])])
 def test_prompts_files_that_are_none_are_refused(capsys, trained, tmp_path, content, parts):
     (tmp_path / "prompts").write_bytes(content)
     assert_refused(run_main(capsys, f"--checkpoint={trained}", f"--prompts_file={tmp_path / 'prompts'}"),
                    tmp_path / "prompts", *parts)
+
+
+ODD = "\x0b\x0c\x1c\x85\u2028\u2029"                           # str.splitlines ends a line at each
+
+
+@pytest.mark.parametrize("content, prompts", [
+    ("one\ntwo\n", ["one", "two"]), ("one\r\ntwo", ["one", "two"]), ("\ufeffone\r\n", ["one"]),
+    ("one\rtwo\n", ["one\rtwo"]), (f"a{ODD}b\n", [f"a{ODD}b"]), ("a\ufeffb\n é \n", ["a\ufeffb", " é "])])
+def test_only_line_ends_separate_prompts(tmp_path, content, prompts):
+    (tmp_path / "prompts").write_bytes(content.encode())
+    args = argparse.Namespace(prompts_file=tmp_path / "prompts", prompt=None)
+    assert sample.read_prompts(args, None) == prompts
+
+
+def test_paths_may_have_brackets_blanks_and_a_home_folder(capsys, broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logs = tmp_path / "my [lo]gs*"
+    (tmp_path / "logs").rename(logs)
+    (logs / "run").rename(logs / "r [1] 漢")
+    (tmp_path / "prompts [a] b").write_text("x\n")
+    flags = "--max_tokens=1", "--prompts_file=~/prompts [a] b"
+    expected = run_main(capsys, "--out_dir=~/my [lo]gs*", *flags)
+    assert expected[0] == 0 and expected[1].startswith("x")
+    assert run_main(capsys, "--checkpoint=~/my [lo]gs*/r [1] 漢", *flags) == expected
+    assert run_main(capsys, "--checkpoint", f"{logs}/r [1] 漢/checkpoint/{broken.name}", *flags) == expected
 
 
 @pytest.mark.parametrize("place", [".", "run/checkpoint"])
@@ -703,7 +950,7 @@ def test_help_lists_every_flag_and_its_default():
     assert (done.returncode, done.stderr) == (0, "")
     for flag in ("checkpoint", "model", "prompt", "prompts_file", "num_samples", "max_tokens", "temperature", "top_k",
                  "top_p", "min_p", "repetition_penalty", "stop", "seed", "logprobs", "json", "batch", "benchmark",
-                 "compile", "device", "precision", "script", "out_dir"):
+                 "compile", "device", "precision", "threads", "script", "vocab_dir", "out_dir"):
         described = done.stdout.split(f"  --{flag} ")[1].split("\n  --")[0]
         assert "default:" in described, flag
 
@@ -728,11 +975,41 @@ def test_text_comes_while_it_is_made_and_ctrl_c_ends_it(trained):
     assert error.endswith("\nsample.py: stopped\n") and "Traceback" not in error
 
 
-def test_a_reader_that_leaves_is_no_error():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import sample\n"
+def test_the_locale_changes_nothing(trained, tmp_path):
+    """C without Python's UTF-8 mode, a MPLBACKEND that does not exist, names and prompts beyond ASCII."""
+    run = tmp_path / "漢 [1]"
+    shutil.copytree(trained.parents[1], run)
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "MPLBACKEND": "nonsense"}
+    env.pop("PYTHONIOENCODING", None)
+    process = start(f"--checkpoint={run}", "--prompt=é漢", "--stop=漢", "--max_tokens=3", "--device=cpu", env=env)
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.decode().startswith("é漢"), err
+    assert b"Traceback" not in err
+
+
+def test_an_argument_of_another_locale_is_read_as_utf8():
+    assert sample.parse_args(["--prompt", "é".encode().decode("ascii", "surrogateescape")]).prompt == "é"
+
+
+@pytest.mark.parametrize("terminal, variable, expected", [
+    (True, "", "é漢?"), (False, "", "é漢😀"), (False, "gbk", "é漢?")])
+def test_stdout_is_utf8_unless_it_is_a_terminal_or_told_otherwise(monkeypatch, terminal, variable, expected):
+    stream = io.BytesIO()
+    out = io.TextIOWrapper(stream, encoding="gbk")
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("PYTHONIOENCODING", variable)
+    sample.prepare_stdout()
+    print("é漢😀", end="", flush=True)
+    assert stream.getvalue() == expected.encode("utf-8" if expected.endswith("😀") else "gbk")
+
+
+@pytest.mark.parametrize("module, function", [("sample", "sample"), ("evaluate", "evaluate")])
+def test_a_reader_that_leaves_is_no_error(module, function):
+    code = (f"import sys; sys.path.insert(0, sys.argv[1]); import {module}\n"
             "def endless(args):\n"
             "    while True: print('text', flush=True)\n"
-            "sample.sample = endless; sys.exit(sample.main([]))")
+            f"{module}.{function} = endless; sys.exit({module}.main([]))")
     process = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()
