@@ -26,6 +26,7 @@ import glob
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -1205,7 +1206,11 @@ def loss_weights(cfg: Hyperparameters, step: int) -> list[float]:
 
 def is_tied(cfg: Hyperparameters, step: int) -> bool:
     """Whether embedding and head are one matrix; the last such step is odd, so that Adam moves at it."""
-    return cfg.split_embed > 0 and step <= round(cfg.split_embed * cfg.num_iterations) // 2 * 2 + 1
+    return cfg.split_embed > 0 and step < first_split_step(cfg)
+
+def first_split_step(cfg: Hyperparameters) -> int:
+    """The first odd step at which embedding and head are two matrices, if they were one before."""
+    return round(cfg.split_embed * cfg.num_iterations) // 2 * 2 + 3
 
 # -----------------------------------------------------------------------------
 # Ranks, clock and graphs
@@ -1329,7 +1334,7 @@ def initialize(model: GPT, optimizer: Optimizer, machine: Machine):
     broadcast_parameters(model, machine)
     optimizer.reset()
 
-def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run") -> int:
+def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run", compiler) -> int:
     """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit.
 
     Returns the packs of a micro-batch.
@@ -1340,8 +1345,10 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
         run.print(check_kernels(raw, machine))
     micro_packs = largest_micro_batch(backward, optimizer, machine)
     tokens = micro_packs * cfg.pack_tokens
+    if compiler:                         # what follows is in the cache when it has ended
+        compiler.join()
     batch = synthetic_batch(cfg, tokens)
-    split = round(cfg.split_embed * cfg.num_iterations) // 2 * 2 + 3
+    split = first_split_step(cfg)
 
     def steps():                         # Adam rests at even steps and moves at odd ones
         for step in (0, 1, split - 1, split):
@@ -1385,13 +1392,14 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. The exit code."""
     machine = setup_machine(cfg)
     cfg, data = load_data(cfg, machine)
+    compiler = compile_ahead(cfg, machine)
     cfg, tried = choose_attention(cfg, machine)
     backward, optimizer = build(cfg, machine)
     model, forward, cfg = optimizer.model, backward.model, optimizer.model.cfg
     run = Run(cfg, machine, argv, data, optimizer)
     with run.failures_noted():
         run.describe(tried)
-        micro_packs = run.timed_warm_up(backward)
+        micro_packs = run.timed_warm_up(backward, compiler)
         clock = Clock(machine, run.meta.get("train_time", 0.0))
         step = run.meta.get("step", 0)
         position = LoaderPosition(*run.meta.get("loader_position", (0, 0)))
@@ -2119,6 +2127,33 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
     return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, compile=cfg.compile and cuda, kernels=kernels,
                    float8=float8, earlier_windows=windows_before(cfg))
 
+def compile_ahead(cfg: Hyperparameters, machine: Machine):
+    """Starts a process that compiles validation, and on one rank the optimizer, while this one compiles training.
+
+    Both come from the cache on disk afterwards. Returns the process; None where nothing is compiled, or where memory
+    is too small for a second model.
+    """
+    if not cfg.compile or device_memory(machine) < 40 * 2**30:
+        return None
+    attention = "flex" if cfg.attention == "auto" else cfg.attention            # what choose_attention tries first
+    process = multiprocessing.get_context("spawn").Process(
+        target=fill_compile_cache, args=(replace(cfg, attention=attention), machine), daemon=True)
+    process.start()
+    return process
+
+def fill_compile_cache(cfg: Hyperparameters, machine: Machine):
+    """What the process of compile_ahead runs; it joins no other rank, so it shares no optimizer state."""
+    torch.cuda.set_device(machine.device)
+    backward, optimizer = build(cfg, replace(machine, rank=0, world_size=1))
+    stream = to_device(synthetic_batch(cfg, cfg.val_stream_tokens), machine.device)
+    with torch.no_grad():
+        backward.model(*stream)
+    if machine.world_size == 1:
+        step = first_split_step(cfg)     # all parameters move
+        for param in optimizer.params.values():
+            param.grad = torch.zeros_like(param)
+        optimizer.step(step, schedule(cfg, step))
+
 def device_memory(machine: Machine) -> float:
     """Bytes of GPU memory that this process may use."""
     fraction = torch.cuda.get_per_process_memory_fraction(machine.device)
@@ -2330,12 +2365,15 @@ class Run:
                    + "; the optimizer's moments of tables are in host memory" * cfg.host_state)
         self.print("\n".join([self.data.summary, *tried, *self.notes]))
 
-    def timed_warm_up(self, backward: Backward) -> int:
-        """What warm_up does and returns, with the seconds noted; without compilation there is nothing to warm up."""
+    def timed_warm_up(self, backward: Backward, compiler) -> int:
+        """What warm_up does and returns, with the seconds noted; without compilation there is nothing to warm up.
+
+        compiler: the process of compile_ahead or None.
+        """
         clock = Clock(self.machine)
         clock.start()
         if self.cfg.compile:
-            micro_packs = warm_up(backward, self.optimizer, self.machine, self)
+            micro_packs = warm_up(backward, self.optimizer, self.machine, self, compiler)
         else:
             micro_packs = largest_micro_batch(backward, self.optimizer, self.machine)
         clock.stop()
