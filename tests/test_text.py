@@ -17,6 +17,7 @@ import json
 import lzma
 import os
 import random
+import re
 import resource
 import runpy
 import signal
@@ -71,6 +72,16 @@ def digests(folder):
 def build(inputs, out, **options):
     return text.build_shards([inputs] if isinstance(inputs, Path) else inputs, out,
                              **{"tokenizer": "bytes", "val_fraction": 0, "processes": 1} | options)
+
+
+def left_out(manifest):
+    """reason -> number of files that were not read"""
+    return {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["files"]["left_out"].items()}
+
+
+def inside(manifest):
+    """reason -> number of lines, rows or files that were skipped or repaired"""
+    return {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["skipped"].items()}
 
 
 def words(rng, count):
@@ -171,10 +182,14 @@ def test_repairs_and_skips_are_counted(tmp_path):
     manifest = build(folder, tmp_path / "out")
     texts = decode(tmp_path / "out", "train")
     assert {"Das Fr\ufffdhst\ufffdck ist fertig, sagt der Wirt.", "marked", "good", "half \ufffd pair"} <= {*texts}
-    skipped = {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["skipped"].items()}
-    assert skipped == {"file not in UTF-8, kept with replacement characters": 1, "file that is not text": 2,
-                       "empty document": 2, "line that is not JSON": 1, "line without the column 'text'": 2,
-                       "line whose column 'text' is not text": 1, "damaged compressed file, its rest lost": 1}
+    assert left_out(manifest) == {
+        "file in another encoding (it looks like utf-16; --encoding=utf-16 reads it)": 1, "file that is not text": 1,
+        "file that holds no document": 1, "file that cannot be read": 1}
+    assert inside(manifest) == {
+        "file not in UTF-8 (it looks like cp1252; --encoding=cp1252 reads it), read with replacement characters": 1,
+        "empty document": 2, "line that is not JSON": 1, "line without the column 'text'": 2,
+        "line whose column 'text' is not text": 1}
+    assert manifest["made_by"]["counts"]["files"]["found"] == 7 and manifest["made_by"]["counts"]["files"]["read"] == 3
 
 
 # -----------------------------------------------------------------------------
@@ -280,7 +295,7 @@ def test_validation_is_chosen_by_hash(tmp_path):
 
 def test_few_documents_still_give_both_sides(tmp_path):
     (tmp_path / "one.txt").write_text("\n\n".join(f"paragraph {i} " + "x" * 200 for i in range(500)))
-    manifest = build(tmp_path / "one.txt", tmp_path / "a", val_fraction=0.005)
+    build(tmp_path / "one.txt", tmp_path / "a", val_fraction=0.005, max_doc_tokens=512)
     train, val = decode(tmp_path / "a", "train"), decode(tmp_path / "a", "val")
     assert train and val and sum(map(len, train + val)) == (tmp_path / "one.txt").stat().st_size
     write_rows(tmp_path / "two.jsonl", ["first", "second", "second"])
@@ -356,16 +371,18 @@ def test_stream_never_leaves_a_file_beside_itself(tmp_path):
 
 
 def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path):
-    write_files(tmp_path / "in", 20)
+    write_files(tmp_path / "in", 20, size=300)
     first = run(tmp_path / "in", "--out", tmp_path / "out", "--tokenizer=bytes")
     assert first.returncode == 0 and first.stderr == ""
-    assert f"--train_files={tmp_path}/out/train_*.bin --val_files={tmp_path}/out/val_*.bin" in first.stdout
+    last_line = first.stdout.splitlines()[-1]
+    patterns = f"--train_files='{tmp_path}/out/train_*.bin' --val_files='{tmp_path}/out/val_*.bin'"
+    assert last_line.startswith(f"next: python train_gpt.py --preset=tiny {patterns} --val_tokens=")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     again = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=2")
-    assert again.returncode == 0 and "nothing to do" in again.stdout and again.stdout.count("\n") == 1
+    assert again.returncode == 0 and "nothing to do" in again.stdout and again.stdout.splitlines()[-1] == last_line
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     (tmp_path / "in" / "new.md").write_text("news")
-    build(tmp_path / "in", tmp_path / "out", shard_tokens=500)
+    build(tmp_path / "in", tmp_path / "out", shard_tokens=5000)
     assert len(list((tmp_path / "out").glob("train_*"))) > 2
     last = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes")
     assert "nothing to do" not in last.stdout and "21 documents" in last.stdout
@@ -376,7 +393,7 @@ def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path)
 def test_without_input_the_python_library_is_read(tmp_path):
     """On a stand-in for the library; the real one takes seconds and is what run.sh starts with."""
     library = tmp_path / "python3"
-    write_files(library, 30)
+    write_files(library, 30, size=100)
     (library / "test" / "tokenizedata").mkdir(parents=True)
     (library / "test" / "tokenizedata" / "bad.py").write_text("broken on purpose")
     (library / "site-packages").mkdir()
@@ -388,7 +405,9 @@ def test_without_input_the_python_library_is_read(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     texts = decode(tmp_path / "out", "train") + decode(tmp_path / "out", "val")
-    assert len(texts) == 30 and not any("broken" in t or "not the library" in t for t in texts)
+    assert len(texts) >= 30 and not any("broken" in t or "not the library" in t for t in texts)
+    assert len([t for t in texts if re.match(r"\d+: ", t)]) == 30  # the copy is dropped
+    assert "1 x file that --exclude leaves out" in done.stdout and "dropped: 1 duplicates" in done.stdout
 
 
 def mistakes(tmp_path):
