@@ -25,7 +25,6 @@ import contextlib
 import errno
 import functools
 import glob
-import gzip
 import hashlib
 import importlib
 import io
@@ -486,18 +485,21 @@ def _holds_text(kind):
 def _plan_unpacking(source, encoding):
     """Yields (packed bytes read, unit) for the blocks of a packed file or of text in UTF-16 or UTF-32."""
     path, at, too_long = source.path, 0, {}
-    kind, format_error = "lines" if source.kind == "packed lines" else "block", EOFError
+    kind = "lines" if source.kind == "packed lines" else "block"
     try:
         with open(path, "rb") as file:
-            stream, format_error = _open_packed(file, path)
+            unpacked = Unpacked(file, path)
+            stream = io.BufferedReader(unpacked, WINDOW)
             blocks = _line_blocks(stream, path, too_long) if kind == "lines" else _text_blocks(
                 stream, _is_wide(encoding))
             for block in blocks:
                 yield file.tell() - at, (kind, path, block)
                 at = file.tell()
-    except (EOFError, OSError, format_error) as e:
-        reason = "file with compression damage, its rest lost" if at else "file that cannot be read"
-        yield 0, ("damage", path, reason, getattr(e, "strerror", None) or str(e))
+    except OSError as e:
+        yield 0, ("damage", path, "file that cannot be read", e.strerror or str(e))
+        return
+    if unpacked.damage:
+        yield 0, ("damage", path, "file with compression damage, its rest lost", unpacked.damage)
     for reason, (count, _) in too_long.items():
         yield 0, ("damage", path, reason, "", count)
 
@@ -541,18 +543,55 @@ def _whole_lines(block, file, path, skipped):
     return block[:block.rfind(b"\n") + 1]
 
 
-def _open_packed(file, path):
-    """(unpacked stream, the error class of its format); a file that is not packed is its own stream."""
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return gzip.open(file), zlib.error
-    if ending == ".xz":
-        return lzma.open(file), lzma.LZMAError
-    if ending != ".zst":
-        return file, EOFError
-    zstandard = _optional("zstandard", path)
-    stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return io.BufferedReader(stream), zstandard.ZstdError
+class Unpacked(io.RawIOBase):
+    """A packed file as a stream that ends where damage begins; `damage` then says what it is.
+
+    The first bytes tell the format, since a link may have any name; a file that is not packed comes as it is.
+    """
+
+    def __init__(self, file, path):
+        self.file, self.ready, self.packed, self.damage = file, b"", file.read(6), ""
+        self.errors = [zlib.error, lzma.LZMAError]
+        self.start = None  # makes a decompressor; the three formats have the same methods
+        if self.packed.startswith(b"\x1f\x8b"):
+            self.start = functools.partial(zlib.decompressobj, 31)
+        elif self.packed == b"\xfd7zXZ\0":
+            self.start = lzma.LZMADecompressor
+        elif self.packed.startswith(b"\x28\xb5\x2f\xfd"):
+            zstandard = _optional("zstandard", path)
+            self.start = zstandard.ZstdDecompressor().decompressobj
+            self.errors.append(zstandard.ZstdError)
+        self.decompressor = None
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready and not self.damage:
+            packed = self.packed or self.file.read(WINDOW // 4)
+            self.packed = b""
+            if not self.start:
+                self.ready = packed
+            elif packed:
+                self.unpack(packed)
+            elif self.decompressor:
+                self.damage = "it ends too early"
+            if not packed:
+                break
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def unpack(self, packed):
+        """Appends what these bytes hold to `ready`; several packed files may follow on each other."""
+        try:
+            self.decompressor = self.decompressor or self.start()
+            self.ready += self.decompressor.decompress(packed)
+        except tuple(self.errors) as e:
+            self.damage = str(e)
+        else:
+            if self.decompressor.eof:
+                self.packed, self.decompressor = self.decompressor.unused_data.lstrip(b"\0"), None
 
 
 def _optional(package, path):
@@ -560,14 +599,14 @@ def _optional(package, path):
         return importlib.import_module(package)
     except ImportError:
         name = package.split(".")[0]
-        raise InputError(f"{path.name}: reading {path.suffix} needs {name}; pip install {name}") from None
+        raise InputError(f"{path.name}: reading it needs {name}; pip install {name}") from None
 
 
 # -----------------------------------------------------------------------------
 # Reading documents (in the workers)
 
 CUTS = [re.compile(p) for p in (rb"\n(?:[ \t\r]*\n)+", rb"\n", rb"[.!?](?=\s)", rb"\S(?=\s)")]  # paragraph, line, ...
-CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
+STRANGE = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f\ufffd]")  # control and replacement characters
 BETWEEN_TEXTS = re.compile(r"^<\|endoftext\|>[ \t\r]*$", re.M)
 LETTERS = {  # frequent letters that tell what an old encoding is; each encoding reads the others' as rare ones
     "gb18030": "的一是了不在人有我他这", "big5": "的一是了不在人有我他這", "shift_jis": "のにはをたがでてとしいる",
@@ -653,21 +692,25 @@ def _split_text(raw, path, skipped, encoding, split):
 def decode(raw, name, skipped, encoding=""):
     """The text (str) of a file or of a part of it; None, with a note, if too much of it is not text."""
     try:
-        text, strange, repair = raw.decode(), raw.count(0), "file with NUL bytes, which were kept"
+        text, repair = raw.decode(), "file with NUL bytes, which were kept"
+        if "\0" not in text:
+            return text
     except UnicodeDecodeError:
-        with contextlib.suppress(UnicodeError):
-            if encoding and not _is_wide(encoding):
-                return raw.decode(encoding)
-        text = raw.decode(errors="replace")
-        strange = text.count("\ufffd") + len(raw) - len(raw.translate(None, CONTROL))
-        repair = f"file not in UTF-8{_advice(raw)}, read with replacement characters"
-    if 10 * strange > len(raw):
+        text, repair = _decode_otherwise(raw, encoding)
+    if 10 * len(STRANGE.findall(text)) > len(raw):
         advice = _advice(raw)
         note(skipped, f"file in another encoding{advice}" if advice else "file that is not text", name)
         return None
-    if strange:
-        note(skipped, repair, name)
+    note(skipped, repair, name)
     return text
+
+
+def _decode_otherwise(raw, encoding):
+    """(text, what to tell about it) of bytes that are not UTF-8."""
+    if encoding and not _is_wide(encoding):  # UTF-16 and UTF-32 were decoded before the file was cut
+        with contextlib.suppress(UnicodeError):
+            return raw.decode(encoding), f"file not in UTF-8, read as {encoding}"
+    return raw.decode(errors="replace"), f"file not in UTF-8{_advice(raw)}, read with replacement characters"
 
 
 def _advice(raw):
@@ -952,7 +995,9 @@ def choose_validation(index, val_fraction):
             wanted, held_out = _val_tokens_wanted(index, by_piece)
             threshold = max(threshold, (1 + int(np.searchsorted(held_out, wanted))) << 48)
         threshold = min(max(threshold, low + 1), high)
-        if val_fraction is not None or by_piece or held_out[(threshold - 1) >> 48] <= 2 * MAX_VAL_SHARE * held_out[-1]:
+        if val_fraction is not None or by_piece:
+            return by_piece, threshold
+        if wanted / 2 <= held_out[(threshold - 1) >> 48] <= 2 * MAX_VAL_SHARE * held_out[-1]:
             return by_piece, threshold
     return False, 0
 

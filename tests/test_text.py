@@ -184,12 +184,219 @@ def test_repairs_and_skips_are_counted(tmp_path):
     assert {"Das Fr\ufffdhst\ufffdck ist fertig, sagt der Wirt.", "marked", "good", "half \ufffd pair"} <= {*texts}
     assert left_out(manifest) == {
         "file in another encoding (it looks like utf-16; --encoding=utf-16 reads it)": 1, "file that is not text": 1,
-        "file that holds no document": 1, "file that cannot be read": 1}
+        "file that holds no document": 1}
     assert inside(manifest) == {
         "file not in UTF-8 (it looks like cp1252; --encoding=cp1252 reads it), read with replacement characters": 1,
-        "empty document": 2, "line that is not JSON": 1, "line without the column 'text'": 2,
-        "line whose column 'text' is not text": 1}
-    assert manifest["made_by"]["counts"]["files"]["found"] == 7 and manifest["made_by"]["counts"]["files"]["read"] == 3
+        "empty document": 2, "line that is not JSON": 2, "line without the column 'text'": 2,
+        "line whose column 'text' is not text": 1, "file with compression damage, its rest lost": 1}
+    assert manifest["made_by"]["counts"]["files"]["found"] == 7 and manifest["made_by"]["counts"]["files"]["read"] == 4
+
+
+# -----------------------------------------------------------------------------
+# What is found
+
+
+@pytest.mark.parametrize("make", [
+    lambda folder, outside: (folder / "link").symlink_to(outside),
+    lambda folder, outside: (folder / "linked.txt").symlink_to(outside / "far.txt"),
+])
+def test_links_are_followed_and_loops_end(tmp_path, make):
+    folder, outside = tmp_path / "in", tmp_path / "outside"
+    (folder / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (folder / "sub" / "a.txt").write_text("near")
+    (outside / "far.txt").write_text("far")
+    make(folder, outside)
+    (folder / "sub" / "up").symlink_to("..")
+    (folder / "a_again").symlink_to("sub")
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone.md").symlink_to("nowhere")
+    manifest = build(folder, tmp_path / "out")
+    assert sorted(decode(tmp_path / "out", "train")) == ["far", "near"]
+    assert left_out(manifest) == {"link that leads nowhere": 2}
+    assert manifest["made_by"]["counts"]["folders_left_out"]["link to a folder that is read elsewhere"][0] == 2
+    names = [source.name for source in text.find_files([folder])]
+    assert "in/sub/a.txt" in names  # and not in/a_again/a.txt
+
+
+def test_a_closed_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("open")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", closed)
+    manifest = build(tmp_path / "in", tmp_path / "out")
+    assert manifest["made_by"]["counts"]["folders_left_out"] == {
+        "folder that cannot be read": [1, "in/closed: Permission denied"]}
+    with pytest.raises(text.InputError, match="cannot be read .closed: Permission denied"):
+        text.find_files([tmp_path / "in" / "closed"])
+
+
+def test_every_file_left_out_is_counted_by_reason(tmp_path):
+    folder = tmp_path / "in"
+    for name in ("a.txt", ".hidden.txt", ".git/x.txt", ".git/deep/y", "node_modules/z.py", "t.csv", "u.CSV", "photo.jpg",
+                 "no_ending", "v.1234", "drafts/w.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("some text")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "config.json").write_text('{\n "a": 1\n}\n')
+    (folder / "lines.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    manifest = build([folder, folder / "a.txt"], tmp_path / "out", exclude="drafts/")
+    assert left_out(manifest) == {
+        "hidden file": 1, "file in a folder named .git": 2, "file in a folder named node_modules": 1,
+        "file of another kind (.csv)": 2, "file of another kind (.jpg)": 1,
+        "file of another kind (no usual ending)": 2, "pipe, socket or device": 1,
+        "JSON file that is not one object a line; convert it to .jsonl": 1, "file that --exclude leaves out": 1,
+        "file that is there twice, as a link or named again": 1}
+    assert sorted(decode(tmp_path / "out", "train")) == ["one", "some text", "two"]
+    again = build(folder, folder, exclude="drafts/")  # into the folder itself, twice: it does not read what it wrote
+    assert build(folder, folder, exclude="drafts/")["made_by"]["sources"] == again["made_by"]["sources"]
+
+
+def test_the_name_given_decides_the_kind(tmp_path):
+    """A content-addressed cache holds files under their hash, and links with names to them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b").write_text('{"text": "cached"}\n')
+    (tmp_path / "blobs" / "2c3d").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "rows.jsonl").symlink_to("blobs/0a1b")
+    (tmp_path / "story.txt.gz").symlink_to("blobs/2c3d")
+    (tmp_path / "plain.txt").write_text("plain")
+    (tmp_path / "nameless").symlink_to("plain.txt")
+    inputs = [tmp_path / name for name in ("rows.jsonl", "story.txt.gz", "nameless")]
+    build(inputs, tmp_path / "out")
+    assert sorted(decode(tmp_path / "out", "train")) == ["cached", "packed", "plain"]
+    assert text.default_out_dir(inputs).name == "rows_story_nameless"
+
+
+@pytest.mark.parametrize("ending, pack", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", None)])
+def test_packed_text_and_lines(tmp_path, monkeypatch, ending, pack):
+    pack = pack or pytest.importorskip("zstandard").compress
+    monkeypatch.setattr(text, "DOC_BYTES", 1000)
+    monkeypatch.setattr(text, "WINDOW", 200)
+    long = "\n\n".join(f"paragraph {i} of a long text" for i in range(200))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / f"short.txt{ending}").write_bytes(pack("Größe".encode()))
+    (folder / f"long.md{ending}").write_bytes(pack(long.encode()))
+    (folder / f"rows.json{ending}").write_bytes(pack(b'{"text": "row"}\nnot json\n'))
+    (folder / f"not_packed.txt{ending}").write_text("plain")
+    (folder / f"empty.txt{ending}").write_bytes(b"")
+    (folder / f"cut.txt{ending}").write_bytes(pack(words(random.Random(0), 30_000).encode())[:-20])
+    (folder / f"two.txt{ending}").write_bytes(pack(b"first, ") + pack(b"second"))
+    manifest = build(folder, tmp_path / "out")
+    texts = decode(tmp_path / "out", "train")
+    parts = [t for t in texts if "paragraph" in t]
+    assert {"Größe", "row", "plain", "first, second"} <= {*texts}
+    assert "".join(t for t in texts if "shard" in t)  # of the one that was cut, all before the damage
+    assert len(parts) > 3 and sum(map(len, parts)) == len(long) and all(part in long for part in parts)
+    assert left_out(manifest) == {"file that holds no document": 1}
+    assert inside(manifest) == {"line that is not JSON": 1, "file with compression damage, its rest lost": 1}
+
+
+def test_packed_files_that_cannot_be_opened_are_counted(tmp_path, monkeypatch):
+    """Such a file ended the whole job with a message about the disk."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "b.txt").write_text("b")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(text, "Unpacked", refuse)
+    manifest = build([tmp_path / "a.jsonl.gz", tmp_path / "b.txt"], tmp_path / "out")
+    assert left_out(manifest) == {"file that cannot be read": 1}
+
+
+def test_columns_of_parquet(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder, texts = tmp_path / "in", pa.array(["one", None, "two"])
+    folder.mkdir()
+    bad_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 5], "<i4")), pa.py_buffer(b"caf\xe9!"))
+    columns = {"dictionary": texts.dictionary_encode(), "view": texts.cast(pa.string_view()), "null": pa.nulls(3),
+               "large": texts.cast(pa.large_string()), "binary": texts.cast(pa.binary()), "numbers": pa.array([1]),
+               "bad": bad_utf8}
+    for name, column in columns.items():
+        pq.write_table(pa.table({"text": column}), folder / f"{name}.parquet")
+    pq.write_table(pa.table({"body": texts}), folder / "other.parquet")
+    (folder / "damaged.parquet").write_bytes(b"PAR1")
+    manifest = build(folder, tmp_path / "out")
+    assert sorted(decode(tmp_path / "out", "train")) == ["caf\ufffd!"] + 4 * ["one"] + 4 * ["two"]
+    assert left_out(manifest) == {
+        "file of damaged parquet": 1, "file that holds no document": 1,
+        "file whose column 'text' is not text; choose with --text_column": 1,
+        "file without the column 'text'; choose with --text_column": 1}
+    assert inside(manifest) == {"row whose column 'text' is null": 7}
+
+
+# -----------------------------------------------------------------------------
+# Encodings and separators
+
+SAMPLES = {
+    "cp1252": "Größe für Häuser, déjà vu près des châteaux, «ça va»?", "cp1251": "Это просто текст о погоде и о реке.",
+    "koi8_r": "Это просто текст о погоде и о реке.", "cp1253": "Αυτό είναι ένα κείμενο για τον καιρό και το ποτάμι.",
+    "cp1250": "Żółta łódź płynie, że aż miło; příliš žluťoučký kůň.", "gb18030": "我们在这里看到一条河，他是我的人，这不大。",
+    "big5": "我們在這裡看到一條河，他是我的人，這不大。", "shift_jis": "これはとてもながいかわのはなしでした。川の水が好き。",
+    "euc_jp": "これはとてもながいかわのはなしでした。川の水が好き。", "euc_kr": "이것은 강에 대한 이야기다. 나는 물을 보고 하늘을 본다.",
+    "utf-16": "wide words", "utf-16-le": "wide words without a mark", "utf-16-be": "wide words without a mark",
+    "utf-32": "wider words"}
+
+
+@pytest.mark.parametrize("encoding", SAMPLES)
+def test_another_encoding_is_named_and_the_named_option_reads_it(tmp_path, encoding):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "old.txt").write_bytes(SAMPLES[encoding].encode(encoding))
+    (folder / "new.txt").write_text("plain UTF-8, Größe")
+    manifest = build(folder, tmp_path / "out")
+    reason, = {**left_out(manifest), **inside(manifest)}
+    named = re.search("--encoding=(\\S+) reads it", reason).group(1)
+    assert named == encoding
+    manifest = build(folder, tmp_path / "out", encoding=named)
+    assert sorted(decode(tmp_path / "out", "train")) == sorted([SAMPLES[encoding], "plain UTF-8, Größe"])
+    assert not left_out(manifest)
+
+
+def test_a_long_file_in_utf_16_is_cut_into_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "DOC_BYTES", 1000)
+    content = "\n\n".join(f"paragraph {i}, größer" for i in range(9000))
+    (tmp_path / "a.txt").write_bytes(content.encode("utf-16"))
+    build(tmp_path / "a.txt", tmp_path / "out", encoding="utf-16")
+    parts = decode(tmp_path / "out", "train")
+    assert len(parts) > 3 and sum(map(len, parts)) == len(content) and all(part in content for part in parts)
+
+
+def test_zero_bytes_are_judged_by_their_share(tmp_path):
+    """One of them dropped a valid file of 800 kB."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "few.txt").write_text("word " * 100 + "\0 rest")
+    (folder / "many.txt").write_bytes(b"ab\0" * 500)
+    manifest = build(folder, tmp_path / "out")
+    assert decode(tmp_path / "out", "train") == ["word " * 100 + "\0 rest"]
+    assert inside(manifest) == {"file with NUL bytes, which were kept": 1} and left_out(manifest) == {
+        "file that is not text": 1}
+
+
+def test_noise_stays_out_with_an_encoding_that_knows_all_bytes(tmp_path):
+    (tmp_path / "noise.txt").write_bytes(random.Random(0).randbytes(5000))
+    (tmp_path / "a.txt").write_text("a")
+    manifest = build([tmp_path / "noise.txt", tmp_path / "a.txt"], tmp_path / "out", encoding="latin-1")
+    assert left_out(manifest) == {"file that is not text": 1}
+
+
+def test_separators_are_found_and_divide_on_request(tmp_path, monkeypatch):
+    stories = [f"Story {i}.\n\nIt has <|endoftext|> inside." for i in range(60)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
+    manifest = build(tmp_path / "a.txt", tmp_path / "out")
+    assert [reason for reason in inside(manifest) if "--split='<|endoftext|>'" in reason]
+    monkeypatch.setattr(text, "DOC_BYTES", 100)  # separators lie on both sides of a cut
+    manifest = build(tmp_path / "a.txt", tmp_path / "out", split="\n<|endoftext|>\n")
+    assert sorted(decode(tmp_path / "out", "train")) == sorted(stories) and not inside(manifest)
+    (tmp_path / "b.txt").write_text("one\n\n---\ntwo\n---\n")
+    build(tmp_path / "b.txt", tmp_path / "out", split="---\n")
+    assert sorted(decode(tmp_path / "out", "train")) == ["one", "two"]
 
 
 # -----------------------------------------------------------------------------
