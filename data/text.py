@@ -1149,8 +1149,9 @@ def check_options(options):
         raise InputError(f"--exclude={options['exclude']}: not a regular expression ({e})") from None
     encoding = options.get("encoding", "")
     try:
-        b"".decode(encoding or "utf-8")
-    except (LookupError, UnicodeError, ValueError):
+        with contextlib.suppress(UnicodeError):  # a single byte is not valid in all encodings
+            b"a".decode(encoding or "utf-8")
+    except (LookupError, ValueError):
         raise InputError(f"--encoding={encoding}: unknown; the usual ones are utf-16, gb18030, big5, shift_jis, "
                          "euc_kr, cp1251, cp1252") from None
 

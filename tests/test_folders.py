@@ -6,7 +6,6 @@ Against: os.walk, and an independent count of the packs that a run reads; the pr
 Run: python -m pytest tests/test_folders.py; FOLDER_COUNT=200 takes that many folders, larger ones, too (minutes)
 """
 
-import contextlib
 import gzip
 import io
 import json
@@ -14,9 +13,7 @@ import lzma
 import os
 import random
 import re
-import runpy
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +21,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_text import run_here
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "data" / "text.py"
-sys.path.insert(0, str(ROOT / "data"))
-import text  # noqa: E402
 
 FOLDER_COUNT = int(os.environ.get("FOLDER_COUNT", "30"))
 LONG_RUN = FOLDER_COUNT > 30
@@ -178,20 +173,6 @@ def make_flags(rng, root):
     return flags
 
 
-def run_here(words, folder):
-    """The command in this process: returncode, stdout, stderr."""
-    handler, output, errors, code = signal.getsignal(signal.SIGTERM), io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        patch.chdir(folder)
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-    signal.signal(signal.SIGTERM, handler)
-    return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
-
-
 def lengths_of_documents(paths, bos_id):
     for path in paths:
         ids = np.frombuffer(path.read_bytes(), "<u2", offset=1024)
@@ -250,7 +231,7 @@ def make_case(root, seed):
 def test_random_folder(seed, tmp_path):
     case = make_case(tmp_path / "case", seed)
     before = sorted(case.root.rglob("*"))
-    done = run_here(case.words, case.root)
+    done = run_here(*case.words, cwd=case.root)
     lines = (done.stdout + done.stderr).splitlines()
     assert all(line.isprintable() for line in lines), lines
     if done.returncode:
@@ -274,7 +255,7 @@ def test_the_printed_command_trains(number, tmp_path, fast_run):
     """Three steps, of the first folders whose text is enough."""
     for seed in range(100 * number, 100 * number + 100):
         case = make_case(tmp_path / str(seed), seed)
-        line = (run_here(case.words, case.root).stdout.splitlines() or [""])[-1]
+        line = (run_here(*case.words, cwd=case.root).stdout.splitlines() or [""])[-1]
         if line.startswith("next: "):
             break
     script, *flags = shlex.split(line.removeprefix("next: python "))

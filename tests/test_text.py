@@ -9,6 +9,7 @@ Run: python -m pytest tests/test_text.py (GPT-2 cases need ../shared/data/gpt2_b
 
 import base64
 import contextlib
+import glob
 import gzip
 import hashlib
 import io
@@ -20,6 +21,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,7 +43,22 @@ TEXTS = ["One line.", "Größe, 東京, 😀\n\nsecond paragraph\r\n", "  indent
 
 
 def run(*args, **more):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=ROOT, **more)
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], **{
+        "capture_output": True, "text": True, "cwd": ROOT} | more)
+
+
+def run_here(*args, cwd=ROOT):
+    """What `run` does and returns, in this process."""
+    handler, output, errors, code = signal.getsignal(signal.SIGTERM), io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
+        patch.chdir(cwd)
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    signal.signal(signal.SIGTERM, handler)
+    return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
 def read_shard(path):
@@ -448,6 +465,52 @@ def test_bytes_tokenizer_is_the_bytes():
     assert spec["bos_id"] == 256 and spec["special_tokens"] == {"<|bos|>": 256}
 
 
+def small_bpe(**changes):
+    """A tokenizer.json with the single bytes, two merges and a special token."""
+    ranks = [base64.b64encode(token).decode() for token in [*(bytes([b]) for b in range(256)), b"th", b"the"]]
+    return {"name": "small", "pattern": text.GPT2_PATTERN, "ranks": ranks, "special_tokens": {"<|bos|>": 258},
+            "bos_id": 258} | changes
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    pytest.importorskip("tiktoken")
+    (tmp_path / "tok.json").write_text(json.dumps(small_bpe()))
+    write_rows(tmp_path / "rows.jsonl", [*TEXTS, "the other"])
+    manifest = build(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer=str(tmp_path / "tok.json"))
+    assert sorted(decode(tmp_path / "out", "train")) == sorted([*TEXTS, "the other"])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tok.json").read_bytes()
+    assert {key: manifest["tokenizer"][key] for key in ("name", "vocab_size", "bos_id")} == {
+        "name": "small", "vocab_size": 259, "bos_id": 258}
+    _, ids = read_shard(tmp_path / "out" / "train_000000.bin")
+    assert 257 in ids.tolist()
+    other = build(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer="bytes")
+    assert other["made_by"]["tokenizer_sha256"] != manifest["made_by"]["tokenizer_sha256"]
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(tmp_path):
+    pytest.importorskip("tiktoken")
+    more = [base64.b64encode(f"{i:06d}".encode()).decode() for i in range(70_000)]
+    spec = small_bpe(ranks=small_bpe()["ranks"] + more, special_tokens={"<|bos|>": 70_258}, bos_id=70_258)
+    (tmp_path / "tok.json").write_text(json.dumps(spec))
+    write_rows(tmp_path / "rows.jsonl", TEXTS)
+    build(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer=tmp_path / "tok.json")
+    header, _ = read_shard(tmp_path / "out" / "train_000000.bin")
+    assert header[5] == 4 and sorted(decode(tmp_path / "out", "train")) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("changes, problem", [
+    ({"pattern": "(a|a)*b"}, "pattern is not one of those allowed"), ({"pattern": ""}, "must be the 256 bytes"),
+    ({"ranks": ["?"]}, "not base64"), ({"ranks": small_bpe()["ranks"][1:]}, "single bytes have no token"),
+    ({"ranks": small_bpe()["ranks"] + ["dGhl"]}, "there twice"), ({"bos_id": 7}, "bos_id is not"),
+    ({"bos_id": "7"}, "bos_id is missing or not a int"), ({"special_tokens": {"a": 5}}, "do not follow"),
+    ({"name": None}, "name is missing"), (None, "not JSON")])
+def test_tokenizers_that_cannot_be_used(tmp_path, changes, problem):
+    (tmp_path / "tok.json").write_text("{" if changes is None else json.dumps(small_bpe(**changes)))
+    with pytest.raises(text.InputError, match=problem) as error:
+        text.load_tokenizer(tmp_path / "tok.json")
+    assert str(error.value).startswith(f"--tokenizer={tmp_path}/tok.json: ")
+
+
 # -----------------------------------------------------------------------------
 # Order
 
@@ -525,6 +588,38 @@ def test_duplicates_are_dropped_on_request(tmp_path):
     assert len("".join(decode(tmp_path / "once", "train"))) == 2 + 100
 
 
+def test_validation_text_of_ones_own(tmp_path):
+    texts = write_files(tmp_path / "in", 30)
+    (tmp_path / "in" / "val.txt").write_text("held out")
+    (tmp_path / "in" / "copy.md").write_text("held out")
+    manifest = build(tmp_path / "in", tmp_path / "out", val=tmp_path / "in" / "val.txt", val_fraction=0.5)
+    assert decode(tmp_path / "out", "val") == ["held out"]
+    assert sorted(decode(tmp_path / "out", "train")) == sorted(texts)
+    counts = manifest["made_by"]["counts"]
+    assert counts["copies_of_validation_dropped"] == 1 and counts["files"] == {"found": 32, "read": 32, "left_out": {}}
+    with pytest.raises(text.InputError, match="no_such.txt"):
+        build(tmp_path / "in", tmp_path / "out", val=tmp_path / "no_such.txt")
+
+
+@pytest.mark.parametrize("sizes, by_piece", [
+    ([3000] * 1000, False),             # many documents: 2.2 % of them hold 65,537 tokens
+    ([1_000_000], True),                # one document
+    ([1_000_000, 20], True),            # the small one alone would not do
+    ([40_000] * 12, False),             # a tenth is less than the tiny preset validates on, and gives what there is
+    ([400] * 100_000, False)])          # half a percent is enough
+def test_share_of_validation(sizes, by_piece):
+    rng = np.random.default_rng(0)
+    docs = np.repeat(rng.integers(0, 2**64, len(sizes), np.uint64), [-(-size // 500) for size in sizes])
+    index = np.zeros(len(docs), text.RECORD)
+    index["doc"], index["tokens"] = docs, min(499, sizes[0] - 1)
+    index["piece"] = np.concatenate([np.arange(-(-size // 500)) for size in sizes])
+    found_by_piece, threshold = text.choose_validation(index, None)
+    held_out = index[text.side(index, found_by_piece) < np.uint64(threshold)]
+    tokens, total = int(held_out["tokens"].sum()) + len(held_out), int(index["tokens"].sum()) + len(index)
+    assert found_by_piece == by_piece
+    assert min(65_537, 0.05 * total) <= tokens <= max(1.2 * 65_537, 0.006 * total, 0.2 * total if total < 1e6 else 0)
+
+
 # -----------------------------------------------------------------------------
 # Pieces and chunks
 
@@ -571,6 +666,94 @@ def test_stream_never_leaves_a_file_beside_itself(tmp_path):
     assert max(map(len, batches[0])) <= 2 and min(map(len, batches[1])) == 10
     assert max(map(len, decode(tmp_path / "stream", "train"))) < 1024
     assert len(list((tmp_path / "stream").glob("train_*"))) == 3
+
+
+# -----------------------------------------------------------------------------
+# The command that is printed
+
+
+def test_figures_of_the_tiny_preset_are_those_of_the_script():
+    import train_gpt
+    cfg = train_gpt.PRESETS["tiny"]
+    ends = [0, *(round(stage.until * cfg.num_iterations) for stage in cfg.stages)]
+    packs = sum((end - start) * stage.batch_tokens // text.PACK_TOKENS
+                for stage, start, end in zip(cfg.stages, ends, ends[1:]))
+    assert (text.TINY_STEPS, text.TINY_VAL_TOKENS) == (cfg.num_iterations, cfg.val_tokens)
+    assert text.packs_of_steps(cfg.num_iterations) == packs == 768
+    assert {stage.max_doc_tokens for stage in cfg.stages} == {text.PACK_TOKENS}
+
+
+def test_a_run_fits_the_text():
+    assert text.fit_run(768) == (115, 1) and text.fit_run(5000) == (115, 1)
+    assert text.fit_run(767) == (115, 2) and text.fit_run(300) == (115, 3)
+    for packs in range(768):
+        steps, epochs = text.fit_run(packs)
+        assert text.packs_of_steps(steps) <= epochs * packs and 1 <= epochs <= 4
+        assert steps == 115 or epochs == 4
+    assert text.fit_run(8)[0] < text.MIN_STEPS <= text.fit_run(10)[0]
+
+
+@pytest.mark.parametrize("max_doc_tokens, packs", [(512, 2), (0, 1)])
+def test_packs_are_counted_as_the_trainer_fills_them(tmp_path, max_doc_tokens, packs):
+    """1,000 and 50 bytes: whole, the first 512 of each are read; as pieces of 511 and 489, 1 + 1 of them fill two."""
+    write_rows(tmp_path / "rows.jsonl", ["x" * 1000, "y" * 50])
+    manifest = build(tmp_path / "rows.jsonl", tmp_path / "out", max_doc_tokens=max_doc_tokens)
+    assert text.count_packs(tmp_path / "out", manifest, 768) == packs
+    assert text.count_packs(tmp_path / "out", manifest, 1) == 1
+
+
+def last_lines(tmp_path, *flags, content=""):
+    """The end of what the command prints for one text file, and the folder of its result."""
+    (tmp_path / "book.txt").write_text(content)
+    done = run_here(tmp_path / "book.txt", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=1", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def varied(size):
+    rng = random.Random(0)
+    return "\n\n".join(words(rng, 40) for _ in range(size // 300))
+
+
+def test_enough_text_needs_no_flags(tmp_path):
+    line = last_lines(tmp_path, content=varied(1_000_000))[-1]
+    assert re.fullmatch(r"next: python train_gpt.py --preset=tiny --train_files='\S+' --val_files='\S+'", line)
+
+
+def test_less_text_is_read_several_times(tmp_path):
+    lines = last_lines(tmp_path, content=varied(250_000))
+    assert "reads the text 3 times" in lines[-2] and re.search(r" --val_tokens=2\d{4} --epochs=3$", lines[-1])
+    lines = last_lines(tmp_path, "--seed=1", content=varied(30_000))
+    assert "reads the text 4 times, in" in lines[-2] and re.search(r" --epochs=4 --num_iterations=\d\d$", lines[-1])
+
+
+def test_what_is_missing_is_said_in_one_line(tmp_path, refuses):
+    for flags, said in (
+            (["--max_doc_tokens=0"], "no next command: a single document cannot be divided"),
+            (["--val_fraction=0"], "no next command: there is no validation text; leave out --val_fraction=0"),
+            ([f"--val={tmp_path / 'copy.txt'}"], "no next command: all training text is in the validation text")):
+        (tmp_path / "copy.txt").write_text(varied(30_000))
+        assert last_lines(tmp_path, *flags, content=varied(30_000))[-1].startswith(said)
+    (tmp_path / "own.txt").write_text(varied(3000))
+    line = last_lines(tmp_path, "--max_doc_tokens=0", f"--val={tmp_path / 'own.txt'}", content=varied(30_000))[-1]
+    assert line.startswith("no next command: ") and line.endswith("--max_doc_tokens=512 makes it read all.")
+    (tmp_path / "book.txt").write_text("too short")
+    refuses([tmp_path / "book.txt", "--tokenizer=bytes"], ["10 tokens", "at least 10,000"])
+
+
+@pytest.mark.parametrize("here, folder", [(".", "it's [[]1] out"), ("it's [1] out", "."),
+                                          ("in/deep", "../../it's [[]1] out")])
+def test_the_command_is_right_from_the_current_folder(tmp_path, monkeypatch, here, folder):
+    out = tmp_path / "it's [1] out"
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text(varied(30_000))
+    manifest = build(tmp_path / "a.txt", out, max_doc_tokens=512, val_fraction=None)
+    monkeypatch.chdir(tmp_path / here)
+    python, script, preset, train_files, *_ = shlex.split(text.next_step(out, manifest)[-1].removeprefix("next: "))
+    assert python == "python" and Path(script).resolve() == ROOT / "train_gpt.py"
+    assert train_files == f"--train_files={folder}/train_*.bin"
+    found, = glob.glob(train_files.partition("=")[2])
+    assert Path(found).samefile(out / "train_000000.bin")
 
 
 # -----------------------------------------------------------------------------
@@ -625,6 +808,7 @@ def mistakes(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_text("x")
     (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "wrong").mkdir()
     for name in ("vocab.bpe", "encoder.json"):
         (tmp_path / "wrong" / name).write_text("{}")
@@ -645,20 +829,19 @@ def mistakes(tmp_path):
         "value of a flag": ([tmp_path / "in", "--seed=x"], ["--seed", "'x'"]),
         "wrong vocabulary": ([tmp_path / "in", "--vocab_dir", tmp_path / "wrong"], ["vocab.bpe", hash_of_wrong]),
         "no vocabulary": ([tmp_path / "in", "--tokenizer=gpt2"], ["--vocab_dir", "tiktoken", "--tokenizer=bytes"]),
+        "input is empty": ([""], ["path is empty"]),
+        "out is empty": ([tmp_path / "in", "--out="], ["--out", "path is empty"]),
+        "val missing": ([tmp_path / "in", "--tokenizer=bytes", "--val=nowhere"], ["nowhere", "no such file"]),
+        "val twice": ([tmp_path / "in", "--val=a", "--val_fraction=0.1"], ["--val", "--val_fraction"]),
+        "a link to itself": ([tmp_path / "loop"], ["loop", "symbolic links"]),
+        "name too long": (["A" * 5000], ["too long"]),
+        "encoding": ([tmp_path / "in", "--encoding=klingon"], ["--encoding=klingon", "gb18030"]),
+        "encoding of no text": ([tmp_path / "in", "--encoding=base64"], ["--encoding=base64"]),
+        "tokenizer missing": ([tmp_path / "in", "--tokenizer=gpt5"], ["--tokenizer=gpt5", "not gpt2, not bytes"]),
+        "out that cannot be typed": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/a\nb"], ["a b", "--out"]),
         "out is no folder": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/a.docx/out"], ["a.docx"]),
         "foreign shards": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/foreign"], ["fineweb_val"]),
     }
-
-
-def run_here(*args):
-    """What `run` does and returns, in this process."""
-    handler, errors = signal.getsignal(signal.SIGTERM), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        patch.chdir(ROOT)
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    signal.signal(signal.SIGTERM, handler)
-    return SimpleNamespace(returncode=end.value.code, stderr=errors.getvalue())
 
 
 @pytest.fixture
@@ -685,6 +868,43 @@ def test_absent_column_of_parquet(tmp_path, refuses):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"content": ["x"], "url": ["y"]}), tmp_path / "t.parquet")
     refuses([tmp_path / "t.parquet"], ["t.parquet", "'text'", "content, url"], run)
+
+
+def test_home_folder_in_paths(tmp_path, monkeypatch):
+    """A shell leaves the ~ of --out=~/x as it is; a file that has such a name is itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    args = text.parse_args(["~/in", "--out=~/out", "--val=~/val", "--vocab_dir=~/vocab"])
+    assert [*args.inputs, args.out, args.val, args.vocab_dir] == [tmp_path / n for n in ("in", "out", "val", "vocab")]
+    (tmp_path / "~x").write_text("")
+    assert text.parse_args(["~x"]).inputs == [Path("~x")]
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+                                    {"PYTHONIOENCODING": "gbk"}])
+def test_any_locale_and_names_that_no_terminal_may_see(tmp_path, locale):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"\x1b[31mred\x07.txt", b"caf\xe9.csv", "größe 東京.txt".encode(), b"new\nline.jpg", b"\xff.txt"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text(varied(10_000))
+    (folder / "\33[1mempty.txt").write_text("")
+    done = run(folder, f"--out={tmp_path}/out", "--tokenizer=bytes", env=os.environ | locale, text=False)
+    assert done.returncode == 0, done.stderr
+    assert b"6 files found, 3 read" in done.stdout
+    assert not set(done.stdout + done.stderr) & ({*range(32)} - {10} | {127})
+    assert done.stdout.splitlines()[-1].startswith(b"next: ")
+    json.loads((tmp_path / "out" / "manifest.json").read_text())
+
+
+def test_files_follow_the_umask(tmp_path):
+    write_files(tmp_path / "in", 3)
+    before = os.umask(0o027)
+    try:
+        build(tmp_path / "in", tmp_path / "out", val_fraction=0.3)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
 @pytest.mark.parametrize("processes", [1, 2])
