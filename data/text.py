@@ -270,7 +270,8 @@ class Finder:
     def __init__(self, exclude="", own_folder=None):
         self.exclude = re.compile(exclude) if exclude else None
         self.own_folder = own_folder and os.path.realpath(own_folder)
-        self.found, self.left_out, self.folders, self.entered = {}, {}, {}, set()
+        self.found, self.left_out, self.folders = {}, {}, {}
+        self.entered, self.taken = set(), set()
 
     def add(self, given):
         """Adds a file or folder that the user named; InputError if it does not exist."""
@@ -291,29 +292,40 @@ class Finder:
         """Adds all files below `root`. Links to folders come last, so that files are named after their real place."""
         folders, links = [(root, root_name, "")], []
         while folders or links:
-            path, name, hidden_by = folders.pop() if folders else links.pop(0)
-            real = os.path.realpath(path)
-            if real in self.entered:
-                note(self.folders, "link to a folder that is read elsewhere", name)
-                continue
-            self.entered.add(real)
-            try:
-                with os.scandir(path) as listing:
-                    entries = sorted(listing, key=lambda entry: entry.name)
-            except OSError as e:
-                note(self.folders, "folder that cannot be read", f"{name}: {e.strerror}")
-                continue
-            for entry in entries:
-                inner, is_link = (Path(entry.path), f"{name}/{entry.name}"), entry.is_symlink()
-                if _is_folder(entry):
-                    skipped = entry.name in SKIPPED_FOLDERS or entry.name.startswith(".")
-                    reason = hidden_by or (f"file in a folder named {entry.name}" if skipped else "")
-                    if not (is_link and reason):
-                        (links if is_link else folders).append((*inner, reason))
-                elif hidden_by or entry.name.startswith("."):
-                    note(self.left_out, hidden_by or "hidden file", inner[1])
+            path, name, reason = folders.pop() if folders else links.pop(0)
+            for entry in self.entries(path, name, reason):
+                inner = f"{name}/{entry.name}"
+                skipped = entry.name in SKIPPED_FOLDERS or entry.name.startswith(".")
+                if not _is_folder(entry):
+                    if reason or entry.name.startswith("."):
+                        note(self.left_out, reason or "hidden file", inner)
+                    else:
+                        self.add_file(Path(entry.path), inner)
+                elif not entry.is_symlink():
+                    why = reason or (f"file in a folder named {entry.name}" if skipped else "")
+                    folders.append((entry.path, inner, why))
+                elif reason or skipped:
+                    note(self.folders, "link to a folder, hidden or in a folder that is left out", inner)
                 else:
-                    self.add_file(*inner)
+                    links.append((entry.path, inner, ""))
+
+    def entries(self, path, name, reason):
+        """What is in a folder, sorted by name; nothing, with a note, if it was read already or cannot be read.
+
+        reason: why its files are left out, or ""; such a folder may still be read through a link that is not hidden.
+        """
+        real = os.path.realpath(path)
+        if not reason and real in self.entered:
+            note(self.folders, "folder that is read elsewhere, as a link or as --val", name)
+            return []
+        if not reason:
+            self.entered.add(real)
+        try:
+            with os.scandir(path) as listing:
+                return sorted(listing, key=lambda entry: entry.name)
+        except OSError as e:
+            note(self.folders, "folder that cannot be read", f"{name}: {e.strerror}")
+            return []
 
     def add_file(self, path, name):
         """Adds one file that is not hidden."""
@@ -333,16 +345,26 @@ class Finder:
         if kind is None:
             return note(self.left_out, f"file of another kind ({_ending(path.name)})", name)
         if real in self.found:
-            return note(self.left_out, "file that is there twice, as a link or named again", name)
+            if self.found[real].path not in self.taken:  # else it is validation text inside the input folder
+                note(self.left_out, "file that is there twice, as a link or named again", name)
+            return None
         if kind == "json":
             if not _is_json_lines(path):
                 return note(self.left_out, "JSON file that is not one object a line; convert it to .jsonl", name)
             kind = "jsonl"
         self.found[real] = Source(path, name, status.st_size, status.st_mtime_ns, kind)
 
-    def sources(self):
-        """The files to read, sorted by name."""
-        return sorted(self.found.values(), key=lambda source: source[1:])
+    def take(self, inputs):
+        """The files found since the last call, sorted by name; InputError if there are none."""
+        sources = sorted((source for source in self.found.values() if source.path not in self.taken),
+                         key=lambda source: source[1:])
+        if not sources:
+            reasons = "; ".join(tell(self.left_out) + tell(self.folders)) or "empty"
+            raise InputError(f"{', '.join(map(str, inputs))}: no file to read ({reasons}); known kinds are "
+                             f"{' '.join(TEXT_ENDINGS)} {' '.join(LINE_ENDINGS)} (also as {' '.join(PACKED_ENDINGS)}), "
+                             ".parquet")
+        self.taken |= {source.path for source in sources}
+        return sources
 
 
 def find_files(inputs, exclude=""):
@@ -354,16 +376,7 @@ def find_files(inputs, exclude=""):
     finder = Finder(exclude)
     for given in inputs:
         finder.add(given)
-    return _need_files(finder, inputs)
-
-
-def _need_files(finder, inputs):
-    if not finder.found:
-        reasons = "; ".join(tell(finder.left_out) + tell(finder.folders)) or "empty"
-        raise InputError(f"{', '.join(map(str, inputs))}: no file to read ({reasons}); known kinds are "
-                         f"{' '.join(TEXT_ENDINGS)} {' '.join(LINE_ENDINGS)} (also as {' '.join(PACKED_ENDINGS)}), "
-                         ".parquet")
-    return finder.sources()
+    return finder.take(inputs)
 
 
 def label(given):
@@ -413,16 +426,16 @@ def _is_json_lines(path):
 # Planning the work
 
 
-def plan_tasks(files, text_column, encoding=""):
+def plan_tasks(files, text_column, encoding="", split=""):
     """Yields (size, units): what one worker reads at a time; `size` counts bytes on disk, for the progress bar.
 
     Units: ("text" | "jsonl", path, nominal start, nominal end), ("block", path, bytes of text), ("lines", path, bytes),
-    ("parquet", path, row group), ("damage", path, reason, detail). Packed files, and text in UTF-16 or UTF-32, are
-    unpacked here, one after the other.
+    ("parquet", path, row group), ("damage", path, reason, detail, count = 1). Packed files, and those in UTF-16 or
+    UTF-32, are unpacked here, one after the other.
     """
     units, gathered = [], 0
     for f in files:
-        if f.kind in ("text", "jsonl") and not (f.kind == "text" and _wide_encoding_of(f.path, encoding)):
+        if f.kind in ("text", "jsonl") and not _wide_encoding_of(f.path, encoding):
             size = DOC_BYTES if f.kind == "text" else TASK_BYTES
             for start in range(0, max(f.size, 1), size):
                 end = min(start + size, f.size)
@@ -432,7 +445,7 @@ def plan_tasks(files, text_column, encoding=""):
                     yield gathered, units
                     units, gathered = [], 0
         else:
-            plan = _plan_parquet(f, text_column) if f.kind == "parquet" else _plan_unpacking(f, encoding)
+            plan = _plan_parquet(f, text_column) if f.kind == "parquet" else _plan_unpacking(f, encoding, split)
             yield from ((read, [unit]) for read, unit in plan)
     if units:
         yield gathered, units
@@ -466,7 +479,7 @@ def _plan_parquet(source, column):
     if column not in schema.names:
         has = ", ".join(schema.names[:20])
         yield 0, ("damage", path, f"file without the column {column!r}; choose with --text_column", f"it has {has}")
-    elif not _holds_text(schema.field(column).type):
+    elif not _holds_text(pa.types, schema.field(column).type):
         kind = schema.field(column).type
         yield 0, ("damage", path, f"file whose column {column!r} is not text; choose with --text_column", str(kind))
     else:
@@ -474,24 +487,25 @@ def _plan_parquet(source, column):
             yield source.size // groups, ("parquet", path, group)
 
 
-def _holds_text(kind):
-    types = importlib.import_module("pyarrow").types
+def _holds_text(types, kind):
     if types.is_dictionary(kind):
         kind = kind.value_type
     names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
     return any(getattr(types, f"is_{name}", lambda kind: False)(kind) for name in names)
 
 
-def _plan_unpacking(source, encoding):
-    """Yields (packed bytes read, unit) for the blocks of a packed file or of text in UTF-16 or UTF-32."""
+def _plan_unpacking(source, encoding, split):
+    """Yields (packed bytes read, unit) for the blocks of a file that is packed, or in UTF-16 or UTF-32."""
     path, at, too_long = source.path, 0, {}
-    kind = "lines" if source.kind == "packed lines" else "block"
+    kind = "lines" if source.kind in ("packed lines", "jsonl") else "block"
     try:
         with open(path, "rb") as file:
-            unpacked = Unpacked(file, path)
+            unpacked = Unpacked(file, path, _is_wide(encoding))
             stream = io.BufferedReader(unpacked, WINDOW)
-            blocks = _line_blocks(stream, path, too_long) if kind == "lines" else _text_blocks(
-                stream, _is_wide(encoding))
+            if kind == "lines":
+                blocks = _line_blocks(stream, path, too_long)
+            else:
+                blocks = _text_blocks(stream, split)
             for block in blocks:
                 yield file.tell() - at, (kind, path, block)
                 at = file.tell()
@@ -510,24 +524,15 @@ def _line_blocks(stream, path, too_long):
         yield _whole_lines(block, stream, path, too_long)
 
 
-def _text_blocks(stream, wide):
-    """Yields blocks of a text, each of DOC_BYTES and up to the paragraph end that follows.
-
-    wide: the text is in UTF-16 or UTF-32 if it looks like that, and comes out as UTF-8.
-    """
-    head = stream.read(WINDOW)
-    encoding = guess_wide_encoding(head) if wide else ""
-    recode = codecs.getincrementaldecoder(encoding)("replace").decode if encoding else None
-    block, piece = b"", head
-    while piece:
-        block += recode(piece).encode() if recode else piece
+def _text_blocks(stream, split):
+    """Yields blocks of a text, each of DOC_BYTES and up to the separator or paragraph end that follows."""
+    block = b""
+    while piece := stream.read(DOC_BYTES):
+        block += piece
         while len(block) >= DOC_BYTES + WINDOW:
-            cut = DOC_BYTES + _first_cut(block[DOC_BYTES:DOC_BYTES + WINDOW])
+            cut = DOC_BYTES + _first_cut(block[DOC_BYTES:DOC_BYTES + WINDOW], split)
             yield block[:cut]
             block = block[cut:]
-        piece = stream.read(DOC_BYTES)
-    if recode:
-        block += recode(b"", final=True).encode()
     if block:
         yield block
 
@@ -544,24 +549,25 @@ def _whole_lines(block, file, path, skipped):
 
 
 class Unpacked(io.RawIOBase):
-    """A packed file as a stream that ends where damage begins; `damage` then says what it is.
+    """The content of a packed file as a stream that ends where damage begins; `damage` then says what it is.
 
     The first bytes tell the format, since a link may have any name; a file that is not packed comes as it is.
+    wide: content that looks like UTF-16 or UTF-32 comes as UTF-8.
     """
 
-    def __init__(self, file, path):
-        self.file, self.ready, self.packed, self.damage = file, b"", file.read(6), ""
+    def __init__(self, file, path, wide=False):
+        self.file, self.wide, self.decoder = file, wide, None
+        self.packed, self.ready, self.damage = file.read(WINDOW // 4), b"", ""
         self.errors = [zlib.error, lzma.LZMAError]
-        self.start = None  # makes a decompressor; the three formats have the same methods
+        self.start = self.decompressor = None  # `start` makes a decompressor; those of the formats have equal methods
         if self.packed.startswith(b"\x1f\x8b"):
             self.start = functools.partial(zlib.decompressobj, 31)
-        elif self.packed == b"\xfd7zXZ\0":
+        elif self.packed.startswith(b"\xfd7zXZ\0"):
             self.start = lzma.LZMADecompressor
         elif self.packed.startswith(b"\x28\xb5\x2f\xfd"):
             zstandard = _optional("zstandard", path)
             self.start = zstandard.ZstdDecompressor().decompressobj
             self.errors.append(zstandard.ZstdError)
-        self.decompressor = None
 
     def readable(self):
         return True
@@ -570,28 +576,31 @@ class Unpacked(io.RawIOBase):
         while not self.ready and not self.damage:
             packed = self.packed or self.file.read(WINDOW // 4)
             self.packed = b""
-            if not self.start:
-                self.ready = packed
-            elif packed:
-                self.unpack(packed)
-            elif self.decompressor:
-                self.damage = "it ends too early"
             if not packed:
+                self.damage = "it ends too early" if self.decompressor else ""
                 break
+            self.ready = self.recode(self.unpack(packed) if self.start else packed)
         size = min(len(buffer), len(self.ready))
         buffer[:size], self.ready = self.ready[:size], self.ready[size:]
         return size
 
     def unpack(self, packed):
-        """Appends what these bytes hold to `ready`; several packed files may follow on each other."""
+        """What these bytes hold; several packed files may follow on each other."""
         try:
             self.decompressor = self.decompressor or self.start()
-            self.ready += self.decompressor.decompress(packed)
+            content = self.decompressor.decompress(packed)
         except tuple(self.errors) as e:
             self.damage = str(e)
-        else:
-            if self.decompressor.eof:
-                self.packed, self.decompressor = self.decompressor.unused_data.lstrip(b"\0"), None
+            return b""
+        if self.decompressor.eof:
+            self.packed, self.decompressor = self.decompressor.unused_data.lstrip(b"\0"), None
+        return content
+
+    def recode(self, content):
+        if self.wide and content and not self.decoder:
+            encoding = guess_wide_encoding(content)
+            self.wide, self.decoder = bool(encoding), encoding and codecs.getincrementaldecoder(encoding)("replace")
+        return self.decoder.decode(content).encode() if self.decoder else content
 
 
 def _optional(package, path):
@@ -629,7 +638,7 @@ def read_documents(unit, column, skipped, encoding="", split=""):
             texts = _read_row_group(path, *place, column, skipped)
         elif kind in ("jsonl", "lines"):
             block = place[0] if kind == "lines" else _read_lines(path, *place, skipped)
-            texts = _parse_lines(path, block, column, skipped)
+            texts = _parse_lines(path, block, column, skipped, encoding)
         else:
             raw = place[0] if kind == "block" else _read_text(path, *place, split)
             texts = _split_text(raw, path, skipped, encoding, split)
@@ -763,12 +772,15 @@ def _read_lines(path, start, end, skipped):
         return _whole_lines(block, file, path, skipped) if block else block
 
 
-def _parse_lines(path, block, column, skipped):
+def _parse_lines(path, block, column, skipped, encoding):
+    if b"\0" in block[:WINDOW] and guess_wide_encoding(block[:WINDOW]):  # its lines cannot be told apart
+        note(skipped, f"file in another encoding{_advice(block)}", path.name)
+        return
     for line in block.split(b"\n"):
         if not line or line.isspace():
             continue
         try:
-            row = json.loads(line)
+            row = _parse_line(line, path.name, skipped, encoding)
         except (ValueError, RecursionError):
             note(skipped, "line that is not JSON", path.name)
             continue
@@ -779,6 +791,13 @@ def _parse_lines(path, block, column, skipped):
             note(skipped, f"line whose column {column!r} is not text", path.name)
         else:
             yield _utf8(row[column])
+
+
+def _parse_line(line, name, skipped, encoding):
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        return json.loads(decode(line, name, skipped, encoding) or "")
 
 
 def _utf8(text):
@@ -1102,26 +1121,20 @@ def prepare(inputs, *, out_dir=None, val=None, tokenizer="gpt2", vocab_dir=None,
     Raises InputError (one line that says what to do) and LookupError when GPT-2's vocabulary is not at hand.
     """
     check_options(options)
-    finder, val_finder = Finder(options["exclude"], out_dir), Finder(options["exclude"], out_dir)
+    finder = Finder(options["exclude"], out_dir)
     if val:
-        val_finder.add(val)
-        _need_files(val_finder, [val])
+        finder.add(val)
+    val_files = finder.take([val]) if val else []
     for given in inputs:
         finder.add(given)
-    for real in val_finder.found:  # a validation file inside the input folder is no training text
-        finder.found.pop(real, None)
-    files, val_files = _need_files(finder, inputs), val_finder.sources()
-    left_out, folders = dict(finder.left_out), dict(finder.folders)
-    for merged, others in ((left_out, val_finder.left_out), (folders, val_finder.folders)):
-        for reason, (count, example) in others.items():
-            note(merged, reason, example, count)
+    files = finder.take(inputs)
     tokenizer_json = load_tokenizer(tokenizer, vocab_dir)
     options["tokenizer"] = json.loads(tokenizer_json)["name"]
     description = {"script": "text.py", "layout": LAYOUT, "options": options,
                    "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
                    "sources": _describe(files, inputs),
                    "validation_sources": _describe(val_files, [val] if val else [])}
-    return Job(files, val_files, left_out, folders, tokenizer_json, options, description)
+    return Job(files, val_files, finder.left_out, finder.folders, tokenizer_json, options, description)
 
 
 def _describe(files, inputs):
@@ -1275,7 +1288,7 @@ def _tokenise(pool, window, job, building):
     tally, tokens, start = Tally(), 0, time.perf_counter()
     sources = [*job.files, *job.val_files]
     tasks = ((*task, val) for val, files in enumerate((job.files, job.val_files))
-             for task in plan_tasks(files, job.options["text_column"], job.options["encoding"]))
+             for task in plan_tasks(files, *(job.options[name] for name in ("text_column", "encoding", "split"))))
     with open(building / "index", "wb") as index, tqdm(
             total=sum(f.size for f in sources), disable=None, leave=False, desc="tokenising",
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
@@ -1346,9 +1359,10 @@ def next_step(out_dir, manifest):
                 f"little.{advice or ' Give more text.'}"]
     lines = []
     if packs < needed:
-        lines.append(f"The tiny preset reads {needed * PACK_TOKENS:,} training tokens, and this text gives it "
-                     f"{packs * PACK_TOKENS:,} (it cuts documents to fill packs of {PACK_TOKENS} tokens). So the command "
-                     f"reads the text {epochs} times{'' if steps == TINY_STEPS else f', in {steps} steps'}.{advice}")
+        lines.append(f"The tiny preset reads {needed * PACK_TOKENS:,} training tokens. This text gives it "
+                     f"{packs * PACK_TOKENS:,}, since it cuts documents to fill packs of {PACK_TOKENS} tokens. So the "
+                     f"command reads the text {epochs} times{'' if steps == TINY_STEPS else f', in {steps} steps'}."
+                     + advice)
     flags = [f"--train_files={_pattern(out_dir, 'train')}", f"--val_files={_pattern(out_dir, 'val')}"]
     if tokens["val"] <= TINY_VAL_TOKENS:
         fitting = tokens["val"] - 1
@@ -1554,12 +1568,12 @@ def summarize(manifest, out_dir, seconds):
     print(f"{_count(found['found'], 'file')} found, {found['read']:,} read, "
           f"{found['found'] - found['read']:,} left out")
     for heading, reasons in (("left out", found["left_out"]), ("not entered", counts["folders_left_out"]),
-                             ("in the files read", counts["skipped"])):
+                             ("skipped or repaired", counts["skipped"])):
         for line in tell(reasons):
             print(f"  {heading}: {line}")
-    for key, what in (("duplicates_dropped", "duplicates"), ("copies_of_validation_dropped", "copies of --val text")):
+    for key, what in (("duplicates_dropped", "duplicate"), ("copies_of_validation_dropped", "copy of a --val text")):
         if counts[key]:
-            print(f"  dropped: {counts[key]:,} {what}")
+            print(f"  dropped: {counts[key]} x {what}")
     print(f"{_count(counts['documents'], 'document')}, {counts['text_bytes'] / 1e6:.1f} MB of text, in {seconds:.1f} s "
           f"({counts['text_bytes'] / 1e6 / seconds:.1f} MB/s)")
     print(f"{tokens['train']:,} training tokens and {tokens['val']:,} validation tokens ({held_out:,} of "

@@ -224,14 +224,20 @@ def test_links_are_followed_and_loops_end(tmp_path, make):
     (folder / "sub" / "a.txt").write_text("near")
     (outside / "far.txt").write_text("far")
     make(folder, outside)
+    (folder / ".cache" / "data").mkdir(parents=True)
+    (folder / ".cache" / "data" / "b.txt").write_text("cached")
+    (folder / "named").symlink_to(".cache/data")  # hidden, and named all the same
+    (folder / ".link").symlink_to(outside)
     (folder / "sub" / "up").symlink_to("..")
     (folder / "a_again").symlink_to("sub")
     (folder / "loop").symlink_to("loop")
     (folder / "gone.md").symlink_to("nowhere")
     manifest = build(folder, tmp_path / "out")
-    assert sorted(decode(tmp_path / "out", "train")) == ["far", "near"]
-    assert left_out(manifest) == {"link that leads nowhere": 2}
-    assert manifest["made_by"]["counts"]["folders_left_out"]["link to a folder that is read elsewhere"][0] == 2
+    assert sorted(decode(tmp_path / "out", "train")) == ["cached", "far", "near"]
+    assert left_out(manifest) == {"link that leads nowhere": 2, "file in a folder named .cache": 1}
+    folders = {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["folders_left_out"].items()}
+    assert folders == {"folder that is read elsewhere, as a link or as --val": 2,
+                       "link to a folder, hidden or in a folder that is left out": 1}
     names = [source.name for source in text.find_files([folder])]
     assert "in/sub/a.txt" in names  # and not in/a_again/a.txt
 
@@ -255,8 +261,8 @@ def test_a_closed_folder_is_named(tmp_path, monkeypatch):
 
 def test_every_file_left_out_is_counted_by_reason(tmp_path):
     folder = tmp_path / "in"
-    for name in ("a.txt", ".hidden.txt", ".git/x.txt", ".git/deep/y", "node_modules/z.py", "t.csv", "u.CSV", "photo.jpg",
-                 "no_ending", "v.1234", "drafts/w.txt"):
+    for name in ("a.txt", ".hidden.txt", ".git/x.txt", ".git/deep/y", "node_modules/z.py", "t.csv", "u.CSV",
+                 "photo.jpg", "no_ending", "v.1234", "drafts/w.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("some text")
     os.mkfifo(folder / "pipe.txt")
@@ -358,6 +364,18 @@ SAMPLES = {
     "euc_jp": "これはとてもながいかわのはなしでした。川の水が好き。", "euc_kr": "이것은 강에 대한 이야기다. 나는 물을 보고 하늘을 본다.",
     "utf-16": "wide words", "utf-16-le": "wide words without a mark", "utf-16-be": "wide words without a mark",
     "utf-32": "wider words"}
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "gb18030", "utf-16"])
+def test_lines_in_another_encoding(tmp_path, encoding):
+    row = json.dumps({"text": SAMPLES[encoding]}, ensure_ascii=False) + "\n"
+    (tmp_path / "rows.jsonl").write_bytes((row * 20).encode(encoding))
+    (tmp_path / "a.txt").write_text("a")
+    inputs = [tmp_path / "rows.jsonl", tmp_path / "a.txt"]
+    manifest = build(inputs, tmp_path / "out")
+    assert any(f"--encoding={encoding} reads it" in reason for reason in {**left_out(manifest), **inside(manifest)})
+    manifest = build(inputs, tmp_path / "out", encoding=encoding)
+    assert sorted(decode(tmp_path / "out", "train")) == ["a"] + [SAMPLES[encoding]] * 20 and not left_out(manifest)
 
 
 @pytest.mark.parametrize("encoding", SAMPLES)
@@ -597,6 +615,8 @@ def test_validation_text_of_ones_own(tmp_path):
     assert sorted(decode(tmp_path / "out", "train")) == sorted(texts)
     counts = manifest["made_by"]["counts"]
     assert counts["copies_of_validation_dropped"] == 1 and counts["files"] == {"found": 32, "read": 32, "left_out": {}}
+    manifest = build(tmp_path / "in", tmp_path / "out", val=tmp_path / "in" / "d1")
+    assert len(decode(tmp_path / "out", "val")) == 6 and manifest["made_by"]["counts"]["files"]["read"] == 32
     with pytest.raises(text.InputError, match="no_such.txt"):
         build(tmp_path / "in", tmp_path / "out", val=tmp_path / "no_such.txt")
 
@@ -797,7 +817,7 @@ def test_without_input_the_python_library_is_read(tmp_path):
     texts = decode(tmp_path / "out", "train") + decode(tmp_path / "out", "val")
     assert len(texts) >= 30 and not any("broken" in t or "not the library" in t for t in texts)
     assert len([t for t in texts if re.match(r"\d+: ", t)]) == 30  # the copy is dropped
-    assert "1 x file that --exclude leaves out" in done.stdout and "dropped: 1 duplicates" in done.stdout
+    assert "1 x file that --exclude leaves out" in done.stdout and "dropped: 1 x duplicate" in done.stdout
 
 
 def mistakes(tmp_path):
@@ -838,7 +858,7 @@ def mistakes(tmp_path):
         "encoding": ([tmp_path / "in", "--encoding=klingon"], ["--encoding=klingon", "gb18030"]),
         "encoding of no text": ([tmp_path / "in", "--encoding=base64"], ["--encoding=base64"]),
         "tokenizer missing": ([tmp_path / "in", "--tokenizer=gpt5"], ["--tokenizer=gpt5", "not gpt2, not bytes"]),
-        "out that cannot be typed": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/a\nb"], ["a b", "--out"]),
+        "out that cannot be typed": ([tmp_path / "in", f"--out={tmp_path}/a\nb"], ["a b", "--out"]),
         "out is no folder": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/a.docx/out"], ["a.docx"]),
         "foreign shards": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/foreign"], ["fineweb_val"]),
     }
