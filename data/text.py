@@ -67,6 +67,7 @@ PACKED_ENDINGS = (".gz", ".xz", ".zst")
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 BROKEN_ON_PURPOSE = r"/tests?/(.*/)?(\w*data\d*/|cjkencodings/|bad\w*\.py|\w+_testcases)"  # in the standard library
 OUR_NAMES = re.compile(r"(train|val)_\d{6}\.bin")
+ANOTHER_KIND = "file of another kind"  # in reasons, with an ending
 OUR_OTHER_NAMES = ("tokenizer.json", "manifest.json")
 
 # What the tiny preset of train_gpt.py reads; a test compares these with the script.
@@ -343,7 +344,7 @@ class Finder:
             return note(self.left_out, "file that --exclude leaves out", name)
         kind = kind_of(path.name) or kind_of(real_name)  # the real file of a link may be named after a hash
         if kind is None:
-            return note(self.left_out, f"file of another kind ({_ending(path.name)})", name)
+            return note(self.left_out, f"{ANOTHER_KIND} {_ending(path.name)}", name)
         if real in self.found:
             if self.found[real].path not in self.taken:  # else it is validation text inside the input folder
                 note(self.left_out, "file that is there twice, as a link or named again", name)
@@ -401,7 +402,7 @@ def kind_of(name):
 def _ending(name):
     """The ending to name in the summary; odd ones share a name, so that it stays short."""
     ending = os.path.splitext(name)[1].lower()
-    return ending if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", ending) else "no usual ending"
+    return ending if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", ending) else "(no usual ending)"
 
 
 def _is_folder(entry):
@@ -752,12 +753,12 @@ def guess_encoding(raw):
             if e.start < len(raw) - 4:  # else only a character at the end of the sample was cut
                 continue
             text = raw[:e.start].decode(name)
-        foreign = [letter for letter in text if not letter.isascii()]
-        share = sum(letter in letters for letter in foreign) / max(len(foreign), 1)
         if any(letter < " " and not letter.isspace() and letter != "\x1b" for letter in text):
             continue
-        if share > best:
-            best, guess = share, name
+        foreign = [letter for letter in text if not letter.isascii()]
+        frequent = sum(letter in letters for letter in foreign)
+        if frequent >= 3 and frequent / len(foreign) > best:
+            best, guess = frequent / len(foreign), name
     return guess
 
 
@@ -1317,8 +1318,13 @@ def _as_lists(counts):
 
 
 def tell(counts):
-    """One line a reason: what was left out, how often, and an example."""
-    return [one_line(f"{count} x {reason} ({example})") for reason, (count, example) in sorted(counts.items())]
+    """One line a reason: what was left out, how often, and an example; the kinds that are not read share a line."""
+    kinds = {reason: count for reason, (count, _) in counts.items() if reason.startswith(ANOTHER_KIND)}
+    by_count = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    listing = ", ".join(f"{reason.removeprefix(ANOTHER_KIND).strip()} {count}" for reason, count in by_count)
+    lines = [f"{sum(kinds.values())} x {ANOTHER_KIND} ({listing})"] if kinds else []
+    return lines + [one_line(f"{count} x {reason} ({example})") for reason, (count, example) in sorted(counts.items())
+                    if reason not in kinds]
 
 
 def _write_synced(path, *parts):
@@ -1482,7 +1488,7 @@ def parse_args(argv=None):
     add("--vocab_dir", type=path_argument,
         help="folder with GPT-2's vocab.bpe and encoder.json; default: tiktoken's cache")
     add("--max_doc_tokens", type=int, default=PACK_TOKENS,
-        help="longer documents are split into pieces of at most so many tokens. Each piece becomes a document and ends "
+        help="longer documents are split into pieces of at most this many tokens. Each piece becomes a document and ends "
              "at a paragraph end (else at a line, sentence or word end); nothing is lost. The tiny preset reads no "
              "more than the first 512 tokens of a document. 0: do not split (default: %(default)s)")
     add("--split", metavar="TEXT", default="",

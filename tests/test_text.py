@@ -203,7 +203,7 @@ def test_repairs_and_skips_are_counted(tmp_path):
         "file in another encoding (it looks like utf-16; --encoding=utf-16 reads it)": 1, "file that is not text": 1,
         "file that holds no document": 1}
     assert inside(manifest) == {
-        "file not in UTF-8 (it looks like cp1252; --encoding=cp1252 reads it), read with replacement characters": 1,
+        "file not in UTF-8, read with replacement characters": 1,  # two letters do not tell which encoding it is
         "empty document": 2, "line that is not JSON": 2, "line without the column 'text'": 2,
         "line whose column 'text' is not text": 1, "file with compression damage, its rest lost": 1}
     assert manifest["made_by"]["counts"]["files"]["found"] == 7 and manifest["made_by"]["counts"]["files"]["read"] == 4
@@ -271,11 +271,12 @@ def test_every_file_left_out_is_counted_by_reason(tmp_path):
     manifest = build([folder, folder / "a.txt"], tmp_path / "out", exclude="drafts/")
     assert left_out(manifest) == {
         "hidden file": 1, "file in a folder named .git": 2, "file in a folder named node_modules": 1,
-        "file of another kind (.csv)": 2, "file of another kind (.jpg)": 1,
-        "file of another kind (no usual ending)": 2, "pipe, socket or device": 1,
+        "file of another kind .csv": 2, "file of another kind .jpg": 1, "file of another kind (no usual ending)": 2, "pipe, socket or device": 1,
         "JSON file that is not one object a line; convert it to .jsonl": 1, "file that --exclude leaves out": 1,
         "file that is there twice, as a link or named again": 1}
     assert sorted(decode(tmp_path / "out", "train")) == ["one", "some text", "two"]
+    told = text.tell(manifest["made_by"]["counts"]["files"]["left_out"])
+    assert told[0] == "5 x file of another kind ((no usual ending) 2, .csv 2, .jpg 1)" and len(told) == 8
     again = build(folder, folder, exclude="drafts/")  # into the folder itself, twice: it does not read what it wrote
     assert build(folder, folder, exclude="drafts/")["made_by"]["sources"] == again["made_by"]["sources"]
 
