@@ -898,11 +898,11 @@ class Tokeniser:
         A report, one a unit: (path, documents, bytes of text, skipped).
         """
         size, units, val = task
+        column, encoding, split = (self.options[name] for name in ("text_column", "encoding", "split"))
         parts, rows, reports = [], [], []
         for unit in units:
             documents, text_bytes, skipped = 0, 0, {}
-            reading = (self.options[name] for name in ("encoding", "split"))
-            for raw, text in read_documents(unit, self.options["text_column"], skipped, *reading):
+            for raw, text in read_documents(unit, column, skipped, encoding, split):
                 if self.stopped:
                     raise InterruptedError("the caller was interrupted")
                 self.add(raw, text, parts, rows)
@@ -1365,10 +1365,10 @@ def next_step(out_dir, manifest):
                 f"little.{advice or ' Give more text.'}"]
     lines = []
     if packs < needed:
+        times = f"{epochs} times" if steps == TINY_STEPS else f"{epochs} times, in {steps} steps"
         lines.append(f"The tiny preset reads {needed * PACK_TOKENS:,} training tokens. This text gives it "
-                     f"{packs * PACK_TOKENS:,}, since it cuts documents to fill packs of {PACK_TOKENS} tokens. So the "
-                     f"command reads the text {epochs} times{'' if steps == TINY_STEPS else f', in {steps} steps'}."
-                     + advice)
+                     f"{packs * PACK_TOKENS:,} (documents are cut where a pack of {PACK_TOKENS} tokens is full). "
+                     f"So the command reads the text {times}.{advice}")
     flags = [f"--train_files={_pattern(out_dir, 'train')}", f"--val_files={_pattern(out_dir, 'val')}"]
     if tokens["val"] <= TINY_VAL_TOKENS:
         fitting = tokens["val"] - 1
@@ -1488,9 +1488,9 @@ def parse_args(argv=None):
     add("--vocab_dir", type=path_argument,
         help="folder with GPT-2's vocab.bpe and encoder.json; default: tiktoken's cache")
     add("--max_doc_tokens", type=int, default=PACK_TOKENS,
-        help="longer documents are split into pieces of at most this many tokens. Each piece becomes a document and ends "
-             "at a paragraph end (else at a line, sentence or word end); nothing is lost. The tiny preset reads no "
-             "more than the first 512 tokens of a document. 0: do not split (default: %(default)s)")
+        help="longer documents are split into pieces of at most this many tokens. Each piece becomes a document and "
+             "ends at a paragraph end (else at a line, sentence or word end); nothing is lost. The tiny preset reads "
+             "no more than the first 512 tokens of a document. 0: do not split (default: %(default)s)")
     add("--split", metavar="TEXT", default="",
         help="what separates the documents within a text file, such as '<|endoftext|>'; \\n in it is a line end")
     add("--encoding", default="",

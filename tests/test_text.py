@@ -1,8 +1,9 @@
 """data/text.py: what goes in comes out, in an order that only content and seed decide.
 
-Proves: each kind of input decodes back to its text; header, manifest and tokenizer.json are as README describes; the
-result is the same for 1, 2 and 3 processes and any order of files; validation is chosen by hash; pieces end at
-paragraph ends and lose nothing; --stream spreads the pieces of a file; user mistakes get one line and leave no file.
+Proves: each kind of input decodes back to its text; every file is counted as read or as left out for a reason; header,
+manifest and tokenizer.json are as described in the documentation; the result is the same for 1, 2 and 3 processes and
+any order of files; validation is chosen by hash; pieces end at paragraph ends and lose nothing; --stream spreads the
+pieces of a file; the printed command fits the text; user mistakes get one line and leave no file.
 Against: the bytes written by the test itself, an independent reading of the shard format, tiktoken.
 Run: python -m pytest tests/test_text.py (GPT-2 cases need ../shared/data/gpt2_bpe and skip without it)
 """
