@@ -3,25 +3,28 @@
     python data/text.py                             # the Python library on this machine -> data/local/
     python data/text.py my_folder/ more.jsonl.gz    # your files -> data/my_folder_more/
 
-Read are .txt .md .rst .py .html (as they stand, tags included), .jsonl (also .gz .xz .zst) and .parquet; folders with
-all they hold, except hidden ones, __pycache__, node_modules and site-packages. Files of other kinds are passed over;
-what is damaged, empty or not text is skipped, counted and reported. Needs numpy, tqdm, and tiktoken for gpt2.
+It reads .txt .md .rst .py .html (as they are, tags included), .jsonl and .json (one object a line), all of these also
+as .gz .xz .zst, and .parquet. A folder is read with everything in it, links included, except hidden files and folders,
+__pycache__, node_modules, site-packages. Each file it finds is counted once: as read, or as left out for a reason.
+The last line it prints is the command that trains on the result. Needs numpy, tqdm, and tiktoken for gpt2.
 
 How it works, with memory that does not grow with the input: workers tokenise fixed pieces of the input (groups of
-files, byte ranges, blocks of lines, row groups) into a temporary folder and note for each document a 40-byte record
-with a sort key made from the document's sha256 and the seed. Sorting the records by key is the shuffle, so neither the
-number of processes nor the order of the files can change the result. Then each shard is gathered on its own.
-Validation is chosen by sha256 too: a document lands on the same side in every run, and copies never straddle.
-On disk the temporary folder needs about as much as the result; a gathering process holds one shard in memory.
+files, byte ranges, blocks of lines, row groups) into a temporary folder. For each document they note a short record
+with a sort key made from the document's sha256 and the seed. Sorting the records by key is the shuffle, so the number
+of processes and the order of the files cannot change the result. Then each shard is gathered on its own.
+Validation text is chosen by sha256 too, so copies of a document are never on both sides.
+The temporary folder needs about as much disk as the result. A gathering process holds one shard in memory.
 """
 
 import argparse
 import base64
+import binascii
+import codecs
 import concurrent.futures as futures
 import contextlib
 import errno
 import functools
-import gzip
+import glob
 import hashlib
 import importlib
 import io
@@ -30,15 +33,17 @@ import lzma
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
+import stat
 import sys
 import sysconfig
 import tempfile
 import time
 import warnings
 import zlib
-from collections import namedtuple
+from collections import Counter, defaultdict, namedtuple
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,38 +51,64 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-LAYOUT = 1  # raise it when the same input and options would give other shards
+LAYOUT = 2  # raise it when the same input and options would give other shards
 TASK_BYTES = 4 << 20  # input one task reads; a block of decompressed lines has this size too
 DOC_BYTES = 8 << 20  # a longer text file counts as several documents, so that no file has to fit in memory
 WINDOW = 1 << 16  # bytes searched for a paragraph end when a long text file is cut
-MANIFEST_BYTES = 1 << 24  # a larger manifest.json is none
-VOCAB_BYTES = 1 << 22  # larger files are not GPT-2's vocabulary
+JSON_BYTES = 1 << 24  # largest manifest.json or tokenizer.json
+VOCAB_BYTES = 1 << 22  # largest file of GPT-2's vocabulary
 LINE_BYTES = 1 << 25  # a longer line of .jsonl is left out: as objects it can take 24 times as much
 CHUNK_TOKENS = 1024  # --stream: longest chunk, when --max_doc_tokens does not say
-SORT_ROWS = 4_000_000  # document records sorted at a time, 40 bytes each
+SORT_ROWS = 4_000_000  # document records handled at a time
 MAX_GATHERERS = 8  # processes that each hold one shard in memory
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".py", ".html")
-PACKED_ENDINGS = (".jsonl.gz", ".jsonl.xz", ".jsonl.zst")
+LINE_ENDINGS = (".jsonl", ".json")
+PACKED_ENDINGS = (".gz", ".xz", ".zst")
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 BROKEN_ON_PURPOSE = r"/tests?/(.*/)?(\w*data\d*/|cjkencodings/|bad\w*\.py|\w+_testcases)"  # in the standard library
 OUR_NAMES = re.compile(r"(train|val)_\d{6}\.bin")
+ANOTHER_KIND = "file of another kind"  # in reasons, with an ending
+OUR_OTHER_NAMES = ("tokenizer.json", "manifest.json")
+
+# What the tiny preset of train_gpt.py reads; a test compares these with the script.
+PACK_TOKENS = 512  # batches are made of packs of this size, filled with documents; the longest piece it reads of one
+TINY_STEPS = 115
+TINY_VAL_TOKENS = 65_536  # the validation shards must hold more than this
+MAX_EPOCHS = 4  # reading text more often teaches little (Muennighoff et al. 2023)
+MIN_STEPS = 5  # a shorter run is not worth starting
+MIN_TOKENS = 10_000  # less text than this is refused
+MIN_VAL_SHARE, MAX_VAL_SHARE = 0.005, 0.1  # of the text, when --val_fraction does not say
 
 MAGIC, VERSION = 20240520, 1
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PATTERNS = ("", GPT2_PATTERN)  # how a tokenizer may split text; a hostile pattern could run for ever
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
 # tiktoken names the files in its cache after the address they came from.
 ENCODER_JSON_URL = b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
-# One row a document (or piece of one). doc: first 8 bytes of its sha256; worker, start, tokens: where its ids lie.
+# One row a document (or piece of one). doc: first 8 bytes of its sha256; worker, start, tokens: where its ids are;
+# val: it comes from the files of --val.
 RECORD = np.dtype([("key", "<u8"), ("doc", "<u8"), ("start", "<u8"), ("worker", "<u4"), ("piece", "<u4"),
-                   ("tokens", "<u4"), ("bytes", "<u4")])
+                   ("tokens", "<u4"), ("bytes", "<u4"), ("val", "u1")])
 Source = namedtuple("Source", "path name size mtime_ns kind")
 
 
 class InputError(ValueError):
-    """A mistake of the user's, told in one line that names the thing, the value and the remedy."""
+    """A mistake of the user's. Its one line names the thing, the value and the remedy."""
+
+
+def one_line(message):
+    """The message as one printable line, whatever a file name or a flag put into it."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(message).split()))
+    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
+
+
+def note(counts, reason, example, count=1):
+    """Adds to the count of `reason`; keeps the alphabetically first example, so that timing cannot change it."""
+    before, first = counts.get(reason, (0, example))
+    counts[reason] = (before + count, min(first, example))
 
 
 # -----------------------------------------------------------------------------
@@ -118,15 +149,20 @@ def gpt2_tokenizer_json(vocab_dir=None):
 def _read_checked(path, sha256):
     """The file's bytes; LookupError when it cannot be read or its sha256 is another."""
     try:
-        if not path.is_file():  # reading a pipe would wait for its writer
-            raise FileNotFoundError(errno.ENOENT, "no such file")
-        with open(path, "rb") as file:
-            data = file.read(VOCAB_BYTES)
+        data = _read_small(path, VOCAB_BYTES)
     except OSError as e:
         raise LookupError(f"{path} cannot be read ({e.strerror})") from None
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise LookupError(f"{path} is not GPT-2's: its sha256 is {found}, expected {sha256}")
     return data
+
+
+def _read_small(path, limit):
+    """The first `limit` bytes of a regular file; a pipe is refused, since reading it would wait for its writer."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file")
+    with open(path, "rb") as file:
+        return file.read(limit)
 
 
 def _cached_encoder_json():
@@ -145,6 +181,46 @@ def _tokens_of(encoder_json):
     return [bytes(byte_of[c] for c in token) for token in sorted(ids, key=ids.get)]
 
 
+def tokenizer_file_json(path):
+    """The bytes of the user's tokenizer.json; InputError with one reason if it cannot be used."""
+    def need(good, problem):
+        if not good:
+            raise InputError(f"--tokenizer={path}: {problem}; a tokenizer.json of this project has name, pattern, "
+                             "ranks, special_tokens and bos_id (gpt2 and bytes are built in)")
+    try:
+        data = _read_small(Path(path), JSON_BYTES)
+        spec = json.loads(data)
+    except OSError as e:
+        raise InputError(f"--tokenizer={path}: not gpt2, not bytes, and as a file it cannot be read "
+                         f"({e.strerror})") from None
+    except (ValueError, RecursionError):
+        need(False, "not JSON")
+    types = {"name": str, "pattern": str, "ranks": list, "special_tokens": dict, "bos_id": int}
+    for field, kind in types.items():
+        need(isinstance(spec, dict) and type(spec.get(field)) is kind, f"{field} is missing or not a {kind.__name__}")
+    need(spec["pattern"] in PATTERNS, "its pattern is not one of those allowed (GPT-2's, or none for single bytes)")
+    try:
+        tokens = [base64.b64decode(rank, validate=True) for rank in spec["ranks"]]
+    except (TypeError, ValueError, binascii.Error):
+        need(False, "a rank is not base64")
+    every_byte = [bytes([b]) for b in range(256)]
+    need(len(set(tokens)) == len(tokens) and b"" not in tokens, "a token is empty or there twice")
+    need({*every_byte} <= {*tokens}, "some of the 256 single bytes have no token")
+    need(spec["pattern"] or tokens == every_byte, "without a pattern its ranks must be the 256 bytes in order")
+    ids = [*spec["special_tokens"].values()]
+    need(all(type(i) is int for i in ids) and sorted(ids) == [*range(len(tokens), len(tokens) + len(ids))],
+         "the ids of special_tokens do not follow on the ranks")
+    need(spec["bos_id"] in ids, "bos_id is not the id of a special token")
+    return data
+
+
+def load_tokenizer(tokenizer, vocab_dir=None):
+    """tokenizer.json (bytes) of "gpt2", "bytes" or a path; raises LookupError or InputError if it cannot be had."""
+    if tokenizer == "bytes":
+        return bytes_tokenizer_json()
+    return gpt2_tokenizer_json(vocab_dir) if tokenizer == "gpt2" else tokenizer_file_json(tokenizer)
+
+
 class Encoder:
     """Text to ids by a tokenizer.json; `width` is the smallest numpy type for ids without the begin-of-document id."""
 
@@ -152,9 +228,9 @@ class Encoder:
         spec = json.loads(tokenizer_json)
         tokens = [base64.b64decode(rank) for rank in spec["ranks"]]
         self.token_bytes = np.array([len(token) for token in tokens])
-        self.width = np.uint8 if spec["name"] == "bytes" else np.uint16
+        self.width = text_id_type(len(tokens) + len(spec["special_tokens"]))
         self.bpe = None
-        if spec["name"] != "bytes":
+        if spec["pattern"]:
             import tiktoken  # only here, so that `bytes` needs nothing but numpy
 
             ranks = {token: i for i, token in enumerate(tokens)}
@@ -177,69 +253,191 @@ class Encoder:
         return np.arange(1, len(ids) + 1) if self.bpe is None else np.cumsum(self.token_bytes[ids])
 
 
+def text_id_type(vocab_size):
+    """The smallest type for the ids of text; the vocabulary has at least one special id, which text never has."""
+    return np.uint8 if vocab_size <= 257 else np.uint16 if vocab_size <= 65_536 else np.uint32
+
+
 # -----------------------------------------------------------------------------
 # Finding the input
+
+
+class Finder:
+    """Walks the input and puts each file into exactly one of `found` and `left_out`.
+
+    found: real path -> Source; left_out, folders: reason -> (count, example) of files and of folders not entered.
+    """
+
+    def __init__(self, exclude="", own_folder=None):
+        self.exclude = re.compile(exclude) if exclude else None
+        self.own_folder = own_folder and os.path.realpath(own_folder)
+        self.found, self.left_out, self.folders = {}, {}, {}
+        self.entered, self.taken = set(), set()
+
+    def add(self, given):
+        """Adds a file or folder that the user named; InputError if it does not exist."""
+        if not str(given):
+            raise InputError("an input path is empty; name a file or a folder")
+        path = Path.cwd() / given
+        try:
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        except (OSError, ValueError) as e:
+            why = "no such file or folder" if isinstance(e, FileNotFoundError) else getattr(e, "strerror", None) or e
+            raise InputError(f"{given}: {why}; check the path") from None
+        if is_folder:
+            self.walk(path, label(given))
+        else:
+            self.add_file(path, label(given))
+
+    def walk(self, root, root_name):
+        """Adds all files below `root`. Links to folders come last, so that files are named after their real place."""
+        folders, links = [(root, root_name, "")], []
+        while folders or links:
+            path, name, reason = folders.pop() if folders else links.pop(0)
+            for entry in self.entries(path, name, reason):
+                inner = f"{name}/{entry.name}"
+                skipped = entry.name in SKIPPED_FOLDERS or entry.name.startswith(".")
+                if not _is_folder(entry):
+                    if reason or entry.name.startswith("."):
+                        note(self.left_out, reason or "hidden file", inner)
+                    else:
+                        self.add_file(Path(entry.path), inner)
+                elif not entry.is_symlink():
+                    why = reason or (f"file in a folder named {entry.name}" if skipped else "")
+                    folders.append((entry.path, inner, why))
+                elif reason or skipped:
+                    note(self.folders, "link to a folder, hidden or in a folder that is left out", inner)
+                else:
+                    links.append((entry.path, inner, ""))
+
+    def entries(self, path, name, reason):
+        """What is in a folder, sorted by name; nothing, with a note, if it was read already or cannot be read.
+
+        reason: why its files are left out, or ""; such a folder may still be read through a link that is not hidden.
+        """
+        real = os.path.realpath(path)
+        if not reason and real in self.entered:
+            note(self.folders, "folder that is read elsewhere, as a link or as --val", name)
+            return []
+        if not reason:
+            self.entered.add(real)
+        try:
+            with os.scandir(path) as listing:
+                return sorted(listing, key=lambda entry: entry.name)
+        except OSError as e:
+            note(self.folders, "folder that cannot be read", f"{name}: {e.strerror}")
+            return []
+
+    def add_file(self, path, name):
+        """Adds one file that is not hidden."""
+        try:
+            status, real = os.stat(path), os.path.realpath(path)
+        except OSError as e:
+            reason = "link that leads nowhere" if os.path.islink(path) else "file that cannot be read"
+            return note(self.left_out, reason, f"{name}: {e.strerror}")
+        if not stat.S_ISREG(status.st_mode):
+            return note(self.left_out, "pipe, socket or device", name)
+        folder, real_name = os.path.split(real)
+        if folder == self.own_folder and (OUR_NAMES.fullmatch(real_name) or real_name in OUR_OTHER_NAMES):
+            return note(self.left_out, "file that an earlier run wrote", name)
+        if self.exclude and self.exclude.search(name):
+            return note(self.left_out, "file that --exclude leaves out", name)
+        kind = kind_of(path.name) or kind_of(real_name)  # the real file of a link may be named after a hash
+        if kind is None:
+            return note(self.left_out, f"{ANOTHER_KIND} {_ending(path.name)}", name)
+        if real in self.found:
+            if self.found[real].path not in self.taken:  # else it is validation text inside the input folder
+                note(self.left_out, "file that is there twice, as a link or named again", name)
+            return None
+        if kind == "json":
+            if not _is_json_lines(path):
+                return note(self.left_out, "JSON file that is not one object a line; convert it to .jsonl", name)
+            kind = "jsonl"
+        self.found[real] = Source(path, name, status.st_size, status.st_mtime_ns, kind)
+
+    def take(self, inputs):
+        """The files found since the last call, sorted by name; InputError if there are none."""
+        sources = sorted((source for source in self.found.values() if source.path not in self.taken),
+                         key=lambda source: source[1:])
+        if not sources:
+            reasons = "; ".join(tell(self.left_out) + tell(self.folders)) or "empty"
+            raise InputError(f"{', '.join(map(str, inputs))}: no file to read ({reasons}); known kinds are "
+                             f"{' '.join(TEXT_ENDINGS)} {' '.join(LINE_ENDINGS)} (also as {' '.join(PACKED_ENDINGS)}), "
+                             ".parquet")
+        self.taken |= {source.path for source in sources}
+        return sources
 
 
 def find_files(inputs, exclude=""):
     """The Sources under `inputs` (files and folders), sorted by name, each file once.
 
     exclude: regular expression; files whose name, from the input folder's name on, contains it are left out.
-    Raises InputError for a missing path, a named file of an unknown kind, or when nothing is left.
+    Raises InputError for a missing path or when nothing is left.
     """
-    leave_out = re.compile(exclude) if exclude else None
-    found, unknown = {}, set()
-    for given in map(Path, inputs):
-        if not given.exists():
-            raise InputError(f"{given}: no such file or folder; check the path")
-        root = given.resolve()
-        for path in sorted(_walk(root)) if root.is_dir() else [root]:
-            name = path.relative_to(root.parent).as_posix()
-            kind = _kind(path.name)
-            if kind is None:
-                unknown.add(path.suffix or path.name)
-            elif path.is_file() and not (leave_out and leave_out.search(name)):
-                stat = path.stat()
-                found.setdefault(path.resolve(), Source(path, name, stat.st_size, stat.st_mtime_ns, kind))
-        if root.is_file() and _kind(root.name) is None:
-            raise InputError(f"{given}: unknown kind of file; known are {_known()}")
-    if not found:
-        only = f" (found only {', '.join(sorted(unknown)[:8])})" if unknown else ""
-        raise InputError(f"{', '.join(map(str, inputs))}: no file to read{only}; known are {_known()}")
-    return sorted(found.values(), key=lambda source: source[1:])
+    finder = Finder(exclude)
+    for given in inputs:
+        finder.add(given)
+    return finder.take(inputs)
 
 
-def _walk(root):
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS and not f.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+def label(given):
+    """The name of an input as its user sees it: that of a link, not of what it leads to."""
+    name = Path(given).name
+    return Path(given).resolve().name if name in ("", "..") else name
 
 
-def _kind(name):
-    name = name.lower()
-    if name.endswith(PACKED_ENDINGS):
-        return "packed"
-    kinds = {".jsonl": "jsonl", ".parquet": "parquet"} | dict.fromkeys(TEXT_ENDINGS, "text")
-    return kinds.get(Path(name).suffix)
+def kind_of(name):
+    """"text", "jsonl", "json", "packed text", "packed lines", "parquet", or None for a name of another kind."""
+    stem, ending = os.path.splitext(name.lower())
+    packed = ending in PACKED_ENDINGS
+    if packed:
+        ending = os.path.splitext(stem)[1]
+    if ending in TEXT_ENDINGS:
+        return "packed text" if packed else "text"
+    if ending in LINE_ENDINGS:
+        return "packed lines" if packed else ending[1:]
+    return "parquet" if ending == ".parquet" and not packed else None
 
 
-def _known():
-    return f"{' '.join(TEXT_ENDINGS)} .jsonl {' '.join(PACKED_ENDINGS)} .parquet"
+def _ending(name):
+    """The ending to name in the summary; odd ones share a name, so that it stays short."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if re.fullmatch(r"\.[a-z][a-z0-9]{0,9}", ending) else "(no usual ending)"
 
 
-def plan_tasks(files, text_column, val_fraction, skipped):
+def _is_folder(entry):
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _is_json_lines(path):
+    """Whether the first line is an object; a file that cannot be read counts as such, and is named when it is read."""
+    try:
+        with open(path, "rb") as file:
+            return isinstance(json.loads(file.readline(LINE_BYTES)), dict)
+    except OSError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+# -----------------------------------------------------------------------------
+# Planning the work
+
+
+def plan_tasks(files, text_column, encoding="", split=""):
     """Yields (size, units): what one worker reads at a time; `size` counts bytes on disk, for the progress bar.
 
-    Units: ("text" | "jsonl", path, nominal start, nominal end), ("lines", path, bytes), ("parquet", path, row group).
-    Packed files are unpacked here, one after the other; damage is noted in `skipped`.
+    Units: ("text" | "jsonl", path, nominal start, nominal end), ("block", path, bytes of text), ("lines", path, bytes),
+    ("parquet", path, row group), ("damage", path, reason, detail, count = 1). Packed files, and those in UTF-16 or
+    UTF-32, are unpacked here, one after the other.
     """
-    lone = len(files) == 1 and val_fraction > 0  # one text file: several documents, so that some can be held out
-    step = min(max(files[0].size // 64, 4096), DOC_BYTES) if lone else DOC_BYTES
-    row_groups = {f.path: _row_groups(f.path, text_column, skipped) for f in files if f.kind == "parquet"}
     units, gathered = [], 0
     for f in files:
-        size = step if f.kind == "text" else TASK_BYTES
-        if f.kind in ("text", "jsonl"):
+        if f.kind in ("text", "jsonl") and not _wide_encoding_of(f.path, encoding):
+            size = DOC_BYTES if f.kind == "text" else TASK_BYTES
             for start in range(0, max(f.size, 1), size):
                 end = min(start + size, f.size)
                 units.append((f.kind, f.path, start, end))
@@ -247,28 +445,97 @@ def plan_tasks(files, text_column, val_fraction, skipped):
                 if gathered >= TASK_BYTES:
                     yield gathered, units
                     units, gathered = [], 0
-        elif f.kind == "parquet":
-            for group in range(row_groups[f.path]):
-                yield f.size // row_groups[f.path], [("parquet", f.path, group)]
         else:
-            for read, block in _unpack(f.path, skipped):
-                yield read, [("lines", f.path, block)]
+            plan = _plan_parquet(f, text_column) if f.kind == "parquet" else _plan_unpacking(f, encoding, split)
+            yield from ((read, [unit]) for read, unit in plan)
     if units:
         yield gathered, units
 
 
-def _unpack(path, skipped):
-    """Yields (packed bytes read, block of whole lines) of a .jsonl.gz, .xz or .zst file."""
-    at = 0
-    with open(path, "rb") as packed:
-        lines, damage = _open_packed(packed, path)
-        try:
-            while block := lines.read(TASK_BYTES):
-                block = _whole_lines(block, lines, path, skipped)
-                yield packed.tell() - at, block
-                at = packed.tell()
-        except (EOFError, OSError, damage) as e:
-            note(skipped, "damaged compressed file, its rest lost", f"{path.name}: {e}")
+def _wide_encoding_of(path, encoding):
+    """UTF-16 or UTF-32 if the file looks like that and `encoding` (--encoding) allows it, else ""."""
+    if not _is_wide(encoding):
+        return ""
+    try:
+        with open(path, "rb") as file:
+            return guess_wide_encoding(file.read(WINDOW))
+    except OSError:
+        return ""
+
+
+def _is_wide(encoding):
+    return bool(re.match(r"utf_?(16|32)", encoding.lower().replace("-", "_")))
+
+
+def _plan_parquet(source, column):
+    """Yields (bytes, unit) for each row group; a file that cannot be used is one unit of damage."""
+    path = source.path
+    pa, pq = _optional("pyarrow", path), _optional("pyarrow.parquet", path)
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, groups = file.schema_arrow, file.num_row_groups
+    except (pa.ArrowException, OSError, ValueError) as e:
+        yield 0, ("damage", path, "file of damaged parquet", str(e).splitlines()[0])
+        return
+    if column not in schema.names:
+        has = ", ".join(schema.names[:20])
+        yield 0, ("damage", path, f"file without the column {column!r}; choose with --text_column", f"it has {has}")
+    elif not _holds_text(pa.types, schema.field(column).type):
+        kind = schema.field(column).type
+        yield 0, ("damage", path, f"file whose column {column!r} is not text; choose with --text_column", str(kind))
+    else:
+        for group in range(groups):
+            yield source.size // groups, ("parquet", path, group)
+
+
+def _holds_text(types, kind):
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return any(getattr(types, f"is_{name}", lambda kind: False)(kind) for name in names)
+
+
+def _plan_unpacking(source, encoding, split):
+    """Yields (packed bytes read, unit) for the blocks of a file that is packed, or in UTF-16 or UTF-32."""
+    path, at, too_long = source.path, 0, {}
+    kind = "lines" if source.kind in ("packed lines", "jsonl") else "block"
+    try:
+        with open(path, "rb") as file:
+            unpacked = Unpacked(file, path, _is_wide(encoding))
+            stream = io.BufferedReader(unpacked, WINDOW)
+            if kind == "lines":
+                blocks = _line_blocks(stream, path, too_long)
+            else:
+                blocks = _text_blocks(stream, split)
+            for block in blocks:
+                yield file.tell() - at, (kind, path, block)
+                at = file.tell()
+    except OSError as e:
+        yield 0, ("damage", path, "file that cannot be read", e.strerror or str(e))
+        return
+    if unpacked.damage:
+        yield 0, ("damage", path, "file with compression damage, its rest lost", unpacked.damage)
+    for reason, (count, _) in too_long.items():
+        yield 0, ("damage", path, reason, "", count)
+
+
+def _line_blocks(stream, path, too_long):
+    """Yields blocks of whole lines; a line over LINE_BYTES is left out and noted in `too_long`."""
+    while block := stream.read(TASK_BYTES):
+        yield _whole_lines(block, stream, path, too_long)
+
+
+def _text_blocks(stream, split):
+    """Yields blocks of a text, each of DOC_BYTES and up to the separator or paragraph end that follows."""
+    block = b""
+    while piece := stream.read(DOC_BYTES):
+        block += piece
+        while len(block) >= DOC_BYTES + WINDOW:
+            cut = DOC_BYTES + _first_cut(block[DOC_BYTES:DOC_BYTES + WINDOW], split)
+            yield block[:cut]
+            block = block[cut:]
+    if block:
+        yield block
 
 
 def _whole_lines(block, file, path, skipped):
@@ -282,15 +549,59 @@ def _whole_lines(block, file, path, skipped):
     return block[:block.rfind(b"\n") + 1]
 
 
-def _open_packed(file, path):
-    """(unpacked stream, the error class of its format)"""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(file), zlib.error
-    if path.suffix.lower() == ".xz":
-        return lzma.open(file), lzma.LZMAError
-    zstandard = _optional("zstandard", path)
-    stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return io.BufferedReader(stream), zstandard.ZstdError
+class Unpacked(io.RawIOBase):
+    """The content of a packed file as a stream that ends where damage begins; `damage` then says what it is.
+
+    The first bytes tell the format, since a link may have any name; a file that is not packed comes as it is.
+    wide: content that looks like UTF-16 or UTF-32 comes as UTF-8.
+    """
+
+    def __init__(self, file, path, wide=False):
+        self.file, self.wide, self.decoder = file, wide, None
+        self.packed, self.ready, self.damage = file.read(WINDOW // 4), b"", ""
+        self.errors = [zlib.error, lzma.LZMAError]
+        self.start = self.decompressor = None  # `start` makes a decompressor; those of the formats have equal methods
+        if self.packed.startswith(b"\x1f\x8b"):
+            self.start = functools.partial(zlib.decompressobj, 31)
+        elif self.packed.startswith(b"\xfd7zXZ\0"):
+            self.start = lzma.LZMADecompressor
+        elif self.packed.startswith(b"\x28\xb5\x2f\xfd"):
+            zstandard = _optional("zstandard", path)
+            self.start = zstandard.ZstdDecompressor().decompressobj
+            self.errors.append(zstandard.ZstdError)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready and not self.damage:
+            packed = self.packed or self.file.read(WINDOW // 4)
+            self.packed = b""
+            if not packed:
+                self.damage = "it ends too early" if self.decompressor else ""
+                break
+            self.ready = self.recode(self.unpack(packed) if self.start else packed)
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def unpack(self, packed):
+        """What these bytes hold; several packed files may follow on each other."""
+        try:
+            self.decompressor = self.decompressor or self.start()
+            content = self.decompressor.decompress(packed)
+        except tuple(self.errors) as e:
+            self.damage = str(e)
+            return b""
+        if self.decompressor.eof:
+            self.packed, self.decompressor = self.decompressor.unused_data.lstrip(b"\0"), None
+        return content
+
+    def recode(self, content):
+        if self.wide and content and not self.decoder:
+            encoding = guess_wide_encoding(content)
+            self.wide, self.decoder = bool(encoding), encoding and codecs.getincrementaldecoder(encoding)("replace")
+        return self.decoder.decode(content).encode() if self.decoder else content
 
 
 def _optional(package, path):
@@ -298,51 +609,40 @@ def _optional(package, path):
         return importlib.import_module(package)
     except ImportError:
         name = package.split(".")[0]
-        raise InputError(f"{path.name}: reading {path.suffix} needs {name}; pip install {name}") from None
-
-
-def _row_groups(path, column, skipped):
-    """Number of row groups of a .parquet file; InputError when the text column is absent or holds no text."""
-    pa, pq = _optional("pyarrow", path), _optional("pyarrow.parquet", path)
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, groups = file.schema_arrow, file.num_row_groups
-    except (pa.ArrowException, OSError) as e:
-        note(skipped, "damaged parquet file", f"{path.name}: {str(e).splitlines()[0]}")
-        return 0
-    if column not in schema.names:
-        names = ", ".join(schema.names[:20])
-        raise InputError(f"{path.name}: no column {column!r}; choose with --text_column among: {names}")
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(f"{path.name}: column {column!r} holds {kind}, not text; choose another with --text_column")
-    return groups
+        raise InputError(f"{path.name}: reading it needs {name}; pip install {name}") from None
 
 
 # -----------------------------------------------------------------------------
 # Reading documents (in the workers)
 
 CUTS = [re.compile(p) for p in (rb"\n(?:[ \t\r]*\n)+", rb"\n", rb"[.!?](?=\s)", rb"\S(?=\s)")]  # paragraph, line, ...
-CONTROL = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b")) + b"\x7f"
+STRANGE = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f\x7f-\x9f\ufffd]")  # control and replacement characters
+BETWEEN_TEXTS = re.compile(r"^<\|endoftext\|>[ \t\r]*$", re.M)
+LETTERS = {  # frequent letters that tell what an old encoding is; each encoding reads the others' as rare ones
+    "gb18030": "的一是了不在人有我他这", "big5": "的一是了不在人有我他這", "shift_jis": "のにはをたがでてとしいる",
+    "euc_jp": "のにはをたがでてとしいる", "euc_kr": "이다는의에을가고하지", "cp1251": "оеаинтсрвл", "koi8_r": "оеаинтсрвл",
+    "cp1253": "αοιεντσρκπ", "cp1250": "ąęłśżźćčěřšžůőű", "cp1252": "éèàçäöüßñáíóúêâôåøæ’“”"}
 
 
-def note(skipped, reason, example):
-    """Counts one thing left out; keeps the alphabetically first example, so that it does not depend on timing."""
-    count, first = skipped.get(reason, (0, example))
-    skipped[reason] = (count + 1, min(first, example))
+def read_documents(unit, column, skipped, encoding="", split=""):
+    """Yields (UTF-8 bytes, str) of the documents of one unit; what cannot be used is noted in `skipped`.
 
-
-def read_documents(unit, column, skipped):
-    """Yields (UTF-8 bytes, str) of the documents of one unit; what cannot be used is noted in `skipped`."""
-    kind, path = unit[:2]
+    Reasons that begin with "file" are about the file, all others about one of its lines, rows or documents.
+    encoding: how text that is not UTF-8 is read; split: what separates the documents of a text file.
+    """
+    kind, path, *place = unit
     try:
-        if kind == "text":
-            texts = _read_text(path, *unit[2:], skipped)
-        elif kind == "parquet":
-            texts = _read_row_group(path, unit[2], column, skipped)
+        if kind == "damage":
+            note(skipped, place[0], f"{path.name}: {place[1]}".removesuffix(": "), *place[2:])
+            return
+        if kind == "parquet":
+            texts = _read_row_group(path, *place, column, skipped)
+        elif kind in ("jsonl", "lines"):
+            block = place[0] if kind == "lines" else _read_lines(path, *place, skipped)
+            texts = _parse_lines(path, block, column, skipped, encoding)
         else:
-            block = unit[2] if kind == "lines" else _read_lines(path, *unit[2:], skipped)
-            texts = _parse_lines(path, block, column, skipped)
+            raw = place[0] if kind == "block" else _read_text(path, *place, split)
+            texts = _split_text(raw, path, skipped, encoding, split)
         for raw, text in texts:
             if raw.isspace() or not raw:
                 note(skipped, "empty document", path.name)
@@ -352,43 +652,114 @@ def read_documents(unit, column, skipped):
         note(skipped, "file that cannot be read", f"{path.name}: {e.strerror or e}")
 
 
-def _read_text(path, start, end, skipped):
+def _read_text(path, start, end, split):
+    """The bytes of a text file from the first cut after `start` to the first one after `end`; None if that is empty."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        start, end = _cut_near(file, start, size), _cut_near(file, end, size)
+        start, end = (_cut_near(file, at, size, split) for at in (start, end))
         file.seek(start)
         raw = file.read(end - start)
-    if start == end and size:  # a paragraph longer than the nominal range: all of it went to the unit before
-        return
-    raw = raw.removeprefix(b"\xef\xbb\xbf") if start == 0 else raw
-    strange = len(raw) if b"\0" in raw else 0
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        text = raw.decode(errors="replace")
-        strange += text.count("\ufffd") + len(raw) - len(raw.translate(None, CONTROL))
-        if 10 * strange <= len(raw):
-            note(skipped, "file not in UTF-8, kept with replacement characters", path.name)
-        raw = text.encode()
-    if 10 * strange > len(raw):
-        note(skipped, "file that is not text", path.name)
-    else:
-        yield raw, text
+    return None if start == end and size else raw  # a paragraph longer than the range went to the unit before
 
 
-def _cut_near(file, at, size):
-    """First paragraph end at or after byte `at` (else line end, else start of a character) within WINDOW bytes.
+def _cut_near(file, at, size, split):
+    """The first place at or after byte `at` where a text file may be cut.
 
-    A pure function of file and position, so the two workers that share a border agree on it.
+    It depends on file and position only, so the two workers that share a border agree on it.
     """
     if at <= 0 or at >= size:
         return min(max(at, 0), size)
     file.seek(at)
-    window = file.read(WINDOW)
-    for pattern in CUTS[:2]:
+    return at + _first_cut(file.read(WINDOW), split)
+
+
+def _first_cut(window, split=""):
+    """Where the first separator or paragraph in `window` ends, else the first line, else where a character begins."""
+    separator = [re.compile(re.escape(split.encode()))] if split else []
+    for pattern in (*separator, *CUTS[:2]):
         if match := pattern.search(window):
-            return at + match.end()
-    return at + next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), 0)
+            return match.end()
+    return next((i for i, byte in enumerate(window) if byte & 0xC0 != 0x80), 0)
+
+
+def _split_text(raw, path, skipped, encoding, split):
+    """Yields the documents of a text file or of a part of it."""
+    if raw is None:
+        return
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    text = decode(raw, path.name, skipped, encoding)
+    if text is None:
+        return
+    if split:
+        yield from (_utf8(part.strip("\r\n")) for part in text.split(split) if part.strip())
+        return
+    if "<|endoftext|>" in text and BETWEEN_TEXTS.search(text):
+        note(skipped, "file with <|endoftext|> lines, kept as text; --split='<|endoftext|>' makes each part a document",
+             path.name)
+    yield _utf8(text)
+
+
+def decode(raw, name, skipped, encoding=""):
+    """The text (str) of a file or of a part of it; None, with a note, if too much of it is not text."""
+    try:
+        text, repair = raw.decode(), "file with NUL bytes, which were kept"
+        if "\0" not in text:
+            return text
+    except UnicodeDecodeError:
+        text, repair = _decode_otherwise(raw, encoding)
+    if 10 * len(STRANGE.findall(text)) > len(raw):
+        advice = _advice(raw)
+        note(skipped, f"file in another encoding{advice}" if advice else "file that is not text", name)
+        return None
+    note(skipped, repair, name)
+    return text
+
+
+def _decode_otherwise(raw, encoding):
+    """(text, what to tell about it) of bytes that are not UTF-8."""
+    if encoding and not _is_wide(encoding):  # UTF-16 and UTF-32 were decoded before the file was cut
+        with contextlib.suppress(UnicodeError):
+            return raw.decode(encoding), f"file not in UTF-8, read as {encoding}"
+    return raw.decode(errors="replace"), f"file not in UTF-8{_advice(raw)}, read with replacement characters"
+
+
+def _advice(raw):
+    guess = guess_wide_encoding(raw[:WINDOW]) or guess_encoding(raw[:WINDOW])
+    return f" (it looks like {guess}; --encoding={guess} reads it)" if guess else ""
+
+
+def guess_wide_encoding(head):
+    """UTF-16 or UTF-32 by a mark at the beginning or by the places of zero bytes; "" for everything else."""
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+             codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    guess = next((name for mark, name in marks.items() if head.startswith(mark)), "")
+    if not guess:
+        even, odd = head[::2].count(0), head[1::2].count(0)
+        if 4 * max(even, odd) < len(head) or 8 * min(even, odd) > max(even, odd):
+            return ""
+        guess = "utf-16-le" if odd > even else "utf-16-be"
+    text = head[:len(head) // 4 * 4].decode(guess, "replace")
+    strange = sum(not letter.isprintable() and not letter.isspace() or letter == "\ufffd" for letter in text[1:])
+    return guess if 20 * strange <= len(text) else ""
+
+
+def guess_encoding(raw):
+    """The likely encoding of a text that is not UTF-8, one of LETTERS; "" if none fits."""
+    best, guess = 0.2, ""
+    for name, letters in LETTERS.items():
+        try:
+            text = raw.decode(name)
+        except UnicodeDecodeError as e:
+            if e.start < len(raw) - 4:  # else only a character at the end of the sample was cut
+                continue
+            text = raw[:e.start].decode(name)
+        if any(letter < " " and not letter.isspace() and letter != "\x1b" for letter in text):
+            continue
+        foreign = [letter for letter in text if not letter.isascii()]
+        frequent = sum(letter in letters for letter in foreign)
+        if frequent >= 3 and frequent / len(foreign) > best:
+            best, guess = frequent / len(foreign), name
+    return guess
 
 
 def _read_lines(path, start, end, skipped):
@@ -402,12 +773,15 @@ def _read_lines(path, start, end, skipped):
         return _whole_lines(block, file, path, skipped) if block else block
 
 
-def _parse_lines(path, block, column, skipped):
+def _parse_lines(path, block, column, skipped, encoding):
+    if b"\0" in block[:WINDOW] and guess_wide_encoding(block[:WINDOW]):  # its lines cannot be told apart
+        note(skipped, f"file in another encoding{_advice(block)}", path.name)
+        return
     for line in block.split(b"\n"):
         if not line or line.isspace():
             continue
         try:
-            row = json.loads(line)
+            row = _parse_line(line, path.name, skipped, encoding)
         except (ValueError, RecursionError):
             note(skipped, "line that is not JSON", path.name)
             continue
@@ -418,6 +792,13 @@ def _parse_lines(path, block, column, skipped):
             note(skipped, f"line whose column {column!r} is not text", path.name)
         else:
             yield _utf8(row[column])
+
+
+def _parse_line(line, name, skipped, encoding):
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        return json.loads(decode(line, name, skipped, encoding) or "")
 
 
 def _utf8(text):
@@ -433,9 +814,24 @@ def _read_row_group(path, group, column, skipped):
     try:
         with pq.ParquetFile(path) as file:  # in batches: a row group may be larger than memory allows
             for batch in file.iter_batches(256, row_groups=[group], columns=[column], use_threads=False):
-                yield from (_utf8(text or "") for text in batch.column(0).to_pylist())
-    except pa.ArrowException as e:
+                for text in _column_texts(pa, batch.column(0)):
+                    if text is None:
+                        note(skipped, f"row whose column {column!r} is null", path.name)
+                    else:
+                        yield _utf8(text)
+    except (pa.ArrowException, ValueError) as e:
         note(skipped, "damaged row group, its rest lost", f"{path.name}: {str(e).splitlines()[0]}")
+
+
+def _column_texts(pa, column):
+    """The column as a list of str and None; bytes that are not UTF-8 become replacement characters."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pa.large_binary()).to_pylist()
+    return [value.decode(errors="replace") if isinstance(value, bytes) else value for value in values]
 
 
 # -----------------------------------------------------------------------------
@@ -497,26 +893,32 @@ class Tokeniser:
         self.limit = options["max_doc_tokens"] or (CHUNK_TOKENS if options["stream"] else 0)
 
     def run(self, task):
-        """(size, records, documents, text bytes, skipped) of a task; size as in the task."""
-        size, units = task
-        parts, rows, skipped, documents, text_bytes = [], [], {}, 0, 0
+        """(size, records, reports) of a task (size, units, whether it is validation text).
+
+        A report, one a unit: (path, documents, bytes of text, skipped).
+        """
+        size, units, val = task
+        column, encoding, split = (self.options[name] for name in ("text_column", "encoding", "split"))
+        parts, rows, reports = [], [], []
         for unit in units:
-            for raw, text in read_documents(unit, self.options["text_column"], skipped):
+            documents, text_bytes, skipped = 0, 0, {}
+            for raw, text in read_documents(unit, column, skipped, encoding, split):
                 if self.stopped:
                     raise InterruptedError("the caller was interrupted")
-                doc = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little")
-                ids = self.encoder.encode(raw, text)
-                if self.limit and len(ids) >= self.limit:  # the begin-of-document id counts
-                    self.cut(raw, doc, ids, parts, rows)
-                else:
-                    parts.append(ids)
-                    rows.append((doc, 0, 1, len(raw)))
+                self.add(raw, text, parts, rows)
                 documents += 1
                 text_bytes += len(raw)
-        return size, self.save(parts, rows), documents, text_bytes, skipped
+            reports.append((unit[1], documents, text_bytes, skipped))
+        return size, self.save(parts, rows, val), reports
 
-    def cut(self, raw, doc, ids, parts, rows):
-        """Appends the pieces of a long document to `parts` and `rows`."""
+    def add(self, raw, text, parts, rows):
+        """Appends a document, or the pieces of a long one, to `parts` and `rows`."""
+        doc = int.from_bytes(hashlib.sha256(raw).digest()[:8], "little")
+        ids = self.encoder.encode(raw, text)
+        if not self.limit or len(ids) < self.limit:  # the begin-of-document id counts
+            parts.append(ids)
+            rows.append((doc, 0, 1, len(raw)))
+            return
         ends = self.encoder.ends(ids)
         cuts = cut_tokens(raw, ends, self.limit - 1)
         byte_ends = [0, *ends[np.array(cuts) - 1].tolist()]
@@ -524,13 +926,13 @@ class Tokeniser:
             parts.append(ids[a:b])
             rows.append((doc, piece, len(cuts), byte_ends[piece + 1] - byte_ends[piece]))
 
-    def save(self, parts, rows):
+    def save(self, parts, rows, val):
         """Writes the ids in shuffled order, so that a shard finds its part of them in one place; returns records."""
         records = np.zeros(len(parts), RECORD)
         if not parts:
             return records
         doc, piece, pieces, records["bytes"] = np.array(rows, np.uint64).T
-        records["doc"], records["piece"], records["worker"] = doc, piece, os.getpid()
+        records["doc"], records["piece"], records["worker"], records["val"] = doc, piece, os.getpid(), val
         records["key"] = sort_keys(doc, piece, pieces, self.options["seed"], self.options["stream"])
         records["tokens"] = [len(part) for part in parts]
         order = np.argsort(records["key"], kind="stable")
@@ -557,37 +959,117 @@ def _run_worker(task):
     return _worker.run(task)
 
 
+class Tally:
+    """Adds up the reports of the workers, so that each file ends in exactly one count."""
+
+    def __init__(self):
+        self.documents, self.text_bytes = Counter(), 0
+        self.reasons = defaultdict(dict)  # reason -> path -> (count, example)
+
+    def add(self, path, documents, text_bytes, skipped):
+        self.documents[path] += documents
+        self.text_bytes += text_bytes
+        for reason, (count, example) in skipped.items():
+            note(self.reasons[reason], path, example, count)
+
+    def counts(self, sources, left_out):
+        """(files left out, what was skipped or repaired within the files read), both reason -> (count, example).
+
+        sources: the files that were to be read; left_out: those that were not, with the same meaning.
+        """
+        left_out, inside = dict(left_out), {}
+        for source in sources:
+            if not self.documents[source.path]:
+                found = {reason: files[source.path] for reason, files in self.reasons.items() if source.path in files}
+                whole = [reason for reason in sorted(found) if reason.startswith("file")]
+                if whole:
+                    note(left_out, whole[0], found[whole[0]][1])
+                else:
+                    why = ", ".join(sorted(found)) or "empty"
+                    note(left_out, "file that holds no document", f"{source.name}: {why}")
+        for reason, files in self.reasons.items():
+            for path, (count, example) in files.items():
+                of_the_file = reason.startswith("file")
+                if self.documents[path] or not of_the_file:
+                    note(inside, reason, example, 1 if of_the_file else count)
+        return left_out, inside
+
+
 # -----------------------------------------------------------------------------
 # Shuffling and gathering
 
 
-def choose_threshold(index, val_fraction):
-    """Documents whose `doc` lies below the result are held out; with two documents or more, both sides get some."""
-    low, high = int(index["doc"].min()), int(index["doc"].max())
-    if val_fraction == 0 or low == high:
-        return 0
-    return min(max(int(val_fraction * 2.0**64), low + 1), high)
+def choose_validation(index, val_fraction):
+    """(whether pieces count as documents, threshold): what has its `side` below the threshold is held out.
+
+    val_fraction: share of the documents; None: as much as the tiny preset needs, within MIN_VAL_SHARE and
+    MAX_VAL_SHARE of the text. If whole documents cannot give about that much, pieces of them are held out. Two
+    documents (or pieces) or more give both sides some; a single one gives (False, 0).
+    """
+    for by_piece in (False, True):
+        low, high = _side_range(index, by_piece)
+        if low == high or val_fraction == 0:
+            continue
+        threshold = int((MIN_VAL_SHARE if val_fraction is None else val_fraction) * 2.0**64)
+        if val_fraction is None:
+            wanted, held_out = _val_tokens_wanted(index, by_piece)
+            threshold = max(threshold, (1 + int(np.searchsorted(held_out, wanted))) << 48)
+        threshold = min(max(threshold, low + 1), high)
+        if val_fraction is not None or by_piece:
+            return by_piece, threshold
+        if wanted / 2 <= held_out[(threshold - 1) >> 48] <= 2 * MAX_VAL_SHARE * held_out[-1]:
+            return by_piece, threshold
+    return False, 0
 
 
-def shuffle(index, threshold, drop_duplicates, building):
-    """Writes the records in sorted order to `order-train` and `order-val`; returns the number of duplicates dropped.
+def side(rows, by_piece):
+    """(N,) uint64: decides by content alone on which side of the split a document (or each piece of it) belongs."""
+    return _mix(rows["doc"] ^ _mix(rows["piece"].astype(np.uint64) + np.uint64(1))) if by_piece else rows["doc"]
+
+
+def _side_range(index, by_piece):
+    ends = [(int(found.min()), int(found.max())) for found in (side(rows, by_piece) for rows in _in_blocks(index))]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+def _val_tokens_wanted(index, by_piece):
+    """(tokens to hold out, (65536,) the tokens that each threshold i + 1 << 48 would hold out)."""
+    bins = np.zeros(1 << 16)
+    for rows in _in_blocks(index):
+        upper = (side(rows, by_piece) >> np.uint64(48)).astype(np.int64)
+        bins += np.bincount(upper, rows["tokens"] + 1.0, len(bins))
+    held_out = np.cumsum(bins)
+    return min(TINY_VAL_TOKENS + 1, MAX_VAL_SHARE * held_out[-1]), held_out
+
+
+def _in_blocks(index):
+    return (index[first:first + SORT_ROWS] for first in range(0, len(index), SORT_ROWS))
+
+
+def shuffle(index, val_fraction, drop_duplicates, building, has_val_files=False):
+    """Writes the records in sorted order to `order-train` and `order-val`; returns what was dropped, as counts.
 
     Sorts one range of keys after the other, so memory stays bounded.
     """
-    duplicates = 0
+    dropped = {"duplicates_dropped": 0, "copies_of_validation_dropped": 0}
+    val_docs = np.unique(index["doc"][index["val"] == 1])
+    by_piece, threshold = (False, 0) if has_val_files else choose_validation(index, val_fraction)
     borders = np.linspace(0, 2.0**64, 1 + -(-len(index) // SORT_ROWS)).tolist()
     with open(building / "order-train", "wb") as train, open(building / "order-val", "wb") as val:
         for low, high in pairwise(map(int, borders)):
             rows = index[(index["key"] >= np.uint64(low)) & (index["key"] <= np.uint64(high - 1))]
-            rows = rows[np.lexsort((rows["piece"], rows["doc"], rows["key"]))]
+            rows = rows[np.lexsort((rows["piece"], 1 - rows["val"], rows["doc"], rows["key"]))]
+            copies = (rows["val"] == 0) & np.isin(rows["doc"], val_docs)
+            dropped["copies_of_validation_dropped"] += int(np.sum(copies & (rows["piece"] == 0)))
+            rows = rows[~copies]
             if drop_duplicates and len(rows):
                 again = np.append(False, (rows["key"][1:] == rows["key"][:-1]) & (rows["doc"][1:] == rows["doc"][:-1]))
-                duplicates += int(np.sum(again & (rows["piece"] == 0)))
+                dropped["duplicates_dropped"] += int(np.sum(again & (rows["piece"] == 0)))
                 rows = rows[~again]
-            held_out = rows["doc"] < np.uint64(threshold)
+            held_out = rows["val"] == 1 if has_val_files else side(rows, by_piece) < np.uint64(threshold)
             train.write(rows[~held_out])
             val.write(rows[held_out])
-    return duplicates
+    return dropped
 
 
 def cut_into_shards(order_file, shard_tokens):
@@ -609,18 +1091,18 @@ def write_shard(task):
     order = np.memmap(building / f"order-{split}", RECORD, "r", first * RECORD.itemsize, rows)
     sizes = order["tokens"] + np.int64(1)
     places = np.cumsum(sizes) - sizes
-    ids = np.full(int(sizes.sum()), tokenizer["bos_id"], np.uint16)
-    width = np.uint8 if tokenizer["name"] == "bytes" else np.uint16
+    shard_type = np.uint16 if tokenizer["vocab_size"] <= 65_536 else np.uint32
+    ids = np.full(int(sizes.sum()), tokenizer["bos_id"], shard_type)
     reading = np.lexsort((order["start"], order["worker"]))  # ascending through the files, for the disk's sake
     for worker in np.unique(order["worker"]).tolist():
-        found = np.memmap(building / f"ids-{worker}", width, "r")
+        found = np.memmap(building / f"ids-{worker}", text_id_type(tokenizer["vocab_size"]), "r")
         mine = reading[order["worker"][reading] == worker]
         for place, start, size in zip(places[mine].tolist(), order["start"][mine].tolist(), sizes[mine].tolist()):
             ids[place + 1:place + size] = found[start:start + size - 1]
     header = np.zeros(256, "<i4")
     header[:6] = MAGIC, VERSION, len(ids), tokenizer["vocab_size"], tokenizer["bos_id"], ids.itemsize
     header[8:16] = np.frombuffer(bytes.fromhex(tokenizer["sha256"]), "<i4")
-    ids = ids.astype("<u2", copy=False)
+    ids = ids.astype(f"<u{ids.itemsize}", copy=False)
     digest = hashlib.sha256(header)
     digest.update(ids)
     _write_synced(building / name, header, ids)
@@ -631,23 +1113,45 @@ def write_shard(task):
 # -----------------------------------------------------------------------------
 # The whole job
 
+Job = namedtuple("Job", "files val_files left_out folders tokenizer_json options description")
 
-def describe_job(files, inputs, options):
-    """What decides the result, for the manifest: a second run with the same description has nothing to do."""
+
+def prepare(inputs, *, out_dir=None, val=None, tokenizer="gpt2", vocab_dir=None, **options):
+    """The Job to make shards of `inputs`; see build_shards for the options. Reads names and sizes, writes nothing.
+
+    Raises InputError (one line that says what to do) and LookupError when GPT-2's vocabulary is not at hand.
+    """
+    check_options(options)
+    finder = Finder(options["exclude"], out_dir)
+    if val:
+        finder.add(val)
+    val_files = finder.take([val]) if val else []
+    for given in inputs:
+        finder.add(given)
+    files = finder.take(inputs)
+    tokenizer_json = load_tokenizer(tokenizer, vocab_dir)
+    options["tokenizer"] = json.loads(tokenizer_json)["name"]
+    description = {"script": "text.py", "layout": LAYOUT, "options": options,
+                   "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
+                   "sources": _describe(files, inputs),
+                   "validation_sources": _describe(val_files, [val] if val else [])}
+    return Job(files, val_files, finder.left_out, finder.folders, tokenizer_json, options, description)
+
+
+def _describe(files, inputs):
+    """What the manifest tells of the input; it changes when a file does."""
     listing = hashlib.sha256()
     for f in files:
         listing.update(f"{f.name}\0{f.size}\0{f.mtime_ns}\n".encode(errors="surrogateescape"))
-    names = sorted({Path(i).resolve().name for i in inputs})
-    sources = {"inputs": names[:20], "files": len(files), "bytes": sum(f.size for f in files),
-               "names_sizes_mtimes_sha256": listing.hexdigest()}
-    return {"script": "text.py", "layout": LAYOUT, "options": options, "sources": sources}
+    return {"inputs": sorted({one_line(label(given)) for given in inputs})[:20], "files": len(files),
+            "bytes": sum(f.size for f in files), "names_sizes_mtimes_sha256": listing.hexdigest()}
 
 
 def check_options(options):
     """Raises InputError for a value out of range."""
+    val_fraction = options["val_fraction"]
     for name, fine, rule in (
-            ("tokenizer", options["tokenizer"] in ("gpt2", "bytes"), "gpt2 or bytes"),
-            ("val_fraction", 0 <= options["val_fraction"] < 1, "at least 0 and below 1"),
+            ("val_fraction", val_fraction is None or 0 <= val_fraction < 1, "at least 0 and below 1"),
             ("max_doc_tokens", options["max_doc_tokens"] == 0 or options["max_doc_tokens"] >= 16, "0 (off) or 16 up"),
             ("shard_tokens", 1 <= options["shard_tokens"] < 2**31, "1 up to 2147483647")):
         if not fine:
@@ -657,42 +1161,62 @@ def check_options(options):
             re.compile(options["exclude"])
     except (re.error, RecursionError, OverflowError) as e:
         raise InputError(f"--exclude={options['exclude']}: not a regular expression ({e})") from None
+    encoding = options.get("encoding", "")
+    try:
+        with contextlib.suppress(UnicodeError):  # a single byte is not valid in all encodings
+            b"a".decode(encoding or "utf-8")
+    except (LookupError, ValueError):
+        raise InputError(f"--encoding={encoding}: unknown; the usual ones are utf-16, gb18030, big5, shift_jis, "
+                         "euc_kr, cp1251, cp1252") from None
 
 
-def build_shards(inputs, out_dir, *, tokenizer, vocab_dir=None, val_fraction=0.005, max_doc_tokens=0, seed=0,
-                 stream=False, processes=None, shard_tokens=100_000_000, text_column="text", exclude="",
-                 drop_duplicates=False):
+def build_shards(inputs, out_dir, *, processes=None, val_fraction=0.005, max_doc_tokens=0, seed=0, stream=False,
+                 shard_tokens=100_000_000, text_column="text", encoding="", split="", exclude="",
+                 drop_duplicates=False, **more):
     """Tokenises `inputs` (files and folders) into shards in `out_dir`; returns the manifest it wrote there.
 
-    Replaces the shards of an earlier run. Until all is done nothing but a temporary folder is written, and no run
-    leaves that behind. Raises InputError (one line that says what to do), LookupError when GPT-2's vocabulary is not
-    at hand, OSError when `out_dir` cannot be written. The result does not depend on `processes` (default: all cores).
+    more: tokenizer ("gpt2", "bytes" or the path of a tokenizer.json), vocab_dir (GPT-2's vocab.bpe and encoder.json),
+    val (a file or folder of validation text). The other options are those of the command line. Raises InputError,
+    LookupError when GPT-2's vocabulary is not at hand, OSError when `out_dir` cannot be written.
     """
-    options = dict(tokenizer=tokenizer, val_fraction=val_fraction, max_doc_tokens=max_doc_tokens, seed=seed,
-                   stream=stream, shard_tokens=shard_tokens, text_column=text_column, exclude=exclude,
-                   drop_duplicates=drop_duplicates)
-    check_options(options)
-    files = find_files(inputs, exclude)
-    tokenizer_json = gpt2_tokenizer_json(vocab_dir) if tokenizer == "gpt2" else bytes_tokenizer_json()
-    spec = json.loads(tokenizer_json)
-    about = {"name": tokenizer, "sha256": hashlib.sha256(tokenizer_json).hexdigest(),
+    return build(prepare(inputs, out_dir=out_dir, val_fraction=val_fraction, max_doc_tokens=max_doc_tokens, seed=seed,
+                         stream=stream, shard_tokens=shard_tokens, text_column=text_column, encoding=encoding,
+                         split=split, exclude=exclude, drop_duplicates=drop_duplicates, **more), out_dir, processes)
+
+
+def build(job, out_dir, processes=None, min_tokens=0):
+    """Writes the shards of a Job; returns the manifest. InputError if the text has fewer than `min_tokens` tokens.
+
+    Replaces the shards of an earlier run. Until all is done nothing but a temporary folder is written, and no run
+    leaves that behind. The result does not depend on `processes` (default: all cores).
+    """
+    spec, options = json.loads(job.tokenizer_json), job.options
+    about = {"name": spec["name"], "sha256": hashlib.sha256(job.tokenizer_json).hexdigest(),
              "vocab_size": len(spec["ranks"]) + len(spec["special_tokens"]), "bos_id": spec["bos_id"]}
     processes = processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     with _temporary_folder(Path(out_dir)) as building:
-        _write_synced(building / "tokenizer.json", tokenizer_json)
-        with _workers(processes, files, building, options) as pool:
-            counts = _tokenise(pool, 2 * processes + 2, files, building, options)
+        _write_synced(building / "tokenizer.json", job.tokenizer_json)
+        with _workers(processes, [*job.files, *job.val_files], building, options) as pool:
+            counts = _tokenise(pool, 2 * processes + 2, job, building)
             index = np.memmap(building / "index", RECORD, "r")
-            threshold = choose_threshold(index, val_fraction)
-            counts["duplicates_dropped"] = shuffle(index, threshold, drop_duplicates, building)
-            tasks = [(building, about, split, number, *span) for split in ("train", "val")
-                     for number, span in enumerate(cut_into_shards(building / f"order-{split}", shard_tokens))]
+            counts |= shuffle(index, options["val_fraction"], options["drop_duplicates"], building, bool(job.val_files))
+            _need_tokens(building, min_tokens)
+            tasks = [(building, about, split, number, *span) for split in ("train", "val") for number, span in
+                     enumerate(cut_into_shards(building / f"order-{split}", options["shard_tokens"]))]
             written = _in_parallel(pool, write_shard, tasks, MAX_GATHERERS)
             entries = dict(tqdm(written, "writing shards", len(tasks), leave=False, disable=None))
-        made_by = describe_job(files, inputs, options) | {"counts": counts}
-        manifest = {"format": 1, "tokenizer": about, "files": entries, "made_by": made_by}
+        manifest = {"format": 1, "tokenizer": about, "files": entries, "made_by": job.description | {"counts": counts}}
         _publish(building, Path(out_dir), manifest)
     return manifest
+
+
+def _need_tokens(building, min_tokens):
+    orders = [building / f"order-{split}" for split in ("train", "val")]
+    found = [np.memmap(path, RECORD, "r") for path in orders if os.path.getsize(path)]
+    tokens = sum(int(rows["tokens"].sum(dtype=np.int64)) + len(rows) for block in found for rows in _in_blocks(block))
+    if tokens < min_tokens:
+        raise InputError(f"the text has {tokens:,} tokens, which is too little to train on; give at least "
+                         f"{min_tokens:,} (a byte is a token with --tokenizer=bytes, about 4 bytes with gpt2)")
 
 
 @contextlib.contextmanager
@@ -760,34 +1284,47 @@ def _in_parallel(pool, function, tasks, window):
     yield from (future.result() for future in futures.as_completed(pending))
 
 
-def _tokenise(pool, window, files, building, options):
+def _tokenise(pool, window, job, building):
     """Runs all tokenising tasks, with a progress bar; writes the records to `index` and returns the counts."""
-    skipped, documents, text_bytes, tokens = {}, 0, 0, 0
-    tasks = plan_tasks(files, options["text_column"], options["val_fraction"], skipped)
-    start = time.perf_counter()
+    tally, tokens, start = Tally(), 0, time.perf_counter()
+    sources = [*job.files, *job.val_files]
+    tasks = ((*task, val) for val, files in enumerate((job.files, job.val_files))
+             for task in plan_tasks(files, *(job.options[name] for name in ("text_column", "encoding", "split"))))
     with open(building / "index", "wb") as index, tqdm(
-            total=sum(f.size for f in files), disable=None, leave=False, desc="tokenising",
+            total=sum(f.size for f in sources), disable=None, leave=False, desc="tokenising",
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-        for size, records, *more, damaged in _in_parallel(pool, _run_worker, tasks, window):
+        for size, records, reports in _in_parallel(pool, _run_worker, tasks, window):
             index.write(records)
-            documents, text_bytes = documents + more[0], text_bytes + more[1]
             tokens += int(records["tokens"].sum()) + len(records)
-            for reason, (count, example) in damaged.items():
-                before = skipped.get(reason, (0, example))
-                skipped[reason] = (before[0] + count, min(before[1], example))
-            mb = text_bytes / 1e6
+            for report in reports:
+                tally.add(*report)
+            mb = tally.text_bytes / 1e6
             speed = mb / (time.perf_counter() - start)
             bar.set_postfix_str(f"{mb:.0f} MB, {speed:.1f} MB/s, {tokens / 1e6:.1f}M tokens", refresh=False)
             bar.update(size)
-    if not documents:
-        raise InputError(f"no usable text found in {len(files)} file(s), the first being {files[0].path}"
-                         + "".join(f"; {line}" for line in tell_skipped(skipped)))
-    return {"documents": documents, "text_bytes": text_bytes, "skipped": {k: list(v) for k, v in skipped.items()}}
+    left_out, skipped = tally.counts(sources, job.left_out)
+    if not tokens:
+        raise InputError(f"no usable text found in {len(sources)} file(s), the first being {sources[0].path}; "
+                         + "; ".join(tell(left_out) + tell(skipped)))
+    read = sum(tally.documents[f.path] > 0 for f in sources)
+    found = read + sum(count for count, _ in left_out.values())
+    return {"documents": tally.documents.total(), "text_bytes": tally.text_bytes,
+            "files": {"found": found, "read": read, "left_out": _as_lists(left_out)},
+            "folders_left_out": _as_lists(job.folders), "skipped": _as_lists(skipped)}
 
 
-def tell_skipped(skipped):
-    """One line a reason: what was skipped, how often, and an example."""
-    return [f"{count} x {reason} ({example})" for reason, (count, example) in sorted(skipped.items())]
+def _as_lists(counts):
+    return {reason: [count, one_line(example)] for reason, (count, example) in counts.items()}
+
+
+def tell(counts):
+    """One line a reason: what was left out, how often, and an example; the kinds that are not read share a line."""
+    kinds = {reason: count for reason, (count, _) in counts.items() if reason.startswith(ANOTHER_KIND)}
+    by_count = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    listing = ", ".join(f"{reason.removeprefix(ANOTHER_KIND).strip()} {count}" for reason, count in by_count)
+    lines = [f"{sum(kinds.values())} x {ANOTHER_KIND} ({listing})"] if kinds else []
+    return lines + [one_line(f"{count} x {reason} ({example})") for reason, (count, example) in sorted(counts.items())
+                    if reason not in kinds]
 
 
 def _write_synced(path, *parts):
@@ -809,13 +1346,109 @@ def _publish(building, out_dir, manifest):
 
 
 # -----------------------------------------------------------------------------
+# The command that trains on the result
+
+
+def next_step(out_dir, manifest):
+    """The lines that end the summary: a command that trains to the end, or one line that says what is missing."""
+    files, made_by = manifest["files"], manifest["made_by"]
+    tokens = {split: sum(e["tokens"] for n, e in files.items() if n.startswith(split)) for split in ("train", "val")}
+    if not tokens["val"] or not tokens["train"]:
+        return [_why_one_side(tokens, made_by)]
+    needed = packs_of_steps(TINY_STEPS)
+    packs = count_packs(out_dir, manifest, needed)
+    steps, epochs = fit_run(packs)
+    advice = ("" if 0 < made_by["options"]["max_doc_tokens"] <= PACK_TOKENS else f" It reads the first {PACK_TOKENS} "
+              f"tokens of a document: --max_doc_tokens={PACK_TOKENS} makes it read all.")
+    if steps < MIN_STEPS:
+        return [f"no next command: the tiny preset could read {packs * PACK_TOKENS:,} training tokens, which is too "
+                f"little.{advice or ' Give more text.'}"]
+    lines = []
+    if packs < needed:
+        times = f"{epochs} times" if steps == TINY_STEPS else f"{epochs} times, in {steps} steps"
+        lines.append(f"The tiny preset reads {needed * PACK_TOKENS:,} training tokens. This text gives it "
+                     f"{packs * PACK_TOKENS:,} (documents are cut where a pack of {PACK_TOKENS} tokens is full). "
+                     f"So the command reads the text {times}.{advice}")
+    flags = [f"--train_files={_pattern(out_dir, 'train')}", f"--val_files={_pattern(out_dir, 'val')}"]
+    if tokens["val"] <= TINY_VAL_TOKENS:
+        fitting = tokens["val"] - 1
+        flags.append(f"--val_tokens={fitting // 512 * 512 or fitting}")
+    flags += [f"--epochs={epochs}"] * (epochs > 1) + [f"--num_iterations={steps}"] * (steps < TINY_STEPS)
+    script = shlex.quote(shown(HERE.parent / "train_gpt.py"))
+    return [*lines, f"next: python {script} --preset=tiny {' '.join(flags)}"]
+
+
+def _why_one_side(tokens, made_by):
+    if not tokens["train"]:
+        return "no next command: all training text is in the validation text, too; give other text to --val"
+    if made_by["validation_sources"]["files"]:
+        return "no next command: the files of --val hold no text; name others"
+    if made_by["options"]["val_fraction"] == 0:
+        return "no next command: there is no validation text; leave out --val_fraction=0 or name some with --val=FILE"
+    return ("no next command: a single document cannot be divided into training and validation text; give more text, "
+            "name validation text with --val=FILE, or leave out --max_doc_tokens")
+
+
+def packs_of_steps(steps):
+    """How many packs the tiny preset reads in this many steps."""
+    small = round(steps / 3)  # steps of 2,048 tokens; the others have 4,096
+    return 4 * small + 8 * (steps - small)
+
+
+def count_packs(out_dir, manifest, limit):
+    """How many packs the training shards fill, counted as the trainer fills them, up to `limit`.
+
+    A pack takes whole documents, PACK_TOKENS of each at most; the rest of the one that fills it up is not read.
+    """
+    packs, room = 0, PACK_TOKENS
+    for name in sorted(name for name in manifest["files"] if name.startswith("train")):
+        for length in _document_lengths(out_dir / name, manifest["tokenizer"]):
+            room -= min(length, PACK_TOKENS, room)
+            if room == 0:
+                packs, room = packs + 1, PACK_TOKENS
+                if packs == limit:
+                    return packs
+    return packs
+
+
+def _document_lengths(path, tokenizer, block=1 << 22):
+    """Yields the tokens of each document of a shard, the begin-of-document id included."""
+    ids = np.memmap(path, "<u2" if tokenizer["vocab_size"] <= 65_536 else "<u4", "r", offset=1024)
+    start = 0
+    for low in range(0, len(ids), block):
+        for begin in (np.flatnonzero(ids[low:low + block] == tokenizer["bos_id"]) + low).tolist():
+            if begin > start:
+                yield begin - start
+            start = begin
+    yield len(ids) - start
+
+
+def fit_run(packs):
+    """(steps, epochs) of the longest run of the tiny preset that this many packs of training text are enough for."""
+    needed = packs_of_steps(TINY_STEPS)
+    if packs >= needed:
+        return TINY_STEPS, 1
+    an_epoch = packs - max(1, -(-packs // 20))  # documents in another order fill a few packs more or less
+    epochs = min(-(-needed // max(an_epoch, 1)), MAX_EPOCHS)
+    steps = max(n for n in range(TINY_STEPS + 1) if packs_of_steps(n) <= max(epochs * an_epoch, 0))
+    return steps, epochs
+
+
+def _pattern(out_dir, split):
+    """The glob of the shards of one split, quoted for the shell."""
+    return shlex.quote(f"{glob.escape(shown(out_dir))}/{split}_*.bin")
+
+
+def shown(path):
+    """A path as it is short to type from the current folder."""
+    path = Path(path).resolve()
+    relative = os.path.relpath(path, Path.cwd().resolve())
+    relative = f"./{relative}" if relative.startswith("-") else relative
+    return min(relative, str(path), key=len)
+
+
+# -----------------------------------------------------------------------------
 # Command line
-
-
-def one_line(message):
-    """The message as a line that a terminal only shows, whatever a file or a flag put into it."""
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(message).split()))
-    return line if len(line) <= 1000 else f"{line[:600]} ... {line[-300:]}"
 
 
 def fail(message):
@@ -824,37 +1457,54 @@ def fail(message):
     raise SystemExit(2)
 
 
+def path_argument(given):
+    """A path from the command line; `~` is the home folder where the shell left it as it is, as in --out=~/x."""
+    if not given:
+        raise argparse.ArgumentTypeError("the path is empty; name a file or a folder")
+    return Path(given if os.path.lexists(given) else os.path.expanduser(given))
+
+
 def parse_args(argv=None):
     """The command line as a namespace; a mistake ends in `fail`."""
     parser = argparse.ArgumentParser(
         prog="text.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__, allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="PATH",
-        help="files and folders to read; a text file is one document (above 8 MiB, or when it is the only input, it is "
-             "cut at paragraph ends into several), .jsonl and .parquet hold one document a row; "
-             "default: the sources and documentation of this machine's Python library, identical ones once")
-    add("--out", type=Path, help="folder to write to; default: data/<name of the input>/, data/local/ without input")
-    add("--tokenizer", choices=("gpt2", "bytes"),
-        help="default: gpt2 when its vocabulary is at hand, else bytes (256 byte values, needs nothing)")
-    add("--vocab_dir", type=Path, help="folder with GPT-2's vocab.bpe and encoder.json; default: tiktoken's cache")
-    add("--val_fraction", type=float, default=0.005,
-        help="share of the documents held out, chosen by their sha256; given two documents, at least one is held out "
-             "and one is not; 0: none (default: %(default)s)")
-    add("--max_doc_tokens", type=int,
-        help="longer documents become pieces of at most so many tokens, each a document of its own that ends at a "
-             "paragraph end (else at a line, sentence or word end); nothing is lost; 0: off (default: 0, without input 1024)")
-    add("--stream", action="store_true",
-        help=f"shuffle chunks, not documents: long documents are cut as by --max_doc_tokens (when that is 0, at "
-             f"{CHUNK_TOKENS} tokens), each chunk starts with the begin-of-document id, and the chunks of a document "
-             f"are spread at even distances over all shards, so that neighbouring batches never come from one source "
-             f"file and the loss shows no pattern from file order. Without it, whole documents are shuffled")
-    add("--seed", type=int, default=0, help="seed of the shuffle (default: %(default)s)")
-    add("--processes", type=int, help="worker processes; does not change the result; default: all cores")
-    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard, at most (default: %(default)s)")
+    add("inputs", nargs="*", metavar="PATH", type=path_argument,
+        help="files and folders to read. A text file is one document (above 8 MiB several, cut at paragraph ends); "
+             ".jsonl and .parquet hold one document a row. Default: the sources and documentation of this machine's "
+             "Python library, identical ones once")
+    add("--out", type=path_argument,
+        help="folder to write to; default: data/<name of the input>/, data/local/ without input")
+    add("--val", type=path_argument, metavar="PATH",
+        help="file or folder of validation text; default: a part of the input is held out")
+    add("--val_fraction", type=float,
+        help=f"share of the documents held out, chosen by their sha256; two documents or more give both sides some; "
+             f"0: none; default: what the tiny preset validates on ({TINY_VAL_TOKENS:,} tokens), but at least "
+             f"{MIN_VAL_SHARE:.1%} and about {MAX_VAL_SHARE:.0%} at most".replace("%", "%%"))
+    add("--tokenizer", metavar="gpt2|bytes|FILE",
+        help="FILE: a tokenizer.json in this project's format; default: gpt2 when its vocabulary is at hand, else "
+             "bytes (256 byte values, needs nothing)")
+    add("--vocab_dir", type=path_argument,
+        help="folder with GPT-2's vocab.bpe and encoder.json; default: tiktoken's cache")
+    add("--max_doc_tokens", type=int, default=PACK_TOKENS,
+        help="longer documents are split into pieces of at most this many tokens. Each piece becomes a document and "
+             "ends at a paragraph end (else at a line, sentence or word end); nothing is lost. The tiny preset reads "
+             "no more than the first 512 tokens of a document. 0: do not split (default: %(default)s)")
+    add("--split", metavar="TEXT", default="",
+        help="what separates the documents within a text file, such as '<|endoftext|>'; \\n in it is a line end")
+    add("--encoding", default="",
+        help="how to read text files that are not UTF-8, such as utf-16, gb18030, cp1251, cp1252")
     add("--text_column", default="text", help="column of .jsonl and .parquet to read (default: %(default)s)")
     add("--exclude", default="", metavar="REGEX", help="leave out files whose path contains this regular expression")
     add("--drop_duplicates", action="store_true", help="keep only one of identical documents")
+    add("--stream", action="store_true",
+        help=f"spread the pieces of a document at even distances over all shards, so that neighbouring batches never "
+             f"come from one source file (with --max_doc_tokens=0 the pieces have {CHUNK_TOKENS} tokens at most). "
+             f"Without it, documents and pieces are shuffled")
+    add("--seed", type=int, default=0, help="seed of the shuffle (default: %(default)s)")
+    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard, at most (default: %(default)s)")
+    add("--processes", type=int, help="worker processes; does not change the result; default: all cores")
     add("--force", action="store_true", help="build even if the result is there, or beside shards of another origin")
     argv = sys.argv[1:] if argv is None else argv
     if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
@@ -862,25 +1512,35 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.processes is not None and args.processes < 1:
         fail(f"--processes={args.processes}: must be at least 1")
+    if args.val and args.val_fraction is not None:
+        fail("--val and --val_fraction contradict each other; leave one of them out")
+    args.split = args.split.replace("\\n", "\n").replace("\\t", "\t")
     return args
 
 
 def choose_tokenizer(args):
-    """(name, why) of the tokenizer to use; fails when gpt2 was asked for and is not at hand."""
-    if args.tokenizer == "bytes":
-        return "bytes", "as asked for"
+    """(tokenizer, why) to use; fails when one was asked for that is not at hand."""
+    name, why = args.tokenizer, "as asked for"
+    if name == "bytes":
+        return name, why
     try:
+        if name not in (None, "gpt2"):
+            name = path_argument(name)
+            if not json.loads(tokenizer_file_json(name))["pattern"]:
+                return name, why
         import tiktoken  # noqa: F401
 
-        gpt2_tokenizer_json(args.vocab_dir)
-        return "gpt2", f"vocabulary from {args.vocab_dir or 'the cache of tiktoken'}"
+        if name in (None, "gpt2"):
+            gpt2_tokenizer_json(args.vocab_dir)
+            return "gpt2", f"vocabulary from {args.vocab_dir or 'the cache of tiktoken'}"
+        return name, why
     except ImportError:
         why, remedy = "tiktoken is not installed", "pip install tiktoken"
     except LookupError as e:
         why, remedy = str(e), ("pass --vocab_dir=FOLDER with GPT-2's vocab.bpe and encoder.json, or let tiktoken fetch "
                                "them once: python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\"")
-    if args.tokenizer == "gpt2" or args.vocab_dir:
-        fail(f"--tokenizer=gpt2: {why}; {remedy}, or use --tokenizer=bytes")
+    if args.tokenizer or args.vocab_dir:
+        fail(f"--tokenizer={args.tokenizer or 'gpt2'}: {why}; {remedy}, or use --tokenizer=bytes")
     return "bytes", f"gpt2 is not at hand: {why}; to change that, {remedy}"
 
 
@@ -890,7 +1550,7 @@ def check_out_dir(out_dir, job, force):
         if not (out_dir / "manifest.json").is_file():  # reading a pipe would wait for its writer
             raise FileNotFoundError
         with open(out_dir / "manifest.json", "rb") as file:
-            old = json.loads(file.read(MANIFEST_BYTES))
+            old = json.loads(file.read(JSON_BYTES))
         names, sizes = {*old["files"].keys()}, {name: entry["size"] for name, entry in old["files"].items()}
         same = {key: old["made_by"].get(key) for key in job} == job
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -905,27 +1565,42 @@ def check_out_dir(out_dir, job, force):
 
 
 def summarize(manifest, out_dir, seconds):
-    """Prints what was made from what, how fast, and what to type next."""
+    """Prints what was read and what was left out, what was made of it, and how fast."""
     counts, files = manifest["made_by"]["counts"], manifest["files"]
     tokens = {split: sum(e["tokens"] for n, e in files.items() if n.startswith(split)) for split in ("train", "val")}
     pieces = sum(e["documents"] for e in files.values())
     held_out = sum(e["documents"] for n, e in files.items() if n.startswith("val"))
-    for line in tell_skipped(counts["skipped"]):
-        print(f"skipped or repaired: {line}")
-    print(f"{counts['documents']:,} documents, {counts['text_bytes'] / 1e6:.1f} MB of text"
-          + (f", {counts['duplicates_dropped']:,} duplicates dropped" if counts["duplicates_dropped"] else "")
-          + f", in {seconds:.1f} s ({counts['text_bytes'] / 1e6 / seconds:.1f} MB/s)")
-    print(f"{tokens['train']:,} training tokens and {tokens['val']:,} validation tokens ({held_out:,} of {pieces:,} "
-          f"{'documents' if pieces <= counts['documents'] else 'pieces'}), tokenizer {manifest['tokenizer']['name']}")
-    shown = Path(os.path.relpath(out_dir)) if out_dir.resolve().is_relative_to(Path.cwd()) else out_dir
-    print(f"wrote {shown}/: {', '.join(sorted(files)[:4])}{', ...' if len(files) > 4 else ''}, tokenizer.json, "
-          f"manifest.json ({len(files)} shards, {sum(e['size'] for e in files.values()) / 1e6:.1f} MB)")
-    if tokens["val"]:
-        patterns = f"--train_files={shown}/train_*.bin --val_files={shown}/val_*.bin"
-        print(f"next: python train_gpt.py --preset=tiny {patterns}")
-    else:
-        print("no validation shard: " + ("--val_fraction=0" if manifest["made_by"]["options"]["val_fraction"] == 0
-                                         else "one document cannot be divided; give more text"))
+    found = counts["files"]
+    print(f"{_count(found['found'], 'file')} found, {found['read']:,} read, "
+          f"{found['found'] - found['read']:,} left out")
+    for heading, reasons in (("left out", found["left_out"]), ("not entered", counts["folders_left_out"]),
+                             ("skipped or repaired", counts["skipped"])):
+        for line in tell(reasons):
+            print(f"  {heading}: {line}")
+    for key, what in (("duplicates_dropped", "duplicate"), ("copies_of_validation_dropped", "copy of a --val text")):
+        if counts[key]:
+            print(f"  dropped: {counts[key]} x {what}")
+    print(f"{_count(counts['documents'], 'document')}, {counts['text_bytes'] / 1e6:.1f} MB of text, in {seconds:.1f} s "
+          f"({counts['text_bytes'] / 1e6 / seconds:.1f} MB/s)")
+    print(f"{tokens['train']:,} training tokens and {tokens['val']:,} validation tokens ({held_out:,} of "
+          f"{_count(pieces, 'document' if pieces <= counts['documents'] else 'piece')}), tokenizer "
+          f"{one_line(manifest['tokenizer']['name'])}")
+    print(f"wrote {one_line(shown(out_dir))}/: {', '.join(sorted(files)[:4])}{', ...' if len(files) > 4 else ''}, "
+          f"tokenizer.json, manifest.json ({len(files)} shards, {sum(e['size'] for e in files.values()) / 1e6:.1f} MB)")
+
+
+def _count(number, noun):
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def default_out_dir(inputs):
+    """data/<names of the inputs without their endings>, in letters that need no quotes in a shell."""
+    endings = "|".join(ending[1:] for ending in (*TEXT_ENDINGS, *LINE_ENDINGS, *PACKED_ENDINGS, ".parquet"))
+    stems = [re.sub(rf"(\.({endings}))+$", "", label(given), flags=re.I) for given in inputs]
+    out_dir = HERE / (re.sub(r"[^\w.-]+|^[.-]+", "_", "_".join(dict.fromkeys(stems))[:80]) or "text")
+    if out_dir in (Path(given).resolve() for given in inputs):
+        out_dir = out_dir.with_name(out_dir.name + "_shards")
+    return out_dir
 
 
 def main():
@@ -933,29 +1608,30 @@ def main():
     args = parse_args()
     inputs = args.inputs
     if not inputs:  # always there, so that the project has real text to train on without any download
-        inputs, args.exclude = [sysconfig.get_path("stdlib")], args.exclude or BROKEN_ON_PURPOSE
+        inputs, args.exclude = [Path(sysconfig.get_path("stdlib"))], args.exclude or BROKEN_ON_PURPOSE
         args.drop_duplicates, args.out = True, args.out or HERE / "local"
-    stems = [re.sub(r"(\.(jsonl|gz|xz|zst|parquet|txt|md|rst|py|html))+$", "", Path(i).resolve().name) for i in inputs]
-    out_dir = args.out or HERE / ("_".join(dict.fromkeys(stems))[:80] or "text")
-    if not args.out and out_dir in (Path(i).resolve() for i in inputs):
-        out_dir = out_dir.with_name(out_dir.name + "_shards")
+    out_dir = args.out or default_out_dir(inputs)
+    if not shown(out_dir).isprintable():
+        fail(f"--out={out_dir}: the name holds characters that cannot be typed; choose another folder")
     tokenizer, why = choose_tokenizer(args)
-    max_doc_tokens = args.max_doc_tokens if args.max_doc_tokens is not None else 0 if args.inputs else 1024
-    options = dict(tokenizer=tokenizer, val_fraction=args.val_fraction, max_doc_tokens=max_doc_tokens,
-                   seed=args.seed, stream=args.stream, shard_tokens=args.shard_tokens, text_column=args.text_column,
-                   exclude=args.exclude, drop_duplicates=args.drop_duplicates)
-    check_options(options)
-    job = describe_job(find_files(inputs, args.exclude), inputs, options)
-    if check_out_dir(out_dir, job, args.force):
-        print(f"{out_dir} already holds this result: nothing to do (--force builds it again)")
-        return
-    print(f"tokenizer: {tokenizer} ({why})")
-    manifest = build_shards(inputs, out_dir, vocab_dir=args.vocab_dir, processes=args.processes, **options)
-    summarize(manifest, out_dir, time.perf_counter() - start)
+    names = ("val val_fraction max_doc_tokens seed stream shard_tokens text_column encoding split exclude "
+             "drop_duplicates vocab_dir").split()
+    job = prepare(inputs, out_dir=out_dir, tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
+    manifest = check_out_dir(out_dir, job.description, args.force)
+    if manifest:
+        print(f"{one_line(shown(out_dir))} already holds this result: nothing to do (--force builds it again)")
+    else:
+        manifest = build(job, out_dir, args.processes, MIN_TOKENS)
+        print(f"tokenizer: {one_line(tokenizer)} ({one_line(why)})")
+        summarize(manifest, out_dir, time.perf_counter() - start)
+    print("\n".join(next_step(out_dir, manifest)))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the temporary folder goes too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
     try:
         main()
     except (InputError, LookupError) as e:
@@ -965,7 +1641,8 @@ if __name__ == "__main__":
     except BrokenPipeError:  # nobody reads the summary (`| head`); the shards are in place by then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
-        fail(f"cannot write {e.filename or 'the shards'}: {e.strerror or e}; free some space or choose another --out")
+        remedy = "free some space or " if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        fail(f"cannot write {e.filename or 'the shards'}: {e.strerror or e}; {remedy}choose another --out")
     except KeyboardInterrupt:
         print("text.py: interrupted; start it again to build the shards", file=sys.stderr)
         raise SystemExit(130) from None

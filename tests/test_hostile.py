@@ -998,7 +998,7 @@ def test_a_line_without_end_is_left_out(ending, folder, monkeypatch):
     rows = [json.dumps({"text": letter * size}) for letter, size in (("a", 20), ("b", 5000), ("c", 30), ("d", 980))]
     path, skipped = folder / f"x{ending}", {}
     (gzip.open if ending.endswith("gz") else open)(path, "wb").writelines(row.encode() + b"\n" for row in rows)
-    found = [document for _, units in text.plan_tasks(text.find_files([path]), "text", 0, skipped)
+    found = [document for _, units in text.plan_tasks(text.find_files([path]), "text")
              for unit in units for _, document in text.read_documents(unit, "text", skipped)]
     assert found == ["a" * 20, "c" * 30, "d" * 980] and [count for count, _ in skipped.values()] == [1], skipped
 

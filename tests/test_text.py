@@ -1,14 +1,16 @@
 """data/text.py: what goes in comes out, in an order that only content and seed decide.
 
-Proves: each kind of input decodes back to its text; header, manifest and tokenizer.json are as README describes; the
-result is the same for 1, 2 and 3 processes and any order of files; validation is chosen by hash; pieces end at
-paragraph ends and lose nothing; --stream spreads the pieces of a file; user mistakes get one line and leave no file.
+Proves: each kind of input decodes back to its text; every file is counted as read or as left out for a reason; header,
+manifest and tokenizer.json are as described in the documentation; the result is the same for 1, 2 and 3 processes and
+any order of files; validation is chosen by hash; pieces end at paragraph ends and lose nothing; --stream spreads the
+pieces of a file; the printed command fits the text; user mistakes get one line and leave no file.
 Against: the bytes written by the test itself, an independent reading of the shard format, tiktoken.
 Run: python -m pytest tests/test_text.py (GPT-2 cases need ../shared/data/gpt2_bpe and skip without it)
 """
 
 import base64
 import contextlib
+import glob
 import gzip
 import hashlib
 import io
@@ -17,8 +19,10 @@ import json
 import lzma
 import os
 import random
+import re
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,7 +44,22 @@ TEXTS = ["One line.", "Größe, 東京, 😀\n\nsecond paragraph\r\n", "  indent
 
 
 def run(*args, **more):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=ROOT, **more)
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], **{
+        "capture_output": True, "text": True, "cwd": ROOT} | more)
+
+
+def run_here(*args, cwd=ROOT):
+    """What `run` does and returns, in this process."""
+    handler, output, errors, code = signal.getsignal(signal.SIGTERM), io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
+        patch.chdir(cwd)
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    signal.signal(signal.SIGTERM, handler)
+    return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
 def read_shard(path):
@@ -71,6 +90,16 @@ def digests(folder):
 def build(inputs, out, **options):
     return text.build_shards([inputs] if isinstance(inputs, Path) else inputs, out,
                              **{"tokenizer": "bytes", "val_fraction": 0, "processes": 1} | options)
+
+
+def left_out(manifest):
+    """reason -> number of files that were not read"""
+    return {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["files"]["left_out"].items()}
+
+
+def inside(manifest):
+    """reason -> number of lines, rows or files that were skipped or repaired"""
+    return {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["skipped"].items()}
 
 
 def words(rng, count):
@@ -171,10 +200,240 @@ def test_repairs_and_skips_are_counted(tmp_path):
     manifest = build(folder, tmp_path / "out")
     texts = decode(tmp_path / "out", "train")
     assert {"Das Fr\ufffdhst\ufffdck ist fertig, sagt der Wirt.", "marked", "good", "half \ufffd pair"} <= {*texts}
-    skipped = {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["skipped"].items()}
-    assert skipped == {"file not in UTF-8, kept with replacement characters": 1, "file that is not text": 2,
-                       "empty document": 2, "line that is not JSON": 1, "line without the column 'text'": 2,
-                       "line whose column 'text' is not text": 1, "damaged compressed file, its rest lost": 1}
+    assert left_out(manifest) == {
+        "file in another encoding (it looks like utf-16; --encoding=utf-16 reads it)": 1, "file that is not text": 1,
+        "file that holds no document": 1}
+    assert inside(manifest) == {
+        "file not in UTF-8, read with replacement characters": 1,  # two letters do not tell which encoding it is
+        "empty document": 2, "line that is not JSON": 2, "line without the column 'text'": 2,
+        "line whose column 'text' is not text": 1, "file with compression damage, its rest lost": 1}
+    assert manifest["made_by"]["counts"]["files"]["found"] == 7 and manifest["made_by"]["counts"]["files"]["read"] == 4
+
+
+# -----------------------------------------------------------------------------
+# What is found
+
+
+@pytest.mark.parametrize("make", [
+    lambda folder, outside: (folder / "link").symlink_to(outside),
+    lambda folder, outside: (folder / "linked.txt").symlink_to(outside / "far.txt"),
+])
+def test_links_are_followed_and_loops_end(tmp_path, make):
+    folder, outside = tmp_path / "in", tmp_path / "outside"
+    (folder / "sub").mkdir(parents=True)
+    outside.mkdir()
+    (folder / "sub" / "a.txt").write_text("near")
+    (outside / "far.txt").write_text("far")
+    make(folder, outside)
+    (folder / ".cache" / "data").mkdir(parents=True)
+    (folder / ".cache" / "data" / "b.txt").write_text("cached")
+    (folder / "named").symlink_to(".cache/data")  # hidden, and named all the same
+    (folder / ".link").symlink_to(outside)
+    (folder / "sub" / "up").symlink_to("..")
+    (folder / "a_again").symlink_to("sub")
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone.md").symlink_to("nowhere")
+    manifest = build(folder, tmp_path / "out")
+    assert sorted(decode(tmp_path / "out", "train")) == ["cached", "far", "near"]
+    assert left_out(manifest) == {"link that leads nowhere": 2, "file in a folder named .cache": 1}
+    folders = {reason: count for reason, (count, _) in manifest["made_by"]["counts"]["folders_left_out"].items()}
+    assert folders == {"folder that is read elsewhere, as a link or as --val": 2,
+                       "link to a folder, hidden or in a folder that is left out": 1}
+    names = [source.name for source in text.find_files([folder])]
+    assert "in/sub/a.txt" in names  # and not in/a_again/a.txt
+
+
+def test_a_closed_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("open")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", closed)
+    manifest = build(tmp_path / "in", tmp_path / "out")
+    assert manifest["made_by"]["counts"]["folders_left_out"] == {
+        "folder that cannot be read": [1, "in/closed: Permission denied"]}
+    with pytest.raises(text.InputError, match="cannot be read .closed: Permission denied"):
+        text.find_files([tmp_path / "in" / "closed"])
+
+
+def test_every_file_left_out_is_counted_by_reason(tmp_path):
+    folder = tmp_path / "in"
+    for name in ("a.txt", ".hidden.txt", ".git/x.txt", ".git/deep/y", "node_modules/z.py", "t.csv", "u.CSV",
+                 "photo.jpg", "no_ending", "v.1234", "drafts/w.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("some text")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "config.json").write_text('{\n "a": 1\n}\n')
+    (folder / "lines.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    manifest = build([folder, folder / "a.txt"], tmp_path / "out", exclude="drafts/")
+    assert left_out(manifest) == {
+        "hidden file": 1, "file in a folder named .git": 2, "file in a folder named node_modules": 1,
+        "file of another kind .csv": 2, "file of another kind .jpg": 1, "file of another kind (no usual ending)": 2, "pipe, socket or device": 1,
+        "JSON file that is not one object a line; convert it to .jsonl": 1, "file that --exclude leaves out": 1,
+        "file that is there twice, as a link or named again": 1}
+    assert sorted(decode(tmp_path / "out", "train")) == ["one", "some text", "two"]
+    told = text.tell(manifest["made_by"]["counts"]["files"]["left_out"])
+    assert told[0] == "5 x file of another kind ((no usual ending) 2, .csv 2, .jpg 1)" and len(told) == 8
+    again = build(folder, folder, exclude="drafts/")  # into the folder itself, twice: it does not read what it wrote
+    assert build(folder, folder, exclude="drafts/")["made_by"]["sources"] == again["made_by"]["sources"]
+
+
+def test_the_name_given_decides_the_kind(tmp_path):
+    """A content-addressed cache holds files under their hash, and links with names to them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0a1b").write_text('{"text": "cached"}\n')
+    (tmp_path / "blobs" / "2c3d").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "rows.jsonl").symlink_to("blobs/0a1b")
+    (tmp_path / "story.txt.gz").symlink_to("blobs/2c3d")
+    (tmp_path / "plain.txt").write_text("plain")
+    (tmp_path / "nameless").symlink_to("plain.txt")
+    inputs = [tmp_path / name for name in ("rows.jsonl", "story.txt.gz", "nameless")]
+    build(inputs, tmp_path / "out")
+    assert sorted(decode(tmp_path / "out", "train")) == ["cached", "packed", "plain"]
+    assert text.default_out_dir(inputs).name == "rows_story_nameless"
+
+
+@pytest.mark.parametrize("ending, pack", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", None)])
+def test_packed_text_and_lines(tmp_path, monkeypatch, ending, pack):
+    pack = pack or pytest.importorskip("zstandard").compress
+    monkeypatch.setattr(text, "DOC_BYTES", 1000)
+    monkeypatch.setattr(text, "WINDOW", 200)
+    long = "\n\n".join(f"paragraph {i} of a long text" for i in range(200))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / f"short.txt{ending}").write_bytes(pack("Größe".encode()))
+    (folder / f"long.md{ending}").write_bytes(pack(long.encode()))
+    (folder / f"rows.json{ending}").write_bytes(pack(b'{"text": "row"}\nnot json\n'))
+    (folder / f"not_packed.txt{ending}").write_text("plain")
+    (folder / f"empty.txt{ending}").write_bytes(b"")
+    (folder / f"cut.txt{ending}").write_bytes(pack(words(random.Random(0), 30_000).encode())[:-20])
+    (folder / f"two.txt{ending}").write_bytes(pack(b"first, ") + pack(b"second"))
+    manifest = build(folder, tmp_path / "out")
+    texts = decode(tmp_path / "out", "train")
+    parts = [t for t in texts if "paragraph" in t]
+    assert {"Größe", "row", "plain", "first, second"} <= {*texts}
+    assert "".join(t for t in texts if "shard" in t)  # of the one that was cut, all before the damage
+    assert len(parts) > 3 and sum(map(len, parts)) == len(long) and all(part in long for part in parts)
+    assert left_out(manifest) == {"file that holds no document": 1}
+    assert inside(manifest) == {"line that is not JSON": 1, "file with compression damage, its rest lost": 1}
+
+
+def test_packed_files_that_cannot_be_opened_are_counted(tmp_path, monkeypatch):
+    """Such a file ended the whole job with a message about the disk."""
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    (tmp_path / "b.txt").write_text("b")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(text, "Unpacked", refuse)
+    manifest = build([tmp_path / "a.jsonl.gz", tmp_path / "b.txt"], tmp_path / "out")
+    assert left_out(manifest) == {"file that cannot be read": 1}
+
+
+def test_columns_of_parquet(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder, texts = tmp_path / "in", pa.array(["one", None, "two"])
+    folder.mkdir()
+    bad_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 5], "<i4")), pa.py_buffer(b"caf\xe9!"))
+    columns = {"dictionary": texts.dictionary_encode(), "view": texts.cast(pa.string_view()), "null": pa.nulls(3),
+               "large": texts.cast(pa.large_string()), "binary": texts.cast(pa.binary()), "numbers": pa.array([1]),
+               "bad": bad_utf8}
+    for name, column in columns.items():
+        pq.write_table(pa.table({"text": column}), folder / f"{name}.parquet")
+    pq.write_table(pa.table({"body": texts}), folder / "other.parquet")
+    (folder / "damaged.parquet").write_bytes(b"PAR1")
+    manifest = build(folder, tmp_path / "out")
+    assert sorted(decode(tmp_path / "out", "train")) == ["caf\ufffd!"] + 4 * ["one"] + 4 * ["two"]
+    assert left_out(manifest) == {
+        "file of damaged parquet": 1, "file that holds no document": 1,
+        "file whose column 'text' is not text; choose with --text_column": 1,
+        "file without the column 'text'; choose with --text_column": 1}
+    assert inside(manifest) == {"row whose column 'text' is null": 7}
+
+
+# -----------------------------------------------------------------------------
+# Encodings and separators
+
+SAMPLES = {
+    "cp1252": "Größe für Häuser, déjà vu près des châteaux, «ça va»?", "cp1251": "Это просто текст о погоде и о реке.",
+    "koi8_r": "Это просто текст о погоде и о реке.", "cp1253": "Αυτό είναι ένα κείμενο για τον καιρό και το ποτάμι.",
+    "cp1250": "Żółta łódź płynie, że aż miło; příliš žluťoučký kůň.", "gb18030": "我们在这里看到一条河，他是我的人，这不大。",
+    "big5": "我們在這裡看到一條河，他是我的人，這不大。", "shift_jis": "これはとてもながいかわのはなしでした。川の水が好き。",
+    "euc_jp": "これはとてもながいかわのはなしでした。川の水が好き。", "euc_kr": "이것은 강에 대한 이야기다. 나는 물을 보고 하늘을 본다.",
+    "utf-16": "wide words", "utf-16-le": "wide words without a mark", "utf-16-be": "wide words without a mark",
+    "utf-32": "wider words"}
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "gb18030", "utf-16"])
+def test_lines_in_another_encoding(tmp_path, encoding):
+    row = json.dumps({"text": SAMPLES[encoding]}, ensure_ascii=False) + "\n"
+    (tmp_path / "rows.jsonl").write_bytes((row * 20).encode(encoding))
+    (tmp_path / "a.txt").write_text("a")
+    inputs = [tmp_path / "rows.jsonl", tmp_path / "a.txt"]
+    manifest = build(inputs, tmp_path / "out")
+    assert any(f"--encoding={encoding} reads it" in reason for reason in {**left_out(manifest), **inside(manifest)})
+    manifest = build(inputs, tmp_path / "out", encoding=encoding)
+    assert sorted(decode(tmp_path / "out", "train")) == ["a"] + [SAMPLES[encoding]] * 20 and not left_out(manifest)
+
+
+@pytest.mark.parametrize("encoding", SAMPLES)
+def test_another_encoding_is_named_and_the_named_option_reads_it(tmp_path, encoding):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "old.txt").write_bytes(SAMPLES[encoding].encode(encoding))
+    (folder / "new.txt").write_text("plain UTF-8, Größe")
+    manifest = build(folder, tmp_path / "out")
+    reason, = {**left_out(manifest), **inside(manifest)}
+    named = re.search("--encoding=(\\S+) reads it", reason).group(1)
+    assert named == encoding
+    manifest = build(folder, tmp_path / "out", encoding=named)
+    assert sorted(decode(tmp_path / "out", "train")) == sorted([SAMPLES[encoding], "plain UTF-8, Größe"])
+    assert not left_out(manifest)
+
+
+def test_a_long_file_in_utf_16_is_cut_into_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "DOC_BYTES", 1000)
+    content = "\n\n".join(f"paragraph {i}, größer" for i in range(9000))
+    (tmp_path / "a.txt").write_bytes(content.encode("utf-16"))
+    build(tmp_path / "a.txt", tmp_path / "out", encoding="utf-16")
+    parts = decode(tmp_path / "out", "train")
+    assert len(parts) > 3 and sum(map(len, parts)) == len(content) and all(part in content for part in parts)
+
+
+def test_zero_bytes_are_judged_by_their_share(tmp_path):
+    """One of them dropped a valid file of 800 kB."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "few.txt").write_text("word " * 100 + "\0 rest")
+    (folder / "many.txt").write_bytes(b"ab\0" * 500)
+    manifest = build(folder, tmp_path / "out")
+    assert decode(tmp_path / "out", "train") == ["word " * 100 + "\0 rest"]
+    assert inside(manifest) == {"file with NUL bytes, which were kept": 1} and left_out(manifest) == {
+        "file that is not text": 1}
+
+
+def test_noise_stays_out_with_an_encoding_that_knows_all_bytes(tmp_path):
+    (tmp_path / "noise.txt").write_bytes(random.Random(0).randbytes(5000))
+    (tmp_path / "a.txt").write_text("a")
+    manifest = build([tmp_path / "noise.txt", tmp_path / "a.txt"], tmp_path / "out", encoding="latin-1")
+    assert left_out(manifest) == {"file that is not text": 1}
+
+
+def test_separators_are_found_and_divide_on_request(tmp_path, monkeypatch):
+    stories = [f"Story {i}.\n\nIt has <|endoftext|> inside." for i in range(60)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n")
+    manifest = build(tmp_path / "a.txt", tmp_path / "out")
+    assert [reason for reason in inside(manifest) if "--split='<|endoftext|>'" in reason]
+    monkeypatch.setattr(text, "DOC_BYTES", 100)  # separators lie on both sides of a cut
+    manifest = build(tmp_path / "a.txt", tmp_path / "out", split="\n<|endoftext|>\n")
+    assert sorted(decode(tmp_path / "out", "train")) == sorted(stories) and not inside(manifest)
+    (tmp_path / "b.txt").write_text("one\n\n---\ntwo\n---\n")
+    build(tmp_path / "b.txt", tmp_path / "out", split="---\n")
+    assert sorted(decode(tmp_path / "out", "train")) == ["one", "two"]
 
 
 # -----------------------------------------------------------------------------
@@ -224,6 +483,52 @@ def test_bytes_tokenizer_is_the_bytes():
     spec = json.loads(text.bytes_tokenizer_json())
     assert [base64.b64decode(r) for r in spec["ranks"]] == [bytes([b]) for b in range(256)]
     assert spec["bos_id"] == 256 and spec["special_tokens"] == {"<|bos|>": 256}
+
+
+def small_bpe(**changes):
+    """A tokenizer.json with the single bytes, two merges and a special token."""
+    ranks = [base64.b64encode(token).decode() for token in [*(bytes([b]) for b in range(256)), b"th", b"the"]]
+    return {"name": "small", "pattern": text.GPT2_PATTERN, "ranks": ranks, "special_tokens": {"<|bos|>": 258},
+            "bos_id": 258} | changes
+
+
+def test_a_tokenizer_of_ones_own(tmp_path):
+    pytest.importorskip("tiktoken")
+    (tmp_path / "tok.json").write_text(json.dumps(small_bpe()))
+    write_rows(tmp_path / "rows.jsonl", [*TEXTS, "the other"])
+    manifest = build(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer=str(tmp_path / "tok.json"))
+    assert sorted(decode(tmp_path / "out", "train")) == sorted([*TEXTS, "the other"])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tok.json").read_bytes()
+    assert {key: manifest["tokenizer"][key] for key in ("name", "vocab_size", "bos_id")} == {
+        "name": "small", "vocab_size": 259, "bos_id": 258}
+    _, ids = read_shard(tmp_path / "out" / "train_000000.bin")
+    assert 257 in ids.tolist()
+    other = build(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer="bytes")
+    assert other["made_by"]["tokenizer_sha256"] != manifest["made_by"]["tokenizer_sha256"]
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(tmp_path):
+    pytest.importorskip("tiktoken")
+    more = [base64.b64encode(f"{i:06d}".encode()).decode() for i in range(70_000)]
+    spec = small_bpe(ranks=small_bpe()["ranks"] + more, special_tokens={"<|bos|>": 70_258}, bos_id=70_258)
+    (tmp_path / "tok.json").write_text(json.dumps(spec))
+    write_rows(tmp_path / "rows.jsonl", TEXTS)
+    build(tmp_path / "rows.jsonl", tmp_path / "out", tokenizer=tmp_path / "tok.json")
+    header, _ = read_shard(tmp_path / "out" / "train_000000.bin")
+    assert header[5] == 4 and sorted(decode(tmp_path / "out", "train")) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("changes, problem", [
+    ({"pattern": "(a|a)*b"}, "pattern is not one of those allowed"), ({"pattern": ""}, "must be the 256 bytes"),
+    ({"ranks": ["?"]}, "not base64"), ({"ranks": small_bpe()["ranks"][1:]}, "single bytes have no token"),
+    ({"ranks": small_bpe()["ranks"] + ["dGhl"]}, "there twice"), ({"bos_id": 7}, "bos_id is not"),
+    ({"bos_id": "7"}, "bos_id is missing or not a int"), ({"special_tokens": {"a": 5}}, "do not follow"),
+    ({"name": None}, "name is missing"), (None, "not JSON")])
+def test_tokenizers_that_cannot_be_used(tmp_path, changes, problem):
+    (tmp_path / "tok.json").write_text("{" if changes is None else json.dumps(small_bpe(**changes)))
+    with pytest.raises(text.InputError, match=problem) as error:
+        text.load_tokenizer(tmp_path / "tok.json")
+    assert str(error.value).startswith(f"--tokenizer={tmp_path}/tok.json: ")
 
 
 # -----------------------------------------------------------------------------
@@ -280,7 +585,7 @@ def test_validation_is_chosen_by_hash(tmp_path):
 
 def test_few_documents_still_give_both_sides(tmp_path):
     (tmp_path / "one.txt").write_text("\n\n".join(f"paragraph {i} " + "x" * 200 for i in range(500)))
-    manifest = build(tmp_path / "one.txt", tmp_path / "a", val_fraction=0.005)
+    build(tmp_path / "one.txt", tmp_path / "a", val_fraction=0.005, max_doc_tokens=512)
     train, val = decode(tmp_path / "a", "train"), decode(tmp_path / "a", "val")
     assert train and val and sum(map(len, train + val)) == (tmp_path / "one.txt").stat().st_size
     write_rows(tmp_path / "two.jsonl", ["first", "second", "second"])
@@ -301,6 +606,40 @@ def test_duplicates_are_dropped_on_request(tmp_path):
     assert once["made_by"]["counts"]["duplicates_dropped"] == 2
     assert len("".join(decode(tmp_path / "all", "train"))) == 3 + 200
     assert len("".join(decode(tmp_path / "once", "train"))) == 2 + 100
+
+
+def test_validation_text_of_ones_own(tmp_path):
+    texts = write_files(tmp_path / "in", 30)
+    (tmp_path / "in" / "val.txt").write_text("held out")
+    (tmp_path / "in" / "copy.md").write_text("held out")
+    manifest = build(tmp_path / "in", tmp_path / "out", val=tmp_path / "in" / "val.txt", val_fraction=0.5)
+    assert decode(tmp_path / "out", "val") == ["held out"]
+    assert sorted(decode(tmp_path / "out", "train")) == sorted(texts)
+    counts = manifest["made_by"]["counts"]
+    assert counts["copies_of_validation_dropped"] == 1 and counts["files"] == {"found": 32, "read": 32, "left_out": {}}
+    manifest = build(tmp_path / "in", tmp_path / "out", val=tmp_path / "in" / "d1")
+    assert len(decode(tmp_path / "out", "val")) == 6 and manifest["made_by"]["counts"]["files"]["read"] == 32
+    with pytest.raises(text.InputError, match="no_such.txt"):
+        build(tmp_path / "in", tmp_path / "out", val=tmp_path / "no_such.txt")
+
+
+@pytest.mark.parametrize("sizes, by_piece", [
+    ([3000] * 1000, False),             # many documents: 2.2 % of them hold 65,537 tokens
+    ([1_000_000], True),                # one document
+    ([1_000_000, 20], True),            # the small one alone would not do
+    ([40_000] * 12, False),             # a tenth is less than the tiny preset validates on, and gives what there is
+    ([400] * 100_000, False)])          # half a percent is enough
+def test_share_of_validation(sizes, by_piece):
+    rng = np.random.default_rng(0)
+    docs = np.repeat(rng.integers(0, 2**64, len(sizes), np.uint64), [-(-size // 500) for size in sizes])
+    index = np.zeros(len(docs), text.RECORD)
+    index["doc"], index["tokens"] = docs, min(499, sizes[0] - 1)
+    index["piece"] = np.concatenate([np.arange(-(-size // 500)) for size in sizes])
+    found_by_piece, threshold = text.choose_validation(index, None)
+    held_out = index[text.side(index, found_by_piece) < np.uint64(threshold)]
+    tokens, total = int(held_out["tokens"].sum()) + len(held_out), int(index["tokens"].sum()) + len(index)
+    assert found_by_piece == by_piece
+    assert min(65_537, 0.05 * total) <= tokens <= max(1.2 * 65_537, 0.006 * total, 0.2 * total if total < 1e6 else 0)
 
 
 # -----------------------------------------------------------------------------
@@ -352,20 +691,110 @@ def test_stream_never_leaves_a_file_beside_itself(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# The command that is printed
+
+
+def test_figures_of_the_tiny_preset_are_those_of_the_script():
+    import train_gpt
+    cfg = train_gpt.PRESETS["tiny"]
+    ends = [0, *(round(stage.until * cfg.num_iterations) for stage in cfg.stages)]
+    packs = sum((end - start) * stage.batch_tokens // text.PACK_TOKENS
+                for stage, start, end in zip(cfg.stages, ends, ends[1:]))
+    assert (text.TINY_STEPS, text.TINY_VAL_TOKENS) == (cfg.num_iterations, cfg.val_tokens)
+    assert text.packs_of_steps(cfg.num_iterations) == packs == 768
+    assert {stage.max_doc_tokens for stage in cfg.stages} == {text.PACK_TOKENS}
+
+
+def test_a_run_fits_the_text():
+    assert text.fit_run(768) == (115, 1) and text.fit_run(5000) == (115, 1)
+    assert text.fit_run(767) == (115, 2) and text.fit_run(300) == (115, 3)
+    for packs in range(768):
+        steps, epochs = text.fit_run(packs)
+        assert text.packs_of_steps(steps) <= epochs * packs and 1 <= epochs <= 4
+        assert steps == 115 or epochs == 4
+    assert text.fit_run(8)[0] < text.MIN_STEPS <= text.fit_run(10)[0]
+
+
+@pytest.mark.parametrize("max_doc_tokens, packs", [(512, 2), (0, 1)])
+def test_packs_are_counted_as_the_trainer_fills_them(tmp_path, max_doc_tokens, packs):
+    """1,000 and 50 bytes: whole, the first 512 of each are read; as pieces of 511 and 489, 1 + 1 of them fill two."""
+    write_rows(tmp_path / "rows.jsonl", ["x" * 1000, "y" * 50])
+    manifest = build(tmp_path / "rows.jsonl", tmp_path / "out", max_doc_tokens=max_doc_tokens)
+    assert text.count_packs(tmp_path / "out", manifest, 768) == packs
+    assert text.count_packs(tmp_path / "out", manifest, 1) == 1
+
+
+def last_lines(tmp_path, *flags, content=""):
+    """The end of what the command prints for one text file, and the folder of its result."""
+    (tmp_path / "book.txt").write_text(content)
+    done = run_here(tmp_path / "book.txt", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=1", *flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def varied(size):
+    rng = random.Random(0)
+    return "\n\n".join(words(rng, 40) for _ in range(size // 300))
+
+
+def test_enough_text_needs_no_flags(tmp_path):
+    line = last_lines(tmp_path, content=varied(1_000_000))[-1]
+    assert re.fullmatch(r"next: python train_gpt.py --preset=tiny --train_files='\S+' --val_files='\S+'", line)
+
+
+def test_less_text_is_read_several_times(tmp_path):
+    lines = last_lines(tmp_path, content=varied(250_000))
+    assert "reads the text 3 times" in lines[-2] and re.search(r" --val_tokens=2\d{4} --epochs=3$", lines[-1])
+    lines = last_lines(tmp_path, "--seed=1", content=varied(30_000))
+    assert "reads the text 4 times, in" in lines[-2] and re.search(r" --epochs=4 --num_iterations=\d\d$", lines[-1])
+
+
+def test_what_is_missing_is_said_in_one_line(tmp_path, refuses):
+    for flags, said in (
+            (["--max_doc_tokens=0"], "no next command: a single document cannot be divided"),
+            (["--val_fraction=0"], "no next command: there is no validation text; leave out --val_fraction=0"),
+            ([f"--val={tmp_path / 'copy.txt'}"], "no next command: all training text is in the validation text")):
+        (tmp_path / "copy.txt").write_text(varied(30_000))
+        assert last_lines(tmp_path, *flags, content=varied(30_000))[-1].startswith(said)
+    (tmp_path / "own.txt").write_text(varied(3000))
+    line = last_lines(tmp_path, "--max_doc_tokens=0", f"--val={tmp_path / 'own.txt'}", content=varied(30_000))[-1]
+    assert line.startswith("no next command: ") and line.endswith("--max_doc_tokens=512 makes it read all.")
+    (tmp_path / "book.txt").write_text("too short")
+    refuses([tmp_path / "book.txt", "--tokenizer=bytes"], ["10 tokens", "at least 10,000"])
+
+
+@pytest.mark.parametrize("here, folder", [(".", "it's [[]1] out"), ("it's [1] out", "."),
+                                          ("in/deep", "../../it's [[]1] out")])
+def test_the_command_is_right_from_the_current_folder(tmp_path, monkeypatch, here, folder):
+    out = tmp_path / "it's [1] out"
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text(varied(30_000))
+    manifest = build(tmp_path / "a.txt", out, max_doc_tokens=512, val_fraction=None)
+    monkeypatch.chdir(tmp_path / here)
+    python, script, preset, train_files, *_ = shlex.split(text.next_step(out, manifest)[-1].removeprefix("next: "))
+    assert python == "python" and Path(script).resolve() == ROOT / "train_gpt.py"
+    assert train_files == f"--train_files={folder}/train_*.bin"
+    found, = glob.glob(train_files.partition("=")[2])
+    assert Path(found).samefile(out / "train_000000.bin")
+
+
+# -----------------------------------------------------------------------------
 # Command line
 
 
 def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path):
-    write_files(tmp_path / "in", 20)
+    write_files(tmp_path / "in", 20, size=300)
     first = run(tmp_path / "in", "--out", tmp_path / "out", "--tokenizer=bytes")
     assert first.returncode == 0 and first.stderr == ""
-    assert f"--train_files={tmp_path}/out/train_*.bin --val_files={tmp_path}/out/val_*.bin" in first.stdout
+    last_line = first.stdout.splitlines()[-1]
+    patterns = f"--train_files='{tmp_path}/out/train_*.bin' --val_files='{tmp_path}/out/val_*.bin'"
+    assert last_line.startswith(f"next: python train_gpt.py --preset=tiny {patterns} --val_tokens=")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     again = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=2")
-    assert again.returncode == 0 and "nothing to do" in again.stdout and again.stdout.count("\n") == 1
+    assert again.returncode == 0 and "nothing to do" in again.stdout and again.stdout.splitlines()[-1] == last_line
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     (tmp_path / "in" / "new.md").write_text("news")
-    build(tmp_path / "in", tmp_path / "out", shard_tokens=500)
+    build(tmp_path / "in", tmp_path / "out", shard_tokens=5000)
     assert len(list((tmp_path / "out").glob("train_*"))) > 2
     last = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes")
     assert "nothing to do" not in last.stdout and "21 documents" in last.stdout
@@ -376,7 +805,7 @@ def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path)
 def test_without_input_the_python_library_is_read(tmp_path):
     """On a stand-in for the library; the real one takes seconds and is what run.sh starts with."""
     library = tmp_path / "python3"
-    write_files(library, 30)
+    write_files(library, 30, size=100)
     (library / "test" / "tokenizedata").mkdir(parents=True)
     (library / "test" / "tokenizedata" / "bad.py").write_text("broken on purpose")
     (library / "site-packages").mkdir()
@@ -388,7 +817,9 @@ def test_without_input_the_python_library_is_read(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     texts = decode(tmp_path / "out", "train") + decode(tmp_path / "out", "val")
-    assert len(texts) == 30 and not any("broken" in t or "not the library" in t for t in texts)
+    assert len(texts) >= 30 and not any("broken" in t or "not the library" in t for t in texts)
+    assert len([t for t in texts if re.match(r"\d+: ", t)]) == 30  # the copy is dropped
+    assert "1 x file that --exclude leaves out" in done.stdout and "dropped: 1 x duplicate" in done.stdout
 
 
 def mistakes(tmp_path):
@@ -399,6 +830,7 @@ def mistakes(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_text("x")
     (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "wrong").mkdir()
     for name in ("vocab.bpe", "encoder.json"):
         (tmp_path / "wrong" / name).write_text("{}")
@@ -419,20 +851,19 @@ def mistakes(tmp_path):
         "value of a flag": ([tmp_path / "in", "--seed=x"], ["--seed", "'x'"]),
         "wrong vocabulary": ([tmp_path / "in", "--vocab_dir", tmp_path / "wrong"], ["vocab.bpe", hash_of_wrong]),
         "no vocabulary": ([tmp_path / "in", "--tokenizer=gpt2"], ["--vocab_dir", "tiktoken", "--tokenizer=bytes"]),
+        "input is empty": ([""], ["path is empty"]),
+        "out is empty": ([tmp_path / "in", "--out="], ["--out", "path is empty"]),
+        "val missing": ([tmp_path / "in", "--tokenizer=bytes", "--val=nowhere"], ["nowhere", "no such file"]),
+        "val twice": ([tmp_path / "in", "--val=a", "--val_fraction=0.1"], ["--val", "--val_fraction"]),
+        "a link to itself": ([tmp_path / "loop"], ["loop", "symbolic links"]),
+        "name too long": (["A" * 5000], ["too long"]),
+        "encoding": ([tmp_path / "in", "--encoding=klingon"], ["--encoding=klingon", "gb18030"]),
+        "encoding of no text": ([tmp_path / "in", "--encoding=base64"], ["--encoding=base64"]),
+        "tokenizer missing": ([tmp_path / "in", "--tokenizer=gpt5"], ["--tokenizer=gpt5", "not gpt2, not bytes"]),
+        "out that cannot be typed": ([tmp_path / "in", f"--out={tmp_path}/a\nb"], ["a b", "--out"]),
         "out is no folder": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/a.docx/out"], ["a.docx"]),
         "foreign shards": ([tmp_path / "in", "--tokenizer=bytes", f"--out={tmp_path}/foreign"], ["fineweb_val"]),
     }
-
-
-def run_here(*args):
-    """What `run` does and returns, in this process."""
-    handler, errors = signal.getsignal(signal.SIGTERM), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
-        patch.chdir(ROOT)
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    signal.signal(signal.SIGTERM, handler)
-    return SimpleNamespace(returncode=end.value.code, stderr=errors.getvalue())
 
 
 @pytest.fixture
@@ -459,6 +890,43 @@ def test_absent_column_of_parquet(tmp_path, refuses):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"content": ["x"], "url": ["y"]}), tmp_path / "t.parquet")
     refuses([tmp_path / "t.parquet"], ["t.parquet", "'text'", "content, url"], run)
+
+
+def test_home_folder_in_paths(tmp_path, monkeypatch):
+    """A shell leaves the ~ of --out=~/x as it is; a file that has such a name is itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    args = text.parse_args(["~/in", "--out=~/out", "--val=~/val", "--vocab_dir=~/vocab"])
+    assert [*args.inputs, args.out, args.val, args.vocab_dir] == [tmp_path / n for n in ("in", "out", "val", "vocab")]
+    (tmp_path / "~x").write_text("")
+    assert text.parse_args(["~x"]).inputs == [Path("~x")]
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+                                    {"PYTHONIOENCODING": "gbk"}])
+def test_any_locale_and_names_that_no_terminal_may_see(tmp_path, locale):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"\x1b[31mred\x07.txt", b"caf\xe9.csv", "größe 東京.txt".encode(), b"new\nline.jpg", b"\xff.txt"):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text(varied(10_000))
+    (folder / "\33[1mempty.txt").write_text("")
+    done = run(folder, f"--out={tmp_path}/out", "--tokenizer=bytes", env=os.environ | locale, text=False)
+    assert done.returncode == 0, done.stderr
+    assert b"6 files found, 3 read" in done.stdout
+    assert not set(done.stdout + done.stderr) & ({*range(32)} - {10} | {127})
+    assert done.stdout.splitlines()[-1].startswith(b"next: ")
+    json.loads((tmp_path / "out" / "manifest.json").read_text())
+
+
+def test_files_follow_the_umask(tmp_path):
+    write_files(tmp_path / "in", 3)
+    before = os.umask(0o027)
+    try:
+        build(tmp_path / "in", tmp_path / "out", val_fraction=0.3)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
 @pytest.mark.parametrize("processes", [1, 2])
