@@ -1350,7 +1350,7 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
     before = digest(run_state(raw, optimizer, machine))
     if raw.kernels:
         run.print(check_kernels(raw, machine))
-    micro_packs = largest_micro_batch(backward, optimizer, machine)
+    micro_packs = largest_micro_batch(backward, optimizer, machine, compiler)
     tokens = micro_packs * cfg.pack_tokens
     if compiler:                         # what follows is in the cache when it has ended
         compiler.join()
@@ -2037,8 +2037,11 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     return Machine(device, rank, world_size, name)
 
-def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine) -> int:
-    """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do."""
+def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine, compiler=None) -> int:
+    """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do.
+
+    compiler: the process of compile_ahead, which uses memory, too, until it has ended.
+    """
     cfg = optimizer.model.cfg
     shares = [math.ceil(stage.batch_tokens // cfg.pack_tokens / machine.world_size) for stage in cfg.stages]
     sizes = range(1, min(shares) + 1)
@@ -2060,6 +2063,10 @@ def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machi
         torch.cuda.reset_peak_memory_stats()
         if all(all_gather_object(machine, fits)):
             return sizes[0]
+        if compiler:                     # once more, without it
+            compiler.join()
+            compiler = None
+            continue
         sizes = [packs for packs in sizes if packs <= sizes[0] // 2]
     raise UserError(f"one pack of --pack_tokens={cfg.pack_tokens} needs more than the GPU's "
                     f"{device_memory(machine) / 2**30:.1f} GiB; try --pack_tokens={cfg.pack_tokens // 2}")
@@ -2140,7 +2147,7 @@ def compile_ahead(cfg: Hyperparameters, machine: Machine):
     Both come from the cache on disk afterwards. Returns the process; None where nothing is compiled, or where memory
     is too small for a second model.
     """
-    if not cfg.compile or device_memory(machine) < 40 * 2**30:
+    if not cfg.compile or device_memory(machine) < 70 * 2**30:
         return None
     attention = "flex" if cfg.attention == "auto" else cfg.attention            # what choose_attention tries first
     process = multiprocessing.get_context("spawn").Process(
