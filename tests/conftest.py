@@ -98,6 +98,13 @@ def small_flags(data, **changes):
     return as_flags(SMALL | {"train_files": f"{data}/train_*.bin", "val_files": f"{data}/val_*.bin"} | changes)
 
 
+def assert_close(found, wanted, tolerance=1e-4):
+    """Every entry differs by at most tolerance x (1 + its size). torch.testing loads modules for seconds."""
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    worst = ((found - wanted).abs() / (1 + wanted.abs())).max().item()
+    assert worst <= tolerance, worst
+
+
 def only_folder(logs):
     """The folder of the one run under `logs`."""
     folders = list(Path(logs).iterdir())
@@ -225,7 +232,7 @@ def run_python(words, source=os.devnull, folder="."):
     sys.stdin = open(0, closefd=False)
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.modules["matplotlib"] = None
-    for name in ("sample", "train_gpt"):      # those preloaded may not be those beside the script
+    for name in ("sample", "train_gpt", "triton_kernels"):  # those preloaded may not be those beside the script
         sys.modules.pop(name, None)
     sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests")]   # a lone script is alone
     sys.argv = words = [str(word) for word in words]

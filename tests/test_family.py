@@ -15,7 +15,7 @@ import sys
 from dataclasses import asdict, fields, replace
 
 import pytest
-from conftest import BOS, ROOT, SCRIPTS, VOCAB
+from conftest import BOS, ROOT, SCRIPTS, VOCAB, assert_close
 
 SOURCES = {f"{script}.py": (ROOT / f"{script}.py").read_text(encoding="utf-8") for script in SCRIPTS}
 SIZE_VARIANTS = ["train_gpt_medium.py"]
@@ -192,7 +192,7 @@ def test_logits_loss_and_decoding(script):
     assert logits.shape == (24, VOCAB) and logits.dtype == torch.float32
     assert model(tokens, targets).item() == pytest.approx(24 * math.log(VOCAB), rel=1e-3)
     decoded = model.decode(tokens[None], model.new_cache(1, 24))
-    torch.testing.assert_close(decoded[0], logits, atol=1e-4, rtol=1e-4)
+    assert_close(decoded[0], logits)
 
 
 PROBE = """
