@@ -1,20 +1,16 @@
 """An ablation is a cell: whatever the tables say trains, decodes and resumes, and what is off does not exist.
 
 Against: the forward pass (decoding), an uninterrupted run (resuming, bit for bit), the names of the parameters, and copies
-of the script with the mistakes that people make when they add a parameter or edit a function that a kernel computes.
+of the script with the mistakes that people make when they add a parameter.
 Run: python -m pytest tests/test_tables.py
 """
-import importlib.util
 import json
-import sys
 import types
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import BOS, SMALL_LAYERS, assert_close, only_folder, small_flags
+from conftest import BOS, assert_close, only_folder, small_flags
 
 # Windows change, embedding and head part after step 1, every loss has a weight.
 STAGES = [[0.5, 256, 60, 16, 32, 1.0, [[1, 0.5, 0.25], [1, 0.5, 0]], [0.25, 0.25]],
@@ -236,85 +232,3 @@ def test_a_forgotten_part_of_a_new_parameter_is_named_in_one_line(edited, run_ma
     assert done.code == 2
     line, = done.err.splitlines()
     assert line.startswith("my_idea.py: ") and all(word in line for word in ["parameter extra", *words])
-
-
-# -----------------------------------------------------------------------------
-# A function that a kernel computes is edited
-
-@pytest.fixture(scope="module")
-def triton_kernels():
-    """The module; where there is no Triton, with stand-ins for it, as nothing here runs a kernel."""
-    if importlib.util.find_spec("triton"):
-        return importlib.import_module("triton_kernels")
-    names = ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor")
-    stand_in = mock.MagicMock()
-    stand_in.jit = lambda function: function
-    with mock.patch.dict(sys.modules, dict.fromkeys(names, stand_in)):      # which is as before afterwards
-        return importlib.import_module("triton_kernels")
-
-
-class OnCuda(torch.Tensor):
-    """A tensor that says it is on a GPU; what is computed from it is an ordinary one."""
-    is_cuda = True
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-
-@pytest.fixture
-def check(monkeypatch, triton_kernels, build, script):
-    """Function of a script and its kernels that runs check_kernels as on a GPU; returns its line and what is left."""
-    def run(module, kernels):
-        monkeypatch.setattr(module, "triton_kernels", triton_kernels)
-        on_cpu = module.to_device
-        monkeypatch.setattr(module, "to_device", lambda batch, device: tuple(
-            tensor.as_subclass(OnCuda) for tensor in on_cpu(batch, device)))
-        cfg = module.config_from_dict(json.loads(json.dumps(script.asdict(build().cfg))))
-        model = module.GPT(cfg)
-        model.kernels = dict(kernels)
-        line = module.check_kernels(model, module.Machine(torch.device("cpu"), 0, 1, "cpu"))
-        return line, model.kernels
-    return run
-
-
-def kernels_of(script):
-    """Stand-ins for the kernels: they compute what the functions of an unedited script do."""
-    return {"head_loss": script.head_loss, "linear": F.linear, "mlp": script.mlp}
-
-
-def test_right_kernels_are_used(script, check):
-    line, left = check(script, kernels_of(script))
-    assert line == "kernels that are right on this device: head_loss, linear, mlp" and left == kernels_of(script)
-
-
-def test_a_kernel_that_does_not_run_here_is_not_used(script, check):
-    def broken(*_):
-        raise RuntimeError("no such\ninstruction")
-    line, left = check(script, kernels_of(script) | {"mlp": broken})
-    assert line == ("kernels that are right on this device: head_loss, linear; "
-                    "mlp does not run here (RuntimeError: no such instruction)")
-    assert left.keys() == {"head_loss", "linear"}
-
-
-@pytest.mark.parametrize("name, old, new", [
-    ("mlp", "return F.linear(u_TC, up_FC).relu().square() @ down_FC", "return F.gelu(F.linear(u_TC, up_FC)) @ down_FC"),
-    ("mlp", ".relu().square() @ down_FC", ".relu().square() @ down_FC * 1.5"),
-    ("head_loss", "return HeadLoss.apply(", "return 0.9 * HeadLoss.apply("),
-    ("head_loss", "LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0", "LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 30.0"),
-])
-def test_an_edited_function_is_never_ignored_by_its_kernel(script, edited, check, name, old, new):
-    module = edited((old, new))
-    with pytest.raises(module.UserError) as error:
-        check(module, kernels_of(script))
-    assert f"the kernel of {name} (triton_kernels.py)" in str(error.value)
-    assert "my_idea.py" in str(error.value) and "--kernels=false" in str(error.value)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_an_edited_mlp_ends_in_one_line_on_this_gpu(edited, run_main, data, tmp_path):
-    module = edited((".relu().square() @ down_FC", ".relu() @ down_FC"))
-    sizes = {"model_dim": 256, "head_dim": 64, "mlp_dim": 512, "vocab_multiple": 16, "precision": "bf16", "compile": True,
-             "device": "cuda", "layers": SMALL_LAYERS}
-    done = run_main(*small_flags(data, **sizes, stop_after=2, out_dir=tmp_path / "logs"), module=module)
-    line, = done.err.splitlines()
-    assert done.code == 2 and "kernel of mlp" in line and "--kernels=false" in line
-    flags = small_flags(data, **sizes | {"kernels": False}, stop_after=2, out_dir=tmp_path / "other")
-    assert run_main(*flags, module=module).code == 0
