@@ -1813,7 +1813,7 @@ def check_layers(layers: tuple[Layer, ...]):
         "every window is short or long": all(layer.window in ("short", "long") for layer in layers),
         "attn_input and skip name an earlier layer": all(max(layer.attn_input, layer.skip) < i for i, layer in rows),
         "a layer without attention has no ve, attn_input, xsa, gate or mudd": all(
-            layer.attention or (layer.ve < 0 and layer.attn_input < 0 and not (layer.xsa or layer.gate or layer.mudd))
+            layer.attention or layer == Layer(attention=False, window=layer.window, skip=layer.skip)
             for layer in layers),
         "ve counts tables 0, 1, ... without a gap": tables == set(range(len(tables))),
         "only the last layer has mudd, and it is not the only layer": not any(
@@ -2689,7 +2689,7 @@ def windows_before(cfg: Hyperparameters) -> tuple[int, ...]:
     except (UserError, KeyError) as error:
         raise UserError(f"--init_from={cfg.init_from}: {error}") from None
     for name in ("rope_base", "attn_scale"):
-        if getattr(before, name) != getattr(cfg, name):
+        if getattr(before, name, None) != getattr(cfg, name, None):
             raise UserError(f"--init_from={cfg.init_from} has {name}={getattr(before, name)}; add "
                             f"--{name}={getattr(before, name)}")
     return (*before.earlier_windows, *(row.long for row in before.stages[:stage + 1]))
