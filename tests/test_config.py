@@ -176,9 +176,26 @@ def test_a_field_that_only_the_model_reads_can_be_removed_with_its_uses(name, ed
              if not flag.startswith(f"--{name}=")]
     done = run_main(*flags, module=module)
     assert (done.code, done.err) == (0, "")
-    assert module.config_from_dict(json.loads((only_folder(tmp_path / "logs") / "run.json").read_text())["config"])
+    run = only_folder(tmp_path / "logs")
+    assert run_main(*flags, f"--init_from={run}", f"--out_dir={tmp_path / 'other'}", module=module).code == 0
+    assert module.config_from_dict(json.loads((run / "run.json").read_text())["config"])
     refusal = run_main(f"--{name}=1", module=module)
     assert refusal.code == 2 and f"--{name} is not a flag" in refusal.err
+
+
+def test_a_cell_that_only_the_model_reads_can_be_removed_with_its_uses(edited, run_main, data, tmp_path):
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    tables = source[source.index("LAYERS = ("):source.index("PARAMETERS = {")]
+    along = source[source.index("        if layer.xsa:\n            along"):source.index("        if layer.gate:\n            y = ")]
+    declaration, = re.findall(r"^    xsa: bool = .*\n", source, re.M)
+    module = edited((declaration, ""), (tables, re.sub(r"\bxsa=True(, )?", "", tables)), (along, ""),
+                    ("            if layer.xsa:\n                net.append(((\"xsa\", i), H, 0.))\n", ""))
+    layers = [{"ve": 0}, {"attention": False, "skip": 0}, {"mudd": True, "gate": True}]
+    flags = small_flags(data, layers=layers, stop_after=2, out_dir=tmp_path / "logs")
+    done = run_main(*flags, module=module)
+    assert (done.code, done.err) == (0, "")
+    refusal = run_main(*as_flags({"layers": [{}, {"attention": False, "gate": True}]}), module=module)
+    assert refusal.code == 2 and "a layer without attention" in refusal.err
 
 
 # -----------------------------------------------------------------------------
