@@ -1,7 +1,7 @@
 """The command line of train_gpt.py: every field is a flag, every bad value is one line.
 
-Against: frozen lists of flags (a new knob is a decision, so it must be added here too), a bad value of each kind, tables
-that break each rule, and copies of the script without a field.
+Against: frozen lists of flags (a new knob is a decision, so it must be added here too), a bad value of each kind, a
+table for each rule that it breaks, and copies of the script without a field.
 Run: python -m pytest tests/test_config.py
 """
 import dataclasses
@@ -144,7 +144,8 @@ def test_a_folder_may_be_a_pattern_too(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.bin").touch()
-    assert train_gpt.match_files(f"{tmp_path}/*/a.bin") == [str(tmp_path / folder / "a.bin") for folder in ("one", "two")]
+    found = train_gpt.match_files(f"{tmp_path}/*/a.bin")
+    assert found == [str(tmp_path / folder / "a.bin") for folder in ("one", "two")]
 
 
 # -----------------------------------------------------------------------------
@@ -186,7 +187,8 @@ def test_a_field_that_only_the_model_reads_can_be_removed_with_its_uses(name, ed
 def test_a_cell_that_only_the_model_reads_can_be_removed_with_its_uses(edited, run_main, data, tmp_path):
     source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     tables = source[source.index("LAYERS = ("):source.index("PARAMETERS = {")]
-    along = source[source.index("        if layer.xsa:\n            along"):source.index("        if layer.gate:\n            y = ")]
+    along = source[source.index("        if layer.xsa:\n            along"):]
+    along = along[:along.index("        if layer.gate:\n")]
     declaration, = re.findall(r"^    xsa: bool = .*\n", source, re.M)
     module = edited((declaration, ""), (tables, re.sub(r"\bxsa=True(, )?", "", tables)), (along, ""),
                     ("            if layer.xsa:\n                net.append(((\"xsa\", i), H, 0.))\n", ""))
@@ -229,9 +231,9 @@ def test_values_of_the_wrong_type(refused, flag, words):
 @pytest.mark.parametrize("flag", [
     "--num_iterations=0", "--num_iterations=-5", "--val_tokens=0", "--val_stream_tokens=0", "--pack_tokens=0",
     "--stop_after=-1", "--val_every=-1", "--micro_batch_tokens=-1", "--micro_batch_tokens=100", "--pack_tokens=1000",
-    "--model_dim=0", "--model_dim=700", "--head_dim=0", "--head_dim=6", "--head_dim=256", "--mlp_dim=0", "--gate_dim=-1",
-    "--bigram_rows=-1", "--bigram_signs=-1", "--qk_dim=-4", "--qk_dim=6", "--sampled_vocab=5", "--epochs=0",
-    "--vocab_size=-1", "--vocab_multiple=0",
+    "--model_dim=0", "--model_dim=700", "--head_dim=0", "--head_dim=6", "--head_dim=256", "--mlp_dim=0",
+    "--gate_dim=-1", "--bigram_rows=-1", "--bigram_signs=-1", "--qk_dim=-4", "--qk_dim=6", "--sampled_vocab=5",
+    "--epochs=0", "--vocab_size=-1", "--vocab_multiple=0",
     "--cooldown=1.5", "--cooldown=-0.1", "--cooldown=nan", "--lr_floor=2", "--split_embed=-1", "--momentum_warmup=-7",
     "--momentum_cooldown=-1", "--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--attn_scale=0", "--attn_scale=nan",
     "--rope_base=0", "--rope_base=inf", "--momentum=0.9", "--momentum=0.8,0.9,1", "--momentum=0.9,1.5",

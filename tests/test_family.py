@@ -1,7 +1,7 @@
 """The training scripts as a family: what is equal is equal byte for byte and says so, and all keep one contract.
 
-Against: the sections between the banners of train_*.py, drifts planted in them, the flags listed in test_config.py, limits
-on lines. A section tagged "as in train_gpt.py" is edited in train_gpt.py and copied: python tests/test_family.py --write.
+Against: the sections between the banners of train_*.py, drifts planted in them, the flags listed in test_config.py, and
+limits on lines. A section tagged "as in train_gpt.py" is edited there and copied: python tests/test_family.py --write.
 Run: python -m pytest tests/test_family.py
 """
 import ast
@@ -219,7 +219,7 @@ def test_importing_them_has_no_effect(tmp_path):
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python tests/test_family.py --write    copies the tagged sections of train_gpt.py to the others")
+        sys.exit("usage: python tests/test_family.py --write    copies what is tagged from train_gpt.py to the others")
     for name, source in SOURCES.items():
         if name != "train_gpt.py" and (new := synced(SOURCES["train_gpt.py"], source)) != source:
             (ROOT / name).write_text(new, encoding="utf-8")

@@ -40,8 +40,8 @@ def configs(draw):
     rates = draw(st.lists(st.floats(0.5, 3), min_size=len(ends), max_size=len(ends)))
     fraction = st.floats(0, 1)
     return config(*map(stage, ends, rates), num_iterations=draw(st.integers(1, 150)), cooldown=draw(fraction),
-                  lr_floor=draw(st.floats(0, 0.4)), split_embed=draw(fraction), momentum_warmup=draw(st.integers(0, 90)),
-                  momentum_cooldown=draw(fraction))
+                  lr_floor=draw(st.floats(0, 0.4)), split_embed=draw(fraction), momentum_cooldown=draw(fraction),
+                  momentum_warmup=draw(st.integers(0, 90)))
 
 
 any_config = given(cfg=configs())

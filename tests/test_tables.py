@@ -1,7 +1,7 @@
 """An ablation is a cell: whatever the tables say trains, decodes and resumes, and what is off does not exist.
 
-Against: the forward pass (decoding), an uninterrupted run (resuming, bit for bit), the names of the parameters, and copies
-of the script with the mistakes that people make when they add a parameter.
+Against: the forward pass (decoding), an uninterrupted run (resuming, bit for bit), the names of the parameters, and
+copies of the script with the mistakes that people make when they add a parameter.
 Run: python -m pytest tests/test_tables.py
 """
 import json
@@ -18,8 +18,8 @@ STAGES = [[0.5, 256, 60, 16, 32, 1.0, [[1, 0.5, 0.25], [1, 0.5, 0]], [0.25, 0.25
 CHANGES = {"stages": STAGES, "final_windows": (24, 64), "num_iterations": 4, "split_embed": 0.25, "val_tokens": 500,
            "val_stream_tokens": 256, "model_dim": 24, "mlp_dim": 48, "gate_dim": 4, "bigram_rows": 101,
            "bigram_signs": 16}
-ROWS = [{"ve": 0, "xsa": True}, {"window": "long", "ve": 1, "gate": True}, {"attention": False, "skip": 1}, {"xsa": True},
-        {"window": "long", "ve": 2, "attn_input": 3, "gate": True, "mudd": True}]
+ROWS = [{"ve": 0, "xsa": True}, {"window": "long", "ve": 1, "gate": True}, {"attention": False, "skip": 1},
+        {"xsa": True}, {"window": "long", "ve": 2, "attn_input": 3, "gate": True, "mudd": True}]
 GATES, MUDD = {"gate_fc", "gate_proj", "gate_bias", "gate_scale"}, {"mix_fc", "mix_proj", "mix_bias"}
 BIGRAM, VE, SKIP = {"bigram_embed", "bigram_signs"}, {"value_embeds", "value_gates"}, {"skip_lambda"}
 
