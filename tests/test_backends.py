@@ -285,6 +285,12 @@ def test_a_micro_batch_that_does_not_fit_is_halved(micro_batch, room_for, tried)
     assert micro_batch(room_for) == (tried[-1], tried)
 
 
+def test_each_size_tried_is_at_most_half_of_the_one_before(micro_batch):
+    """Each is compiled, which takes long; of 6 packs, 2 would be the largest that fits."""
+    stages = tuple(replace(stage, batch_tokens=6 * ALL.pack_tokens) for stage in ALL.stages)
+    assert micro_batch(2, stages=stages) == (1, [6, 3, 1])
+
+
 def test_a_micro_batch_that_leaves_no_room_is_halved(micro_batch):
     assert micro_batch(8, tight=8) == (4, [8, 4])
 
