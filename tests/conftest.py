@@ -6,7 +6,7 @@ can also write damaged and foreign ones.
 import base64
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import json
 import multiprocessing.forkserver
 import os
@@ -30,11 +30,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # such small products are slower 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; what it starts would not know Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))        # train_gpt comes first
+SCRIPTS = sorted((path.stem for path in ROOT.glob("train_*.py")), key=lambda name: (name != "train_gpt", name))
 BOS, VOCAB = 256, 257
 WORDS = "the a old new cat dog house river stone sees finds keeps under over near and then slowly never again".split()
 
-# Windows shorter than documents, documents longer than max_doc_tokens, every loss term, tied and split_embedd steps.
+# Windows shorter than documents, documents longer than max_doc_tokens, every loss term, tied and untied steps.
 SMALL_STAGES = [[1 / 3, 512, 96, 16, 32, 1.0, [[1, 0.5, 0.25], [1, 0.5, 0]], [0.25, 0.25]],
                 [1.0, 1024, 120, 16, 64, 1.4, [[1, 0.5, 0], [1, 0, 0]], [0.25, 0]]]
 # A row of each kind; test_model.py has the layers of all presets, too.
@@ -98,6 +98,13 @@ def small_flags(data, **changes):
     return as_flags(SMALL | {"train_files": f"{data}/train_*.bin", "val_files": f"{data}/val_*.bin"} | changes)
 
 
+def assert_close(found, wanted, tolerance=1e-4):
+    """Every entry differs by at most tolerance x (1 + its size). torch.testing loads modules for seconds."""
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    worst = ((found - wanted).abs() / (1 + wanted.abs())).max().item()
+    assert worst <= tolerance, worst
+
+
 def only_folder(logs):
     """The folder of the one run under `logs`."""
     folders = list(Path(logs).iterdir())
@@ -107,7 +114,7 @@ def only_folder(logs):
 
 # Files that take long, the longest first: with two processes the last ones to end are short.
 LONG = ["test_hostile.py", "test_records.py", "test_checkpoint.py", "test_metric.py", "test_decode.py", "test_ranks.py",
-        "test_evaluate.py", "test_text.py", "test_train.py"]
+        "test_evaluate.py", "test_text.py", "test_tables.py", "test_train.py"]
 
 
 def pytest_collection_modifyitems(items):
@@ -141,25 +148,46 @@ def small_config(data, script):
     def config(**changes):
         cfg = script.parse_config(small_flags(data, **changes))
         machine = script.Machine(script.torch.device("cpu"), 0, 1, "cpu")
-        return script.resolve_config(cfg, machine, script.open_shards(cfg.train_files, cfg.val_files)[0][0], False)
+        return script.resolve_config(cfg, machine, script.open_shards(cfg.train_files, cfg.val_files)[0][0])
     return config
 
 
 @pytest.fixture
 def run_main(script, monkeypatch, capsys):
-    """Function of command line arguments that calls main(), and returns exit code, output and errors."""
+    """Function of command line arguments that calls main(), and returns exit code, output and errors.
+
+    module: another script than the one under test.
+    """
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)  # no curve: it takes as long as the steps
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+    def run(*argv, module=script):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
         capsys.readouterr()
-        code = script.main()
+        code = module.main()
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
     yield run
     for name, handler in handlers.items():
         signal.signal(name, handler)
+
+
+@pytest.fixture
+def edited(script, tmp_path):
+    """Function of pairs (old, new) that imports a copy of the script, my_idea.py, with these texts replaced."""
+    def make(*edits):
+        text = Path(script.__file__).read_text(encoding="utf-8")
+        for old, new in edits:
+            assert text.count(old) == 1, (old, text.count(old))
+            text = text.replace(old, new)
+        path = tmp_path / "my_idea.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("my_idea", path)
+        sys.modules["my_idea"] = module = importlib.util.module_from_spec(spec)     # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+    yield make
+    sys.modules.pop("my_idea", None)
 
 
 @pytest.fixture
@@ -204,8 +232,9 @@ def run_python(words, source=os.devnull, folder="."):
     sys.stdin = open(0, closefd=False)
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     sys.modules["matplotlib"] = None
-    for name in ("sample", "train_gpt"):      # those preloaded may not be those beside the script
+    for name in ("sample", "train_gpt", "triton_kernels"):  # those preloaded may not be those beside the script
         sys.modules.pop(name, None)
+    sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests")]   # a lone script is alone
     sys.argv = words = [str(word) for word in words]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]

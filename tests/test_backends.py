@@ -1,378 +1,377 @@
-"""Which attention and kernels a run uses: what a probe notices, which backend is chosen, what lists of documents need.
+"""Which attention and kernels a run uses, how large its micro-batches are, and where the optimizer keeps its state.
 
-Against: planted backends that are wrong, die, hang or are slow; a variable-length attention written out document by
-document. The GPU part (skipped without CUDA) tries every backend on this device.
+Against: planted attention backends and kernels that are wrong or do not run, copies of the script in which somebody
+edited what a kernel computes, and a stand-in for a GPU of any size. The last part uses this GPU (skipped without CUDA).
 Run: python -m pytest tests/test_backends.py
 """
-import io
+import importlib.util
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
-from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BOS, SMALL_LAYERS, VOCAB, small_flags
 
-import sample
 import train_gpt
-from conftest import BOS, ROOT, VOCAB, write_shard
-from train_gpt import ALLOWED, UserError
-from train_gpt import PRESETS, with_plain, with_varlen
+from train_gpt import PRESETS, Machine, UserError, with_plain
 
-CPU, SCRIPT = torch.device("cpu"), ROOT / "train_gpt.py"
-probe = partial(train_gpt.probe, train_gpt.probe_case)
-ALLOWED["plain"] = 0.0                    # these tests try it, too
+CPU = Machine(torch.device("cpu"), 0, 1, "cpu")
+GPU = Machine(torch.device("cuda", 0), 0, 1, "a GPU")
 TINY = replace(PRESETS["tiny"], vocab_size=VOCAB, bos_id=BOS, device="cpu", attention="plain")
-
-
-def varlen_by_hand(q, k, v, begins, begins_k, longest, longest_k, scale, window_size):
-    """What torch's variable-length attention does, for (T, H, D) on the CPU."""
-    assert begins is begins_k and begins.dtype == torch.int32 and longest == longest_k and window_size[1] == 0
-    parts = []
-    for begin, end in zip(begins.tolist(), begins.tolist()[1:]):
-        if begin == end:
-            continue
-        assert end - begin <= longest and q.shape == k.shape == v.shape
-        index = torch.arange(end - begin)
-        distance = index[:, None] - index
-        mask = (distance >= 0) & (distance <= window_size[0])
-        q_, k_, v_ = (x[begin:end].transpose(0, 1) for x in (q, k, v))
-        parts.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=scale).transpose(0, 1))
-    return torch.cat(parts)
+ALL = replace(PRESETS["speedrun"], vocab_size=50304, bos_id=50256)
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 # -----------------------------------------------------------------------------
-# What a probe notices
+# What is found out about an attention backend
 
-@pytest.mark.parametrize("qk_dim", [0, 24])
-def test_a_right_backend_is_right(monkeypatch, qk_dim):
-    cfg = replace(TINY, qk_dim=qk_dim)
-    assert probe(cfg, "plain", CPU)[0] == 0
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
-    error, seconds = probe(cfg, "varlen", CPU)
-    assert error < 1e-5 and seconds > 0
+@pytest.fixture
+def fault(monkeypatch):
+    """Function of a backend that returns what try_attention says of it, uncompiled on the CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    def run(backend, **changes):
+        monkeypatch.setitem(train_gpt.ATTENTION, "flex", backend)
+        return train_gpt.try_attention(replace(TINY, **changes), "flex", CPU.device)
+    return run
 
 
 class BadGradient(torch.autograd.Function):
-    """The identity, with a gradient that is 10 % too large."""
+    """The identity, with a gradient that is 10 % too large, or NaN."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, factor):
+        ctx.factor = factor
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return 1.1 * grad
+        return ctx.factor * grad, None
 
 
-def unequal(change_output=lambda y: y, change_input=lambda x: x, change_window=0):
+def unequal(output=lambda y: y, key=lambda k: k, window_change=0):
     """A backend as with_plain but for what is changed."""
-    def backend(starts, window, *rest):
-        attend = with_plain(starts, window + change_window, *rest)
-        return lambda q, k, v: change_output(attend(q, change_input(k), v))
+    def backend(doc_start, window, longest):
+        attend = with_plain(doc_start, int(window) + window_change, longest)
+        return lambda q, k, v: output(attend(q, key(k), v))
     return backend
 
 
-@pytest.mark.parametrize("backend, worst", [
-    (unequal(lambda y: 1.05 * y), 0.06), (unequal(change_input=BadGradient.apply), 0.11),
-    (unequal(lambda y: torch.where(torch.arange(len(y))[:, None, None] == 7, torch.nan, y)), float("inf")),
-    (unequal(change_window=-40), 1.0), (lambda starts, *rest: with_plain(torch.zeros_like(starts), *rest), 1.0)],
-    ids=["scale", "gradient", "one nan", "window", "documents"])
-def test_a_wrong_backend_is_noticed(monkeypatch, backend, worst):
-    monkeypatch.setitem(train_gpt.ATTENTION, "varlen", backend)
-    error, _ = probe(replace(TINY, pack_tokens=4096), "varlen", CPU)
-    assert ALLOWED["varlen"] < error <= worst
+@pytest.mark.parametrize("changes", [{}, {"qk_dim": 24}, {"precision": "bf16"}])
+def test_a_right_backend_has_no_fault(fault, changes):
+    assert fault(unequal(), **changes) == ""
 
 
-@pytest.fixture
-def deadly_script(tmp_path):
-    """A copy of train_gpt.py in which trying varlen ends the process."""
-    text, harness_text = SCRIPT.read_text(), (ROOT / "harness.py").read_text()
-    (tmp_path / "harness.py").write_text(harness_text.replace("\nALLOWED = {", '\nALLOWED = {"plain": 0.0, '))
-    head = "def with_varlen(starts_T: Tensor, window: int, longest: int, max_doc_tokens: int):\n"
-    assert text.count(head) == 1
-    path = tmp_path / "train-1.2 copied.py"         # as someone may call an idea
-    path.write_text(text.replace(head, head + "    import os\n    os.abort()\n"))
-    return sample.import_script(path)
+@pytest.mark.parametrize("backend", [
+    unequal(lambda y: 1.05 * y), unequal(key=lambda k: BadGradient.apply(k, 1.1)),
+    unequal(lambda y: torch.where(torch.arange(len(y))[:, None, None] == 7, torch.nan, y)),
+    unequal(key=lambda k: BadGradient.apply(k, torch.nan)), unequal(window_change=-20),
+    lambda doc_start, window, longest: with_plain(torch.zeros_like(doc_start), int(window), longest)],
+    ids=["scale", "gradient", "one nan", "nan gradient", "window", "documents"])
+def test_a_wrong_backend_is_noticed(fault, backend):
+    assert fault(backend).startswith("wrong by ")
 
 
-def test_a_backend_that_dies_leaves_the_others(deadly_script, fast_run, monkeypatch):
-    monkeypatch.setattr(train_gpt.subprocess, "run", fast_run)         # test_harness.py has the process as it is
-    cfg = deadly_script.config_from_dict(asdict(TINY))
-    found = train_gpt.try_backends(deadly_script.SCRIPT, cfg, ["varlen", "plain"], CPU)
-    assert list(found) == ["varlen", "plain"] and found["plain"]["fault"] == "" and found["plain"]["seconds"] > 0
-    assert found["varlen"]["fault"] == "its process ended with exit code -6"
-
-
-def test_a_backend_that_hangs_leaves_the_others(monkeypatch):
-    def run(words, input, timeout, **rest):
-        names = json.loads(input)["names"]
-        right = f'hint\n{{"backend": "{names[0]}", "fault": "", "error": 0.0, "seconds": 1.0}}\n'
-        if len(names) > 1:               # the first gets through, the second hangs
-            raise subprocess.TimeoutExpired(words, timeout, right.encode())
-        return subprocess.CompletedProcess(words, 0, right)
-    monkeypatch.setattr(train_gpt.subprocess, "run", run)
-    found = train_gpt.try_backends(SCRIPT, TINY, ["flex", "varlen", "plain"], CPU)
-    assert {name: result["fault"] for name, result in found.items()} == {
-        "flex": "", "varlen": f"no result within {train_gpt.PROBE_SECONDS} s", "plain": ""}
-
-
-def out_of_memory(*_):
-    raise RuntimeError("out of\nshared memory")
-
-
-@pytest.mark.parametrize("backend, fault", [
-    (out_of_memory, "RuntimeError: out of shared memory"), (unequal(lambda y: 2 * y), "wrong by 1")])
-def test_why_a_backend_is_not_used(monkeypatch, capsys, backend, fault):
-    monkeypatch.setitem(train_gpt.ATTENTION, "varlen", backend)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(
-        {"config": asdict(TINY), "names": ["varlen", "plain"], "device": "cpu"})))
-    train_gpt.probe_all(train_gpt)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["backend"], line["fault"]) for line in lines] == [("varlen", fault), ("plain", "")]
+def test_a_backend_that_does_not_run_has_its_error_as_fault(fault):
+    def backend(*_):
+        raise RuntimeError("out of\nshared memory")
+    assert fault(backend) == "RuntimeError: out of shared memory"
 
 
 # -----------------------------------------------------------------------------
-# What is chosen
+# Which attention is chosen
 
-GPU = SimpleNamespace(device=torch.device("cuda", 0), rank=0, world_size=1, name="a GPU")
-ALL = replace(PRESETS["speedrun"], vocab_size=50304, bos_id=50256)
+@pytest.fixture
+def choose(monkeypatch):
+    """Function of the backends that are right, that returns the chosen one, the lines and the names that were tried."""
+    def run(right, cfg=ALL, machine=GPU):
+        tried = []
 
-
-def choose(monkeypatch, cfg, ms, faulty=()):
-    """choose_backends, with these milliseconds for backends that are right; and the names that it tried."""
-    tried = []
-
-    def fake(script, cfg, names, device):
-        tried.extend(names)
-        return {name: {"fault": "" if name in ms or name not in faulty and name not in train_gpt.ATTENTION else "bad",
-                       "error": 0.01, "seconds": ms.get(name, 1) / 1000} for name in names}
-    monkeypatch.setattr(harness, "try_backends", fake)
-    return *train_gpt.choose_backends(SCRIPT, cfg, GPU), tried
-
-
-@pytest.mark.parametrize("ms, best", [
-    ({"flex": 2, "flex_small": 3, "varlen": 4}, "flex"), ({"flex_small": 3, "varlen": 4}, "flex_small"),
-    ({"varlen": 4}, "varlen"), ({"flex": 2, "flex_small": 1.9, "varlen": 1.7}, "flex"),
-    ({"flex": 2, "varlen": 1.2}, "varlen"), ({}, "plain")])
-def test_the_fastest_right_attention_is_used(monkeypatch, ms, best):
-    cfg, lines, tried = choose(monkeypatch, ALL, ms)
-    assert cfg.attention == best and tried[:3] == ["flex", "flex_small", "varlen"]
-    assert lines[-1].startswith(f"used: {best} attention, kernels, float8; found out in ")
-    for name in tried[:3]:
-        assert any(line.startswith(f"{name}: " + ("right to 0.01" if name in ms else "bad")) for line in lines)
+        def try_attention(cfg, name, device):
+            tried.append(name)
+            return "" if name in right else f"{name} is bad"
+        monkeypatch.setattr(train_gpt, "try_attention", try_attention)
+        cfg, lines = train_gpt.choose_attention(cfg, machine)
+        return cfg.attention, lines, tried
+    return run
 
 
-@pytest.mark.parametrize("name", ["flex", "flex_small", "varlen", "fa3"])
-def test_a_forced_attention_is_used_or_refused(monkeypatch, name):
-    with pytest.raises(UserError, match=f"--attention={name} does not work here \\(bad\\); use --attention=auto"):
-        choose(monkeypatch, replace(ALL, attention=name), {})
-    cfg, _, tried = choose(monkeypatch, replace(ALL, attention=name), {name: 50})
-    assert cfg.attention == name and not set(tried) & (set(train_gpt.ATTENTION) - {name})
+@pytest.mark.parametrize("right, chosen, tried", [
+    ({"flex", "flex_small"}, "flex", ["flex"]), ({"flex_small"}, "flex_small", ["flex", "flex_small"]),
+    (set(), "plain", ["flex", "flex_small"])])
+def test_the_first_right_attention_is_used_and_faults_are_named(choose, right, chosen, tried):
+    found, lines, names = choose(right)
+    assert (found, names) == (chosen, tried)
+    for name, line in zip(tried, lines):
+        assert line == f"{name} attention " + ("is right on this device" if name in right
+                                               else f"does not work here: {name} is bad")
+    assert lines[len(tried):] == ["used: plain attention"] * (chosen == "plain")
 
 
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+@pytest.mark.parametrize("name", ["flex", "flex_small"])
+def test_a_forced_attention_is_used_or_refused(choose, name):
+    assert choose({name}, replace(ALL, attention=name))[::2] == (name, [name])
+    with pytest.raises(UserError) as error:
+        choose({"flex", "flex_small"} - {name}, replace(ALL, attention=name))
+    assert str(error.value) == f"--attention={name} does not work here ({name} is bad); use --attention=auto"
 
 
-def test_what_was_found_is_remembered_until_something_changes(monkeypatch):
-    ms = {"flex": 2, "flex_small": 3, "varlen": 4}
-    first, lines, tried = choose(monkeypatch, ALL, ms)
-    _, again, tried_again = choose(monkeypatch, replace(ALL, seed=1), {})
-    assert tried and not tried_again
-    assert [line.split("; found out in")[0] for line in again] == [line.split("; found out in")[0] for line in lines]
-    for change in ({"pack_tokens": 8192}, {"float8": False}, {"sampled_vocab": 20_000}):
-        assert choose(monkeypatch, replace(ALL, **change), ms)[2]
-    monkeypatch.setattr(GPU, "name", "another GPU")
-    assert choose(monkeypatch, ALL, ms)[2]
-    monkeypatch.setattr(torch, "__version__", "2.99")
-    assert choose(monkeypatch, ALL, ms)[2]
+def test_a_backend_must_be_right_on_all_ranks(choose, monkeypatch):
+    monkeypatch.setattr(train_gpt, "all_gather_object", lambda machine, fault: [fault, "bad there"])
+    assert choose({"flex", "flex_small"}) == ("plain", ["flex attention does not work here: bad there", mock.ANY,
+                                                        "used: plain attention"], ["flex", "flex_small"])
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "x", '{"flex": 1}', "null", '{"flex": {"fault": ""}}'])
-def test_a_damaged_memory_is_no_memory(monkeypatch, tmp_path, content):
-    ms = {"flex": 2, "flex_small": 3, "varlen": 4}
-    choose(monkeypatch, ALL, ms)
-    path, = (tmp_path / "compiled").glob("backends_*.json")
-    whole = json.loads(path.read_text())
-    for damaged in (content, json.dumps(whole | {"flex": 1}), json.dumps(whole | {"flex": {"fault": ""}})):
-        path.write_text(damaged)
-        cfg, _, tried = choose(monkeypatch, ALL, ms)
-        assert cfg.attention == "flex" and tried
+@pytest.mark.parametrize("changes", [{"attention": "plain"}, {"pack_tokens": 1000}, {"val_stream_tokens": 1000}])
+def test_plain_attention_and_odd_lengths_need_no_trial(choose, changes):
+    assert choose({"flex"}, replace(ALL, **changes)) == ("plain", [], [])
 
 
-def test_a_fault_is_looked_at_again_next_time(monkeypatch):
-    assert choose(monkeypatch, ALL, {"flex": 2, "varlen": 4})[0].attention == "flex"
-    assert choose(monkeypatch, ALL, {"flex": 2, "flex_small": 1, "varlen": 4})[0].attention == "flex_small"
+def test_without_a_gpu_nothing_is_tried(choose):
+    assert choose({"flex"}, TINY, CPU) == choose({"flex"}, replace(TINY, attention="auto"), CPU) == ("plain", [], [])
 
 
-def test_streams_of_odd_lengths_and_those_who_want_it_take_plain_attention(monkeypatch):
-    for change in ({"pack_tokens": 1000}, {"attention": "plain"}):
-        cfg, _, tried = choose(monkeypatch, replace(ALL, **change), {"flex": 1})
-        assert cfg.attention == "plain" and not set(tried) & set(train_gpt.ATTENTION)
-
-
-@pytest.mark.parametrize("faulty, kernels, float8", [
-    ((), True, True), (("head_loss",), False, False), (("float8_head_loss",), True, False),
-    (("float8_linear",), True, False), (("float8_mlp",), True, False)])
-def test_faulty_kernels_are_not_used(monkeypatch, faulty, kernels, float8):
-    cfg, lines, _ = choose(monkeypatch, ALL, {"flex": 2}, faulty)
-    assert (cfg.kernels, cfg.float8) == (kernels, float8)
-    assert all(f"{name}: bad" in lines for name in faulty)
-
-
-@pytest.mark.parametrize("flags, tried", [
-    ({"kernels": False, "float8": False}, []), ({"float8": False}, ["head_loss"])])
-def test_what_is_switched_off_is_not_tried(monkeypatch, flags, tried):
-    assert choose(monkeypatch, replace(ALL, attention="flex", **flags), {"flex": 2})[2] == ["flex", *tried]
-
-
-def test_without_a_gpu_nothing_is_tried(monkeypatch):
-    monkeypatch.setattr(harness, "try_backends", None)
-    assert train_gpt.choose_backends(SCRIPT, TINY, train_gpt.Machine(CPU, 0, 1, "cpu")) == (TINY, [])
+@pytest.mark.parametrize("changes, machine", [
+    ({}, CPU), ({"pack_tokens": 1000}, GPU), ({"val_stream_tokens": 1000}, GPU)])
+def test_a_forced_attention_that_cannot_be_is_refused(choose, changes, machine):
+    with pytest.raises(UserError, match="--attention=flex_small needs a CUDA device, and multiples of 128 for "
+                                        "--pack_tokens=.*; use --attention=plain"):
+        choose({"flex_small"}, replace(ALL, attention="flex_small", **changes), machine)
 
 
 # -----------------------------------------------------------------------------
-# Lists of documents
+# Kernels
+
+@pytest.mark.parametrize("changes, capability, precision, expected", [
+    ({}, (9, 0), "bf16", (True, True)), ({}, (8, 9), "bf16", (True, True)), ({}, (8, 6), "bf16", (True, False)),
+    ({"vocab_multiple": 1}, (9, 0), "bf16", (True, False)), ({}, (9, 0), "fp32", (False, False)),
+    ({"float8": False}, (9, 0), "bf16", (True, False)), ({"kernels": False}, (9, 0), "bf16", (False, False))])
+def test_what_the_device_and_the_flags_allow(monkeypatch, changes, capability, precision, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(train_gpt, "triton_kernels", mock.MagicMock())
+    shard = train_gpt.Shard("a.bin", 1000, 50257, 50256, 2, "", 0)
+    cfg = train_gpt.resolve_config(replace(PRESETS["speedrun"], precision=precision, **changes), GPU, shard)
+    assert (cfg.kernels, cfg.float8) == expected
+    names = set(train_gpt.fused_kernels(cfg))
+    assert names == ({"head_loss"} if expected[0] else set()) | ({"linear", "mlp"} if expected[1] else set())
+
+
+def test_without_the_kernels_file_or_a_gpu_there_are_none(monkeypatch):
+    shard = train_gpt.Shard("a.bin", 1000, 50257, 50256, 2, "", 0)
+    monkeypatch.setattr(train_gpt, "triton_kernels", None)
+    on_gpu = train_gpt.resolve_config(PRESETS["speedrun"], GPU, shard)
+    on_cpu = train_gpt.resolve_config(PRESETS["speedrun"], CPU, shard)
+    assert (on_gpu.kernels, on_gpu.float8, on_gpu.compile) == (False, False, True)
+    assert (on_cpu.kernels, on_cpu.float8, on_cpu.compile) == (False, False, False)
+    assert train_gpt.fused_kernels(PRESETS["speedrun"]) == {}
+
+
+@pytest.fixture(scope="module")
+def triton_kernels():
+    """The module; where there is no Triton, with stand-ins for it, as nothing here runs a kernel."""
+    if importlib.util.find_spec("triton"):
+        return importlib.import_module("triton_kernels")
+    names = ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor")
+    stand_in = mock.MagicMock()
+    stand_in.jit = lambda function: function
+    with mock.patch.dict(sys.modules, dict.fromkeys(names, stand_in)):      # which is as before afterwards
+        return importlib.import_module("triton_kernels")
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU; what is computed from it is an ordinary one."""
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
 
 @pytest.fixture
-def short_documents(tmp_path):
-    """A shard of documents of 1 to 40 tokens, then of some long ones."""
-    lengths = [*np.random.default_rng(0).integers(1, 40, 3000), 500, 700, 900]
-    tokens = np.concatenate([[BOS, *np.full(length, 5)] for length in lengths])
-    return train_gpt.read_header(write_shard(tmp_path / "a.bin", tokens))
+def check(monkeypatch, triton_kernels):
+    """Function of a script and its kernels that runs check_kernels as on a GPU; returns its line and what is left."""
+    def run(module, kernels):
+        monkeypatch.setattr(module, "triton_kernels", triton_kernels)
+        on_cpu = module.to_device
+        monkeypatch.setattr(module, "to_device", lambda batch, device: tuple(
+            tensor.as_subclass(OnCuda) for tensor in on_cpu(batch, device)))
+        cfg = replace(TINY, model_dim=48, head_dim=12, mlp_dim=96, bigram_rows=101,
+                      layers=tuple(train_gpt.Layer(**row) for row in SMALL_LAYERS))
+        model = module.GPT(module.config_from_dict(json.loads(json.dumps(asdict(cfg)))))
+        model.kernels = dict(kernels)
+        line = module.check_kernels(model, module.Machine(torch.device("cpu"), 0, 1, "cpu"))
+        return line, model.kernels
+    return run
 
 
-@pytest.mark.parametrize("attention", ["varlen", "fa3", "plain"])
-def test_documents_of_every_stream_fit_the_list(short_documents, attention):
-    cfg = replace(TINY, attention=attention, num_iterations=3, val_tokens=50_000)
-    streams = train_gpt.validation_streams(cfg, [short_documents])
-    assert sum(int((targets >= 0).sum()) for _, targets in streams) == cfg.val_tokens
-    streams += [batch for batches, _ in train_gpt.training_batches(cfg, [short_documents], 0, 1, 2)
-                for batch in batches]
-    fits = []
-    for inputs, _ in streams:
-        begins = np.flatnonzero(inputs == BOS)
-        listed = train_gpt.list_documents(train_gpt.Stream(train_gpt_model(cfg), torch.from_numpy(inputs)).doc_start)
-        assert len(listed) == len(inputs) // 32 + 1 and listed[-1] == len(inputs)
-        rest = len(listed) - len(begins)
-        fits.append(rest > 0 and listed.tolist() == [*begins, *[len(inputs)] * rest])
-    assert all(fits) == (attention != "plain")
+def kernels_of(script):
+    """Stand-ins for the kernels: they compute what the functions of an unedited script do."""
+    return {"head_loss": script.head_loss, "linear": F.linear, "mlp": script.mlp}
 
 
-def train_gpt_model(cfg):
-    """What a Stream asks of a model."""
-    return SimpleNamespace(cfg=cfg, attention_windows=lambda starts, longest: {})
+def test_right_kernels_are_used(script, check):
+    line, left = check(script, kernels_of(script))
+    assert line == "kernels that are right on this device: head_loss, linear, mlp" and left == kernels_of(script)
 
 
-def test_the_model_gives_the_same_logits_with_varlen_attention(monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
-    model = train_gpt.GPT(TINY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
-    tokens = torch.randint(0, 256, (384,), generator=torch.Generator().manual_seed(0))
-    tokens[[0, 100, 101, 250]] = BOS
-    results = []
-    for attention in ("plain", "varlen"):
-        model.cfg = replace(TINY, attention=attention)
-        loss = model(tokens, tokens.roll(-1), torch.tensor([1, 0.5, 0.25, 0]))
-        loss.backward()
-        results.append([loss.detach(), *(param.grad.clone() for param in model.parameters())])
-        model.zero_grad()
-    for mine, other in zip(*results, strict=True):
-        assert (mine - other).norm() <= 1e-4 * mine.norm()
+def test_a_kernel_that_does_not_run_here_is_not_used(script, check):
+    def broken(*_):
+        raise RuntimeError("no such\ninstruction")
+    line, left = check(script, kernels_of(script) | {"mlp": broken})
+    assert line == ("kernels that are right on this device: head_loss, linear; "
+                    "mlp does not run here (RuntimeError: no such instruction)")
+    assert left.keys() == {"head_loss", "linear"}
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("mlp", "return F.linear(u_TC, up_FC).relu().square() @ down_FC", "return F.gelu(F.linear(u_TC, up_FC)) @ down_FC"),
+    ("mlp", ".relu().square() @ down_FC", ".relu().square() @ down_FC * 1.5"),
+    ("head_loss", "return HeadLoss.apply(", "return 0.9 * HeadLoss.apply("),
+    ("head_loss", "LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 23.0", "LOGIT_SCALE, LOGIT_SHIFT, LOGIT_WIDTH = 30.0"),
+])
+def test_an_edited_function_is_never_ignored_by_its_kernel(script, edited, check, name, old, new):
+    module = edited((old, new))
+    with pytest.raises(module.UserError) as error:
+        check(module, kernels_of(script))
+    assert f"the kernel of {name} (triton_kernels.py)" in str(error.value)
+    assert "my_idea.py" in str(error.value) and "--kernels=false" in str(error.value)
 
 
 # -----------------------------------------------------------------------------
 # Memory
 
-def plan(monkeypatch, cfg, gigabytes, world_size=1):
-    """memory_plan for a card of that size."""
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
-        total_memory=2e9 * gigabytes))
-    machine = train_gpt.Machine(torch.device("cuda", 0), 0, world_size, "a GPU")
-    return train_gpt.memory_plan(cfg, machine, 32_768 if cfg.kernels else train_gpt.HEAD_CHUNK)
+@pytest.fixture
+def card(monkeypatch):
+    """Function that makes the GPU one of so many bytes, of which this process may use half."""
+    def make(size):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.5)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2 * size))
+    return make
 
 
-SINGLE = replace(PRESETS["single"], vocab_size=50304, bos_id=50256)
+@pytest.fixture
+def micro_batch(monkeypatch, card):
+    """Function that returns largest_micro_batch, and the numbers of packs tried, on a GPU of room_for so many packs.
+
+    Tensors stay on the CPU. A forward of more raises torch.OutOfMemoryError; `tight` is only near the limit.
+    """
+    def run(room_for, world_size=1, tight=None, others_fit=True, **changes):
+        cfg, used, tried, resets = replace(ALL, **changes), [0], [], []
+        card(1000 * room_for)
+
+        def backward(tokens, targets, weights):
+            packs = len(tokens) // cfg.pack_tokens
+            if packs not in tried:
+                tried.append(packs)
+            if packs > room_for:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            used[0] = 1000 * room_for * 0.95 if packs == tight else 100 * packs
+        for name, fake in {"max_memory_allocated": lambda: used[0], "empty_cache": lambda: None,
+                           "reset_peak_memory_stats": lambda: used.__setitem__(0, 0)}.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch, "tensor", lambda values, device: values)
+        monkeypatch.setattr(train_gpt, "to_device", lambda batch, device: batch)
+        monkeypatch.setattr(train_gpt, "all_gather_object", lambda machine, fits: [fits, others_fit])
+        optimizer = SimpleNamespace(model=SimpleNamespace(cfg=cfg), reset=lambda: resets.append(1))
+        found = train_gpt.largest_micro_batch(backward, optimizer, Machine(GPU.device, 0, world_size, "a GPU"))
+        assert len(resets) == len(tried)                # no gradient of a trial is left
+        return found, tried
+    return run
 
 
-@pytest.mark.parametrize("cfg, micro_batch, world_size, measured", [
-    (ALL, 131_072, 1, 52.2), (ALL, 32_768, 1, 22.5), (ALL, 16_384, 1, 15.0), (ALL, 32_768, 4, 19.0),
-    (SINGLE, 32_768, 1, 16.2), (replace(ALL, kernels=False, float8=False), 32_768, 1, 22.9)])
-def test_the_memory_plan_is_what_was_measured_or_a_little_more(monkeypatch, cfg, micro_batch, world_size, measured):
-    """GiB on H200s, torch 2.11, as README.md has them and rows 28 and 67 of dev/EXPERIMENTS.md."""
-    cfg = replace(cfg, stages=tuple(replace(stage, batch_tokens=micro_batch * world_size) for stage in cfg.stages))
-    _, slots, _, sentence = plan(monkeypatch, cfg, 150, world_size)
-    assert slots * cfg.pack_tokens == micro_batch
-    assert measured - 0.1 < float(sentence.split(" = ")[1].split()[0]) < measured + 1.8
+@pytest.mark.parametrize("room_for, tried", [(100, [8]), (8, [8]), (7, [8, 4]), (3, [8, 4, 2]), (1, [8, 4, 2, 1])])
+def test_a_micro_batch_that_does_not_fit_is_halved(micro_batch, room_for, tried):
+    assert micro_batch(room_for) == (tried[-1], tried)
 
 
-@pytest.mark.parametrize("gigabytes, slots, host_state", [(16, 1, True), (24, 1, False), (40, 4, False),
-                                                          (80, 8, False), (141, 8, False)])
-def test_the_micro_batch_follows_the_card(monkeypatch, gigabytes, slots, host_state):
-    cfg, found, _, sentence = plan(monkeypatch, ALL, gigabytes)
-    assert (found, cfg.host_state) == (slots, host_state) and ("host memory" in sentence) == host_state
-    assert replace(cfg, host_state=False) == ALL
+def test_each_size_tried_is_at_most_half_of_the_one_before(micro_batch):
+    """Each is compiled, which takes long; of 6 packs, 2 would be the largest that fits."""
+    stages = tuple(replace(stage, batch_tokens=6 * ALL.pack_tokens) for stage in ALL.stages)
+    assert micro_batch(2, stages=stages) == (1, [6, 3, 1])
 
 
-@pytest.mark.parametrize("gigabytes, world_size, changes, replays", [
-    (80, 8, {}, True), (80, 4, {}, False), (80, 4, {"graph_tokens": 32_768}, True), (24, 8, {}, False),
-    (80, 8, {"graph_tokens": 0}, False), (80, 8, {"attention": "varlen"}, False), (80, 8, {"compile": False}, False)])
-def test_small_micro_batches_become_graphs(monkeypatch, gigabytes, world_size, changes, replays):
-    cfg = replace(ALL, **{"attention": "flex", "graph_tokens": 16_384} | changes)
-    *_, found, sentence = plan(monkeypatch, cfg, gigabytes, world_size)
-    assert found == replays == ("CUDA graphs" in sentence)
+def test_a_micro_batch_that_leaves_no_room_is_halved(micro_batch):
+    assert micro_batch(8, tight=8) == (4, [8, 4])
 
 
-def test_a_card_that_is_too_small_gets_a_value_to_try(monkeypatch):
-    with pytest.raises(UserError, match="try --pack_tokens=4096"):
-        plan(monkeypatch, ALL, 8)
-    cfg, slots, *_ = plan(monkeypatch, replace(ALL, pack_tokens=4096), 8)
-    assert slots == 1 and cfg.host_state
-    with pytest.raises(UserError, match="take a larger GPU"):
-        plan(monkeypatch, ALL, 2)
+def test_micro_batches_need_little_padding(micro_batch):
+    """Of 8, 16 and 24 packs, four ranks get 2, 4 and 6 each."""
+    assert micro_batch(100, world_size=4) == (2, [2])
+    assert micro_batch(100, world_size=8) == (1, [1])
 
 
-@pytest.mark.parametrize("flag, tokens, advice", [
-    ("micro_batch_tokens", 5 * 16_384, "--micro_batch_tokens=32768"),
-    ("micro_batch_tokens", 16_384, "--pack_tokens=8192"),
-    ("val_stream_tokens", 131_072, "--val_stream_tokens=65536")])
-def test_an_error_for_want_of_memory_names_a_flag_and_a_value(flag, tokens, advice):
-    with pytest.raises(train_gpt.RankError) as error, train_gpt.memory_advice(ALL, flag, tokens):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    assert str(error.value) == f"{tokens} tokens at a time do not fit (CUDA out of memory); try {advice}"
+def test_one_rank_without_room_counts_for_all(micro_batch):
+    with pytest.raises(UserError, match="one pack of --pack_tokens=16384 needs more than .* try --pack_tokens=8192"):
+        micro_batch(100, others_fit=False)
 
 
-def test_training_and_validation_give_this_advice():
-    def model(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-    batch = np.zeros(TINY.val_stream_tokens, np.int32), np.zeros(TINY.val_stream_tokens, np.int64)
-    machine, optimizer = train_gpt.Machine(CPU, 0, 1, "cpu"), SimpleNamespace(model=SimpleNamespace(cfg=TINY))
-    with pytest.raises(train_gpt.RankError, match="try --val_stream_tokens=4096"):
-        train_gpt.validate(model, TINY, [batch], machine)
-    with pytest.raises(train_gpt.RankError, match="try --micro_batch_tokens=4096"):
-        train_gpt.training_step(train_gpt.Backward(model), optimizer, [batch], 0, machine)
+def test_a_card_too_small_for_one_pack_is_named(micro_batch):
+    with pytest.raises(UserError, match="--pack_tokens=16384 needs more than the GPU's 0.0 GiB; try --pack_tokens=81"):
+        micro_batch(0)
+
+
+@pytest.mark.parametrize("tokens, packs", [(32_768, 2), (16_384, 1), (1 << 20, 8)])
+def test_a_micro_batch_that_the_user_names_is_not_tried(micro_batch, tokens, packs):
+    assert micro_batch(100, micro_batch_tokens=tokens) == (packs, [])
+
+
+def test_the_cpu_takes_the_smallest_batch_whole():
+    optimizer = SimpleNamespace(model=SimpleNamespace(cfg=TINY))
+    assert train_gpt.largest_micro_batch(None, optimizer, CPU) == 2048 // 512
+
+
+@pytest.mark.parametrize("megabytes, world_size, host_state", [
+    (29, 1, True), (31, 1, False), (19, 2, True), (21, 2, False)])
+def test_the_host_keeps_the_state_of_tables_when_the_gpu_is_small(card, megabytes, world_size, host_state):
+    """A million weights of two bytes, as many gradients, eight bytes of state each: they may fill 0.4 of it."""
+    card(megabytes * 1_000_000)
+    model = SimpleNamespace(cfg=ALL, parameters=lambda: [torch.empty(10**6, dtype=torch.bfloat16, device="meta")])
+    cfg = train_gpt.place_state(model, Machine(GPU.device, 0, world_size, "a GPU"))
+    assert cfg == replace(ALL, host_state=host_state)
+    model.cfg = replace(ALL, host_state=True)                       # the user's word counts
+    assert train_gpt.place_state(model, Machine(GPU.device, 0, world_size, "a GPU")).host_state
+
+
+def test_on_the_cpu_there_is_no_other_place_for_the_state():
+    assert train_gpt.place_state(SimpleNamespace(cfg=TINY), CPU) is TINY
+
+
+def test_want_of_memory_later_on_ends_in_one_line_with_flags(run_main, monkeypatch):
+    def train(cfg, argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+    monkeypatch.setattr(train_gpt, "train", train)
+    done = run_main()
+    line, = done.err.splitlines()
+    assert done.code == 2 and "out of memory" in line
+    assert all(flag in line for flag in ("--micro_batch_tokens=", "--val_stream_tokens=", "--pack_tokens="))
 
 
 # -----------------------------------------------------------------------------
 # On a GPU
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@cuda
+def test_on_this_gpu_fast_attention_and_all_kernels_are_right():
+    machine = Machine(torch.device("cuda", 0), 0, 1, torch.cuda.get_device_name())
+    cfg, lines = train_gpt.choose_attention(ALL, machine)
+    print("\n".join(lines))
+    assert cfg.attention != "plain", lines
+    cfg = replace(cfg, float8=torch.cuda.get_device_capability() >= (8, 9), bigram_rows=1024)
+    with torch.device(machine.device):
+        model = train_gpt.GPT(cfg)
+    kernels = set(model.kernels)
+    assert kernels and "does not run" not in train_gpt.check_kernels(model, machine)
+    assert set(model.kernels) == kernels
 
 
 @cuda
-def test_on_this_gpu_the_fast_backends_are_right():
-    machine = train_gpt.Machine(torch.device("cuda", 0), 0, 1, torch.cuda.get_device_name())
-    cfg, lines = train_gpt.choose_backends(SCRIPT, ALL, machine)
-    print("\n".join(lines))
-    assert cfg.attention != "plain" and cfg.kernels, lines
-    assert cfg.float8 == (torch.cuda.get_device_capability() >= (8, 9)), lines
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs float8")
+def test_an_edited_mlp_ends_in_one_line_on_this_gpu(edited, run_main, data, tmp_path):
+    module = edited((".relu().square() @ down_FC", ".relu() @ down_FC"))
+    sizes = {"model_dim": 256, "head_dim": 64, "mlp_dim": 512, "vocab_multiple": 16, "layers": SMALL_LAYERS,
+             "device": "cuda", "precision": "bf16", "compile": True}
+    done = run_main(*small_flags(data, **sizes, stop_after=2, out_dir=tmp_path / "logs"), module=module)
+    line, = done.err.splitlines()
+    assert done.code == 2 and "kernel of mlp" in line and "--kernels=false" in line
+    flags = small_flags(data, **sizes | {"kernels": False}, stop_after=2, out_dir=tmp_path / "other")
+    assert run_main(*flags, module=module).code == 0

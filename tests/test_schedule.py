@@ -1,145 +1,185 @@
-"""The schedules of the speedruns against the published figures, step by step, and their shape when they are scaled.
+"""The schedule of a run: which stage a step belongs to, learning rate, momentum, loss weights, and when the head parts.
 
-The numbers are those of the NanoGPT speedrun's record 89: 1270 scheduled steps in three equal stages, 15 more of
-extension, split_embedd after step 847; and of record 18 of its track 2. Run: python -m pytest tests/test_schedule.py
+Against: small made-up tables with values that can be read off, and properties that hold for every table and length.
+Run: python -m pytest tests/test_schedule.py
 """
+import importlib
+import math
 from dataclasses import replace
 
 import pytest
+from conftest import SCRIPTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import train_gpt
-import train_gpt_medium
-from train_gpt import PRESETS, is_tied, loss_weights, lr_factor, momentum, stage_index, stage_progress
-
-SPEEDRUN = PRESETS["speedrun"]
-STEPS = range(SPEEDRUN.total_steps)
-
-
-def test_the_run_has_1285_steps_in_four_stages():
-    assert SPEEDRUN.num_iterations == 1270 and SPEEDRUN.total_steps == 1285
-    borders = [step for step in STEPS if step == 0 or stage_index(SPEEDRUN, step) != stage_index(SPEEDRUN, step - 1)]
-    assert borders == [0, 423, 847, 1270]
-    assert [stage_index(SPEEDRUN, step) for step in borders] == [0, 1, 2, 3]
-    assert stage_index(SPEEDRUN, 1284) == stage_index(SPEEDRUN, 1285) == 3
+from train_gpt import (Hyperparameters, Stage, is_tied, loss_weights, lr_factor, momentum, schedule, stage_ends,
+                       stage_index, stage_progress)
 
 
-@pytest.mark.parametrize("first, last, batch, document, short, long", [
-    (0, 422, 131_072, 896, 128, 384), (423, 846, 262_144, 2048, 384, 896),
-    (847, 1269, 393_216, 2048, 640, 1408), (1270, 1284, 393_216, 2048, 768, 1664)])
-def test_batch_documents_and_windows_of_every_step(first, last, batch, document, short, long):
-    for step in range(first, last + 1):
-        stage = SPEEDRUN.stages[stage_index(SPEEDRUN, step)]
-        assert (stage.batch_tokens, stage.max_doc_tokens, stage.short, stage.long) == (batch, document, short, long)
+def stage(until, lr=1.0, **changes):
+    """A row of a stage table."""
+    row = {"batch_tokens": 512, "max_doc_tokens": 64, "short": 16, "long": 32, "next_tokens": ((1, 0, 0), (1, 0, 0)),
+           "prefix": (0, 0)}
+    return Stage(until=until, lr=lr, **row | changes)
 
 
-def test_windows_of_the_final_validation_and_tokens_of_the_run():
-    assert SPEEDRUN.final_windows == (768, 2560) and SPEEDRUN.val_tokens == 10_485_760
-    assert sum(SPEEDRUN.stages[stage_index(SPEEDRUN, step)].batch_tokens for step in STEPS) == (
-        423 * 131_072 + 424 * 262_144 + 438 * 393_216)
+def config(*stages, **changes):
+    return replace(Hyperparameters(), **{"stages": stages, "num_iterations": 100, "cooldown": 0.0,
+                                         "momentum_warmup": 10, "momentum_cooldown": 0.2} | changes)
 
 
-@pytest.mark.parametrize("step, factor", [
-    (0, 1), (422, 1), (423, 1.52), (507, 1.52), (508, 1.52), (600, 1.355), (846, 0.912), (847, 1.027), (1000, 0.710),
-    (1269, 0.152), (1270, 0.15), (1284, 0.15)])
-def test_learning_rate_factor(step, factor):
-    assert lr_factor(SPEEDRUN, step) == pytest.approx(factor, abs=5e-4)
+# 30 steps, 40, 30, and an extension of 10.
+FOUR = config(stage(0.3, 1.0), stage(0.7, 2.0), stage(1.0, 3.0), stage(1.1, 3.0), cooldown=0.5, lr_floor=0.1)
 
 
-def test_learning_rate_of_every_step_by_the_published_formula():
-    for step in STEPS:
-        top = 1.0 if step < 423 else 1.52 if step < 847 else 1.73
-        t = min(1, max(0, (step - 508) / 762))
-        assert lr_factor(SPEEDRUN, step) == pytest.approx(top * (1 - t) + 0.15 * t, rel=1e-12)
+@st.composite
+def configs(draw):
+    """Configurations with one to five stages of any lengths."""
+    ends = draw(st.lists(st.floats(0.01, 0.99), max_size=3, unique=True).map(sorted)) + [1.0]
+    ends += draw(st.sampled_from([[], [1.02], [1.5]]))
+    rates = draw(st.lists(st.floats(0.5, 3), min_size=len(ends), max_size=len(ends)))
+    fraction = st.floats(0, 1)
+    return config(*map(stage, ends, rates), num_iterations=draw(st.integers(1, 150)), cooldown=draw(fraction),
+                  lr_floor=draw(st.floats(0, 0.4)), split_embed=draw(fraction), momentum_cooldown=draw(fraction),
+                  momentum_warmup=draw(st.integers(0, 90)))
 
 
-def test_momentum_rises_for_300_steps_and_falls_over_the_last_50():
-    expected = {0: 0.85, 150: 0.90, 300: 0.95, 800: 0.95, 1235: 0.95, 1260: 0.90, 1284: 0.852}
-    for step, value in expected.items():
-        assert momentum(SPEEDRUN, step) == pytest.approx(value, abs=1e-3), step
-    values = [momentum(SPEEDRUN, step) for step in STEPS]
-    assert min(values) == 0.85 and max(values) == 0.95
-    assert values[:300] == sorted(values[:300]) and values[1235:] == sorted(values[1235:], reverse=True)
-    assert set(values[301:1235]) == {0.95}
-
-
-@pytest.mark.parametrize("step, weights", [
-    (0, (1, 0.5, 0.25, 0.25)), (211, (1, 0.5, 0.25 * (1 - 211 / 423), 0.25)), (422, (1, 0.5, 0.25 / 423, 0.25)),
-    (423, (1, 0.5, 0, 0.25)), (635, (1, 0.25, 0, 0.125)), (846, (1, 0.5 / 424, 0, 0.25 / 424)),
-    (847, (1, 0, 0, 0)), (1269, (1, 0, 0, 0)), (1284, (1, 0, 0, 0))])
-def test_loss_weights(step, weights):
-    assert loss_weights(SPEEDRUN, step) == pytest.approx(weights, abs=1e-12)
-
-
-def test_embedding_and_head_part_after_step_847():
-    assert [step for step in STEPS if is_tied(SPEEDRUN, step)] == list(range(848))
-
-
-@pytest.mark.parametrize("iterations", range(20, 60))
-def test_they_part_at_an_odd_step_whatever_the_length(iterations):
-    cfg = replace(SPEEDRUN, num_iterations=iterations)
-    tied = [step for step in range(cfg.total_steps) if is_tied(cfg, step)]
-    assert tied == list(range(len(tied))) and tied[-1] % 2 == 1
-    assert abs(len(tied) - 2 / 3 * iterations) <= 2
-
-
-def test_a_shorter_run_has_the_same_shape():
-    short = replace(SPEEDRUN, num_iterations=300)
-    assert short.total_steps == 304
-    for step in range(304):
-        same = min(STEPS, key=lambda other: abs(other / 1270 - step / 300))
-        if min(abs(step - border) for border in (100, 200, 300)) > 1:  # the border may lie between the two
-            assert stage_index(short, step) == stage_index(SPEEDRUN, same)
-            assert lr_factor(short, step) == pytest.approx(lr_factor(SPEEDRUN, same), abs=0.02)
-            assert loss_weights(short, step) == pytest.approx(loss_weights(SPEEDRUN, same), abs=0.01)
-        if step < 304 - 12:  # the rise of the momentum takes 300 steps in any run, its fall a part of the run
-            assert momentum(short, step) == pytest.approx(momentum(SPEEDRUN, step), abs=1e-12)
-        else:
-            assert momentum(short, step) <= 0.85 + 0.1 * (304 - step) / 11.7 + 1e-12
-    assert [stage_index(short, step) for step in (99, 100, 199, 200, 299, 300)] == [0, 1, 1, 2, 2, 3]
-
-
-def test_progress_runs_from_0_towards_1_within_each_stage():
-    assert [stage_progress(SPEEDRUN, step) for step in (0, 423, 847, 1270)] == [0, 0, 0, 0]
-    assert stage_progress(SPEEDRUN, 422) == pytest.approx(422 / 423)
-    assert stage_progress(SPEEDRUN, 1284) == pytest.approx(14 / 15)
-
-
-def test_every_preset_reaches_its_last_stage():
-    for cfg in train_gpt.PRESETS.values():
-        assert stage_index(cfg, cfg.total_steps - 1) == len(cfg.stages) - 1
+any_config = given(cfg=configs())
+quick = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
 # -----------------------------------------------------------------------------
-# Track 2: twelfths of 4700 steps, of which the last five are alike, and 40 steps of extension
+# Stages
 
-MEDIUM = train_gpt_medium.PRESETS["speedrun"]
-MEDIUM_BLOCKS = [3, 7, 11, 13, 15, 17, 19, 21, 23]  # of 128 tokens, in the long window
-
-
-@pytest.mark.parametrize("twelfth", range(12))
-def test_the_stages_of_track_2(twelfth):
-    for step in (round(twelfth / 12 * 4700), round((twelfth + 1) / 12 * 4700) - 1):
-        stage, blocks = MEDIUM.stages[train_gpt_medium.stage_index(MEDIUM, step)], MEDIUM_BLOCKS[min(twelfth, 8)]
-        batch, factor = [(131_072, 1.0), (262_144, 1.52), (393_216, 1.73), (524_288, 2.0)][min(twelfth, 3)]
-        assert (stage.batch_tokens, stage.max_doc_tokens) == (batch, 4096)
-        assert (stage.short, stage.long) == (128 * min(11, blocks // 2), 128 * blocks)
-        done = max(0, (step - 1410) / 3290)
-        assert train_gpt_medium.lr_factor(MEDIUM, step) == pytest.approx(factor * (1 - done) + 0.1 * done, rel=1e-12)
+def test_a_stage_ends_at_its_fraction_of_the_run():
+    assert stage_ends(FOUR) == [30, 70, 100, 110] and FOUR.total_steps == 110
+    assert [stage_index(FOUR, step) for step in (0, 29, 30, 69, 70, 99, 100, 109)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_the_run_of_track_2():
-    assert MEDIUM.total_steps == 4740 and MEDIUM.final_windows == (1408, 3456)
-    extension = MEDIUM.stages[train_gpt_medium.stage_index(MEDIUM, 4739)]
-    assert (extension.batch_tokens, extension.short, extension.long) == (524_288, 1408, 2944)
-    assert train_gpt_medium.lr_factor(MEDIUM, 4739) == 0.1
-    assert [step for step in range(4740) if train_gpt_medium.is_tied(MEDIUM, step)] == list(range(784))
-    weights = [train_gpt_medium.loss_weights(MEDIUM, step) for step in (0, 391, 392, 783, 4739)]
-    assert weights[0] == [1, 0.5, 0.25, 0.25] and weights[1] == pytest.approx([1, 0.5, 0, 0.25], abs=1e-3)
-    assert weights[2] == [1, 0.5, 0, 0.25] and weights[3:] == [[1, 0, 0, 0]] * 2
+def test_after_the_last_step_the_last_stage_goes_on():
+    assert stage_index(FOUR, 110) == stage_index(FOUR, 999) == 3
 
 
-@pytest.mark.parametrize("script", [train_gpt, train_gpt_medium])
-def test_the_preset_for_one_gpu_reads_the_same_tokens(script):
+def test_progress_rises_from_0_within_each_stage():
+    assert [stage_progress(FOUR, step) for step in (0, 15, 30, 50, 70, 85, 100, 105)] == [0, 0.5] * 4
+
+
+@quick
+@any_config
+def test_every_step_belongs_to_one_stage_and_they_come_in_order(cfg):
+    indices = [stage_index(cfg, step) for step in range(cfg.total_steps)]
+    assert indices == sorted(indices) and indices[-1] <= len(cfg.stages) - 1
+    ends = [0, *stage_ends(cfg)]
+    assert all(ends[i] <= step < ends[i + 1] for step, i in enumerate(indices))
+    assert all(0 <= stage_progress(cfg, step) < 1 for step in range(cfg.total_steps))
+
+
+def test_a_longer_run_has_the_same_shape():
+    longer = replace(FOUR, num_iterations=1000, momentum_warmup=100)
+    for step in range(110):
+        one, ten = schedule(FOUR, step), schedule(longer, 10 * step)
+        assert stage_index(FOUR, step) == stage_index(longer, 10 * step)
+        assert ten.lr_factor == pytest.approx(one.lr_factor) and ten.momentum == pytest.approx(one.momentum)
+        assert ten.loss_weights == pytest.approx(one.loss_weights)
+
+
+# -----------------------------------------------------------------------------
+# Learning rate and momentum
+
+@pytest.mark.parametrize("step, factor", [
+    (0, 1.0), (29, 1.0), (30, 2.0), (50, 2.0), (60, 2 * 0.8 + 0.1 * 0.2), (75, 3 * 0.5 + 0.1 * 0.5), (100, 0.1),
+    (109, 0.1)])
+def test_the_learning_rate_is_the_stages_until_it_falls_to_the_floor(step, factor):
+    assert lr_factor(FOUR, step) == pytest.approx(factor)
+
+
+@quick
+@any_config
+def test_the_cooldown_never_rises_within_a_stage(cfg):
+    begin = (1 - cfg.cooldown) * cfg.num_iterations
+    for step in range(1, cfg.total_steps):
+        before, now = lr_factor(cfg, step - 1), lr_factor(cfg, step)
+        assert cfg.lr_floor - 1e-9 <= now <= cfg.stages[stage_index(cfg, step)].lr + 1e-9
+        if stage_index(cfg, step - 1) == stage_index(cfg, step):
+            assert now <= before
+            assert now < before or not begin < step <= cfg.num_iterations
+    has_cooldown = math.floor(begin) < cfg.num_iterations
+    for step in range(cfg.num_iterations, cfg.total_steps) if has_cooldown else ():     # the extension
+        assert lr_factor(cfg, step) == pytest.approx(cfg.lr_floor)
+
+
+def test_lr_is_a_factor_on_every_step():
+    half = replace(FOUR, lr=0.5)
+    assert all(schedule(half, step).lr_factor == 0.5 * schedule(FOUR, step).lr_factor for step in range(110))
+
+
+def test_momentum_rises_over_the_warmup_and_falls_over_the_last_steps():
+    expected = {0: 0.85, 5: 0.90, 10: 0.95, 50: 0.95, 90: 0.95, 100: 0.90, 109: 0.855}
+    assert {step: momentum(FOUR, step) for step in expected} == pytest.approx(expected)
+
+
+@quick
+@any_config
+def test_momentum_stays_between_its_two_values_and_turns_once(cfg):
+    low, high = cfg.momentum
+    values = [momentum(cfg, step) for step in range(cfg.total_steps)]
+    assert low <= min(values) and max(values) <= high
+    top = values.index(max(values))
+    assert values[:top + 1] == sorted(values[:top + 1]) and values[top:] == sorted(values[top:], reverse=True)
+
+
+# -----------------------------------------------------------------------------
+# Losses, and the matrix that is embedding and head
+
+def test_loss_weights_go_in_a_straight_line_from_the_stages_start_to_its_end():
+    cfg = config(stage(0.5, next_tokens=((1, 0.5, 0.25), (1, 0.5, 0)), prefix=(0.25, 0.25)),
+                 stage(1.0, next_tokens=((1, 0.5, 0), (1, 0, 0)), prefix=(0.4, 0.2)))
+    assert loss_weights(cfg, 0) == [1, 0.5, 0.25, 0.25]
+    assert loss_weights(cfg, 40) == pytest.approx([1, 0.5, 0.05, 0.25])
+    assert loss_weights(cfg, 50) == [1, 0.5, 0, 0.4]
+    assert loss_weights(cfg, 75) == pytest.approx([1, 0.25, 0, 0.3])
+    assert schedule(cfg, 75).loss_weights == loss_weights(cfg, 75)
+
+
+@pytest.mark.parametrize("split, last", [(0.5, 51), (0.505, 51), (0.52, 53), (0.01, 1), (0.9, 91), (2.0, None)])
+def test_embedding_and_head_are_one_until_an_odd_step(split, last):
+    cfg = replace(FOUR, split_embed=split)
+    assert [step for step in range(110) if is_tied(cfg, step)] == list(range(110 if last is None else last + 1))
+
+
+def test_a_split_at_0_means_never_tied():
+    assert not any(is_tied(replace(FOUR, split_embed=0.0), step) for step in range(110))
+
+
+@quick
+@any_config
+def test_they_part_once_after_a_step_at_which_adam_moves(cfg):
+    rows = [schedule(cfg, step) for step in range(cfg.total_steps)]
+    tied = [row.tied for row in rows]
+    assert tied == sorted(tied, reverse=True) and any(tied) == (cfg.split_embed > 0)
+    if any(tied) and not all(tied):
+        last = tied.index(False) - 1
+        assert last % 2 == 1 and abs(last - cfg.split_embed * cfg.num_iterations) <= 2
+        assert [step for step, row in enumerate(rows) if row.splits and step % 2] == [last]
+
+
+# -----------------------------------------------------------------------------
+# The tables of the scripts
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_preset_reaches_all_of_its_stages(name):
+    script = importlib.import_module(name)
+    for cfg in script.PRESETS.values():
+        steps = range(cfg.total_steps)
+        assert {script.stage_index(cfg, step) for step in steps} == set(range(len(cfg.stages)))
+        assert script.lr_factor(cfg, cfg.total_steps - 1) <= 1.1 * cfg.lr_floor + 0.05
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_preset_for_one_gpu_reads_the_same_tokens(name):
+    script = importlib.import_module(name)
+    if "single" not in script.PRESETS:
+        pytest.skip("no such preset")
     tokens = [sum(cfg.stages[script.stage_index(cfg, step)].batch_tokens for step in range(cfg.total_steps))
               for cfg in (script.PRESETS["speedrun"], script.PRESETS["single"])]
     assert tokens[1] == pytest.approx(tokens[0], rel=1e-3)
