@@ -131,7 +131,7 @@ def test_help_lists_every_option_and_starts_nothing(machine):
 def test_an_option_it_does_not_know_stops_it_with_one_line(machine, option):
     done = machine.start("--retrain", option)
     assert (done.returncode, done.stdout, done.calls) == (2, "", [])
-    assert done.stderr.doc_startwith("run.sh: ") and option in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("run.sh: ") and option in done.stderr and done.stderr.count("\n") == 1
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_fresh_machine_without_a_gpu(machine):
     assert "noise" not in done.stdout + done.stderr
     assert "logs/2026-01-01_10-00-00_train_gpt_aa" in done.stdout
     for phase in phases(done):  # how long, and what to type next
-        last = [line for line in done.stdout.splitlines() if line.doc_startwith(f"[{phase}]")][-1]
+        last = [line for line in done.stdout.splitlines() if line.startswith(f"[{phase}]")][-1]
         assert re.search(r"\(\d+ s\)", last), last
 
 
@@ -229,7 +229,7 @@ def test_a_failing_phase_ends_the_run_with_its_name_and_code(machine, name, phas
     machine.answer(**{name: code})
     done = machine.start()
     assert done.returncode == code
-    assert done.stderr.doc_startwith(f"run.sh: {phase} failed with exit code {code}: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"run.sh: {phase} failed with exit code {code}: ") and done.stderr.count("\n") == 1
     assert "sample.py" not in done.calls[-1]
     assert "nothing to train" not in machine.start().stdout
 
@@ -251,7 +251,7 @@ def test_ctrl_c_ends_with_one_line_and_code_130(machine):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all of them
     errors = process.communicate(timeout=10)[1]
-    assert (process.returncode, errors.count("\n")) == (130, 1) and errors.doc_startwith("run.sh: stopped")
+    assert (process.returncode, errors.count("\n")) == (130, 1) and errors.startswith("run.sh: stopped")
 
 
 def test_failing_pip_shows_its_last_lines_and_is_tried_again(machine):
@@ -259,7 +259,7 @@ def test_failing_pip_shows_its_last_lines_and_is_tried_again(machine):
     done = machine.start()
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "noise from pip"
-    assert done.stderr.splitlines()[-1].doc_startwith("run.sh: setup failed with exit code 1: pip install")
+    assert done.stderr.splitlines()[-1].startswith("run.sh: setup failed with exit code 1: pip install")
     assert not any("data/" in call for call in done.calls)
     machine.answer(pip=0)
     assert machine.start("--setup").calls == INSTALL

@@ -94,7 +94,7 @@ def too_slow(*_):
 def memory(name):
     """Bytes, by a line of /proc/self/status."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.doc_startwith(name + ":"))
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(name + ":"))
 
 
 def peak():
@@ -1037,7 +1037,7 @@ def test_processes(folder, fast_run):
         done = start(command, capture_output=True, timeout=60, cwd=folder, env=os.environ | {
             "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(folder)})
         line, start = done.stderr.decode(), Path(words[0]).name + ": "
-        good = line.doc_startwith(start) and len(line) < LINE and line[:-1].isprintable() and line[-1] == "\n"
+        good = line.startswith(start) and len(line) < LINE and line[:-1].isprintable() and line[-1] == "\n"
         return None if good and done.returncode == 2 and not done.stdout else (words[0], str(words[1:])[:200], done)
     with ThreadPoolExecutor(2) as pool:
         bad = [fault for fault in pool.map(run, commands) if fault]

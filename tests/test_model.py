@@ -498,7 +498,7 @@ def attention_outputs(monkeypatch, script, model, alpha):
 
     def gates(self, *args):
         found = gate_net(self, *args)
-        return {name: torch.full_like(value, alpha) if name.doc_startwith("xsa") else value
+        return {name: torch.full_like(value, alpha) if name.startswith("xsa") else value
                 for name, value in found.items()}
     monkeypatch.setattr(script, "plain_attention", core)
     monkeypatch.setattr(script.GPT, "attention", recorded)

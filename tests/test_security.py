@@ -121,7 +121,7 @@ class Scan(ast.NodeVisitor):
             module, _, function = name.rpartition(".")
             if LOADERS.fullmatch(module) and function in LOADING:
                 self.note(node, name)
-        elif any((name + ".").doc_startwith(module + ".") for module in MODULES):
+        elif any((name + ".").startswith(module + ".") for module in MODULES):
             self.note(node, name)
         if name in NAMES and not (self.tests and name in IN_TESTS):
             self.note(node, name)
@@ -187,7 +187,7 @@ def scan(source, tests):
 
 def violations(source, name="x.py"):
     """(line, what) of each violation in the text of a Python file that is not in ALLOWED."""
-    found = scan(source, name.doc_startwith("tests/"))
+    found = scan(source, name.startswith("tests/"))
     return sorted({(line, what) for line, what in found
                    if not any(fnmatch(name, files) and what == allowed for files, allowed in ALLOWED)})
 
