@@ -1176,6 +1176,11 @@ def stage_index(cfg: Hyperparameters, step: int) -> int:
     """Row of the stage table that a step belongs to."""
     return next((i for i, end in enumerate(stage_ends(cfg)) if step < end), len(cfg.stages) - 1)
 
+def tokens_of_steps(cfg: Hyperparameters, num_steps: int) -> int:
+    """Tokens of the first num_steps steps; however many these are, they are not counted one by one."""
+    ends = [min(end, num_steps) for end in stage_ends(cfg)]
+    return sum(stage.batch_tokens * (end - begin) for stage, begin, end in zip(cfg.stages, [0, *ends], ends))
+
 def stage_progress(cfg: Hyperparameters, step: int) -> float:
     """0 at the first step of a stage, towards 1 at its end."""
     index = stage_index(cfg, step)
@@ -1939,24 +1944,25 @@ def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> s
 
     Packs all documents as training_batches will, so that a run never ends for want of text after minutes.
     """
-    batches = [cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps)]
+    needed = tokens_of_steps(cfg, num_steps)
     docs = training_documents(cfg, shards, LoaderPosition())
     position = LoaderPosition()
     packed = 0
     found = sum(shard.num_tokens for shard in shards)
-    for step, batch_tokens in enumerate(batches):
-        longest = cfg.stages[stage_index(cfg, step)].max_doc_tokens
-        for _ in range(batch_tokens // cfg.pack_tokens):
+    for step in range(num_steps):
+        stage = cfg.stages[stage_index(cfg, step)]
+        longest = stage.max_doc_tokens
+        for _ in range(stage.batch_tokens // cfg.pack_tokens):
             pieces, position = next_pack(docs, cfg.pack_tokens, longest, position)
             if not pieces:
-                fits = int(0.98 * cfg.num_iterations * packed / sum(batches))
+                fits = int(0.98 * cfg.num_iterations * packed / needed)
                 remedy = f", or use --num_iterations={fits}" if fits >= 2 else ""
                 raise UserError(f"--train_files={cfg.train_files} ends at step {step} of {num_steps}, which need "
-                                f"{sum(batches)} tokens: it holds {found}, of which {packed} can be used, because at "
+                                f"{needed} tokens: it holds {found}, of which {packed} can be used, because at "
                                 f"most {longest} tokens of a document are read; add text, read it more often "
                                 f"(--epochs={cfg.epochs + 1}){remedy}")
             packed += cfg.pack_tokens
-    return f"tokens: {num_steps} steps need {sum(batches):,}, found {found:,}"
+    return f"tokens: {num_steps} steps need {needed:,}, found {found:,}"
 
 def prefetch(batches, depth: int = 2):
     """The same items, prepared by a thread up to `depth` ahead; an exception in it is raised here."""
@@ -2243,7 +2249,7 @@ class Run:
         self.saved = self.origin
         self.history = [tuple(point) for point in self.meta.get("history", ())]
         self.tokens_seen = self.meta.get("tokens_seen", 0)
-        self.total_tokens = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps(cfg)))
+        self.total_tokens = tokens_of_steps(cfg, num_steps(cfg))
         self.train_losses = []
         self.live = False                # the console's last line is to be overwritten
         self.wrote = 0.0
