@@ -1926,7 +1926,7 @@ def gpt2_tokenizer(vocab_dir: str = "") -> bytes:
     try:
         ids = json.loads(read_small(path))
         tokens = [bytes(byte_of[letter] for letter in token) for token in sorted(ids, key=ids.get)[:50256]]
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         tokens = []
     ranks = [base64.b64encode(token).decode() for token in tokens]
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -2683,9 +2683,12 @@ def windows_before(cfg: Hyperparameters) -> tuple[int, ...]:
     folder, meta = init_checkpoint(cfg)
     try:
         before = config_from_dict(meta["config"])
-        stage = meta["stage"]
-    except (UserError, KeyError) as error:
+    except UserError as error:
         raise UserError(f"--init_from={cfg.init_from}: {error}") from None
+    stage = meta.get("stage")
+    if type(stage) is not int or not 0 <= stage < len(before.stages):
+        raise UserError(f"--init_from={cfg.init_from}: its meta.json names the stage {stage!s:.80}, which its config "
+                        "does not have; choose another checkpoint")
     for name in ("rope_base", "attn_scale"):
         if getattr(before, name) != getattr(cfg, name):
             raise UserError(f"--init_from={cfg.init_from} has {name}={getattr(before, name)}; add "
