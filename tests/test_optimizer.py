@@ -206,7 +206,8 @@ def test_adam_against_the_rule_with_cautious_decay():
 def test_adam_keeps_low_precision_parameters_in_their_precision():
     param, m, v = torch.randn(20).bfloat16(), torch.zeros(20), torch.zeros(20)
     before = param.clone()
-    adam_update(torch.ones(20).bfloat16(), param, m, v, torch.tensor(0.5), torch.tensor(0.0), 0.9, 0.99, torch.tensor(True))
+    adam_update(torch.ones(20).bfloat16(), param, m, v, torch.tensor(0.5), torch.tensor(0.0), 0.9, 0.99,
+                torch.tensor(True))
     torch.testing.assert_close(param, (before.float() - 0.5 * 0.1 / (0.01 ** 0.5)).bfloat16())
 
 
