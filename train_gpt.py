@@ -364,7 +364,9 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
         mine = []
         for pack in range(num_packs):
             pieces, position = next_pack(docs, cfg.pack_tokens, stage.max_doc_tokens, position)
-            assert pieces, "check_tokens has counted that there is text for all steps"
+            if not pieces:               # check_tokens has counted for all steps, but a resumed run may read elsewhere
+                raise UserError(f"--train_files={cfg.train_files} ends at step {step} of {cfg.total_steps}; add text, "
+                                f"or read it more often (--epochs={cfg.epochs + 1})")
             if rank * num_packs // world_size <= pack < (rank + 1) * num_packs // world_size:
                 mine.append(fill_pack(pieces, *kind))
         # every rank runs the same number of equal micro-steps
