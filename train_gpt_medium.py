@@ -372,7 +372,9 @@ def training_batches(cfg: Hyperparameters, shards: list[Shard], rank: int, world
         mine = []
         for pack in range(num_packs):
             pieces, position = next_pack(docs, cfg.pack_tokens, stage.max_doc_tokens, position)
-            assert pieces, "check_tokens has counted that there is text for all steps"
+            if not pieces:               # check_tokens has counted for all steps, but a resumed run may read elsewhere
+                raise UserError(f"--train_files={cfg.train_files} ends at step {step} of {cfg.total_steps}; add text, "
+                                f"or read it more often (--epochs={cfg.epochs + 1})")
             if rank * num_packs // world_size <= pack < (rank + 1) * num_packs // world_size:
                 mine.append(fill_pack(pieces, *kind))
         # every rank runs the same number of equal micro-steps
@@ -1184,6 +1186,11 @@ def stage_index(cfg: Hyperparameters, step: int) -> int:
     """Row of the stage table that a step belongs to."""
     return next((i for i, end in enumerate(stage_ends(cfg)) if step < end), len(cfg.stages) - 1)
 
+def tokens_of_steps(cfg: Hyperparameters, num_steps: int) -> int:
+    """Tokens of the first num_steps steps; however many these are, they are not counted one by one."""
+    ends = [min(end, num_steps) for end in stage_ends(cfg)]
+    return sum(stage.batch_tokens * (end - begin) for stage, begin, end in zip(cfg.stages, [0, *ends], ends))
+
 def stage_progress(cfg: Hyperparameters, step: int) -> float:
     """0 at the first step of a stage, towards 1 at its end."""
     index = stage_index(cfg, step)
@@ -1937,7 +1944,7 @@ def gpt2_tokenizer(vocab_dir: str = "") -> bytes:
     try:
         ids = json.loads(read_small(path))
         tokens = [bytes(byte_of[letter] for letter in token) for token in sorted(ids, key=ids.get)[:50256]]
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         tokens = []
     ranks = [base64.b64encode(token).decode() for token in tokens]
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -1955,24 +1962,25 @@ def check_tokens(cfg: Hyperparameters, shards: list[Shard], num_steps: int) -> s
 
     Packs all documents as training_batches will, so that a run never ends for want of text after minutes.
     """
-    batches = [cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps)]
+    needed = tokens_of_steps(cfg, num_steps)
     docs = training_documents(cfg, shards, LoaderPosition())
     position = LoaderPosition()
     packed = 0
     found = sum(shard.num_tokens for shard in shards)
-    for step, batch_tokens in enumerate(batches):
-        longest = cfg.stages[stage_index(cfg, step)].max_doc_tokens
-        for _ in range(batch_tokens // cfg.pack_tokens):
+    for step in range(num_steps):
+        stage = cfg.stages[stage_index(cfg, step)]
+        longest = stage.max_doc_tokens
+        for _ in range(stage.batch_tokens // cfg.pack_tokens):
             pieces, position = next_pack(docs, cfg.pack_tokens, longest, position)
             if not pieces:
-                fits = int(0.98 * cfg.num_iterations * packed / sum(batches))
+                fits = int(0.98 * cfg.num_iterations * packed / needed)
                 remedy = f", or use --num_iterations={fits}" if fits >= 2 else ""
                 raise UserError(f"--train_files={cfg.train_files} ends at step {step} of {num_steps}, which need "
-                                f"{sum(batches)} tokens: it holds {found}, of which {packed} can be used, because at "
+                                f"{needed} tokens: it holds {found}, of which {packed} can be used, because at "
                                 f"most {longest} tokens of a document are read; add text, read it more often "
                                 f"(--epochs={cfg.epochs + 1}){remedy}")
             packed += cfg.pack_tokens
-    return f"tokens: {num_steps} steps need {sum(batches):,}, found {found:,}"
+    return f"tokens: {num_steps} steps need {needed:,}, found {found:,}"
 
 def prefetch(batches, depth: int = 2):
     """The same items, prepared by a thread up to `depth` ahead; an exception in it is raised here."""
@@ -2293,7 +2301,7 @@ class Run:
         self.saved = self.origin
         self.history = [tuple(point) for point in self.meta.get("history", ())]
         self.tokens_seen = self.meta.get("tokens_seen", 0)
-        self.total_tokens = sum(cfg.stages[stage_index(cfg, step)].batch_tokens for step in range(num_steps(cfg)))
+        self.total_tokens = tokens_of_steps(cfg, num_steps(cfg))
         self.train_losses = []
         self.live = False                # the console's last line is to be overwritten
         self.wrote = 0.0
@@ -2730,9 +2738,12 @@ def windows_before(cfg: Hyperparameters) -> tuple[int, ...]:
     folder, meta = init_checkpoint(cfg)
     try:
         before = config_from_dict(meta["config"])
-        stage = meta["stage"]
-    except (UserError, KeyError) as error:
+    except UserError as error:
         raise UserError(f"--init_from={cfg.init_from}: {error}") from None
+    stage = meta.get("stage")
+    if type(stage) is not int or not 0 <= stage < len(before.stages):
+        raise UserError(f"--init_from={cfg.init_from}: its meta.json names the stage {stage!s:.80}, which its config "
+                        "does not have; choose another checkpoint")
     for name in ("rope_base", "attn_scale"):
         if getattr(before, name, None) != getattr(cfg, name, None):
             raise UserError(f"--init_from={cfg.init_from} has {name}={getattr(before, name)}; add "

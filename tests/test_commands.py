@@ -4,19 +4,22 @@ The scripts are copied into a folder with spaces in its name and run with a PATH
 and stand-ins: a `python3` that makes a stand-in environment, whose `python` and `torchrun` write down how they were
 called and leave the files the real ones would. What each stand-in answers is set by files in the `answers` folder.
 
+At the end, --help of every Python script of the project.
+
 Run: python -m pytest tests/test_commands.py
 """
+import ast
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 BASH = shutil.which("bash")
 SYSTEM_COMMANDS = ("bash", "cat", "chmod", "cksum", "cp", "cut", "dirname", "env", "mkdir", "rm", "sleep", "tail")
 SAMPLE = "sample.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint"
@@ -319,3 +322,27 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
         "python: -m pip install --no-input --quiet --no-compile -r tests/requirements.txt"]
     more = ["python: records/records.py check --all"] if script == ".ci/run" else []
     assert done.calls[5:] == [" ".join(("python: -m pytest -q -p xdist -n 3", *arguments)), *more]
+
+
+# -----------------------------------------------------------------------------
+# --help
+
+HELPFUL = sorted(path.relative_to(ROOT).as_posix() for folder in (".", "data", "records", "dev")
+                 for path in (ROOT / folder).glob("*.py"))
+
+
+def test_the_list_of_scripts_is_complete():
+    assert {"train_gpt.py", "train_gpt_medium.py", "sample.py", "evaluate.py", "gpt2.py", "triton_kernels.py",
+            "data/text.py", "data/fineweb.py", "data/evals.py", "records/records.py"} <= set(HELPFUL)
+
+
+@pytest.mark.parametrize("name", HELPFUL)
+def test_help_says_what_a_script_does_and_does_nothing_else(name, fast_run, tmp_path):
+    """Also where there is no GPU, no data and no network."""
+    done = fast_run([sys.executable, str(ROOT / name), "--help"], cwd=tmp_path, text=True, env={
+        "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"})
+    assert (done.returncode, done.stderr) == (0, ""), done
+    purpose = ast.get_docstring(ast.parse((ROOT / name).read_bytes()))
+    first = " ".join(purpose.split()[:6])
+    assert first in " ".join(done.stdout.split()), done.stdout
+    assert not any(tmp_path.iterdir())

@@ -114,6 +114,19 @@ def test_rows_of_different_lengths_are_as_alone(model, chunk):
         assert_close(torch.cat(logits), model(row))
 
 
+@pytest.mark.parametrize("changes", [
+    {"layers": (train_gpt.Layer(window="long"),)}, {"bigram_rows": 0}, {"bigram_signs": 0}, {"gate_dim": 0},
+    {"layers": (train_gpt.Layer(), train_gpt.Layer(attention=False), train_gpt.Layer(window="long", mudd=True))}],
+    ids=["one layer", "no bigrams", "no signs", "no gate nets", "few parts"])
+def test_a_model_without_some_parts_decodes_as_it_computes(changes):
+    model = random_model("train_gpt", "tiny", **{"layers": THREE_LAYERS} | changes)
+    tokens = random_tokens(2, 40)
+    tokens[0, 20] = BOS
+    logits = decode_in_calls(model, model.new_cache(2, 40, 8), tokens, [1, 11, 8])
+    for row, logits in zip(tokens, logits):
+        assert_close(logits, model(row))
+
+
 def test_last_gives_the_logits_of_each_rows_last_token(model):
     tokens, lengths = random_tokens(3, 70), torch.tensor([70, 1, 40])
     last = model.decode(tokens, model.new_cache(3, 70, 32), lengths, last=True)

@@ -5,6 +5,7 @@ figures of the NanoGPT speedrun. Run: python -m pytest tests/test_model.py
 """
 import importlib
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from conftest import BOS, SCRIPTS, VOCAB
 
 import train_gpt
-from train_gpt import BLOCK, block_mask, sample_vocab, flex, head_loss, norm, plain_attention
+from train_gpt import BLOCK, block_mask, head_loss, norm, plain_attention, sample_vocab
 
 MODELS = [("train_gpt", "tiny"), *((script, "speedrun") for script in SCRIPTS)]      # all tiny ones are of one kind
 STATIC_GATES = {"x0": 0, "bigram": 0.05, "xsa": 0, "out": 0.25, "skip": 0.5}  # at initialisation, by the recipe
@@ -215,11 +216,15 @@ def test_block_mask_tables_against_the_dense_mask(seed):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("window", [1, 128, 200, 1000])
 def test_flex_attention_against_plain_attention(window):
-    length = 4 * BLOCK
-    first = first_visible(length, [50, 51, 300], window)
+    """As the model calls both: from the starts of the documents, the window, and the longest window of the run."""
+    length, borders = 4 * BLOCK, [50, 51, 300]
     q, k, v = heads(length, width=16, dtype=torch.float32)
-    y = flex(q, k, v, block_mask(first, 4 + 2))
-    torch.testing.assert_close(y, plain_attention(q, k, v, first, window), atol=1e-5, rtol=1e-5)
+    doc_start = first_visible(length, borders, length)
+    flex = train_gpt.ATTENTION["flex"](doc_start, torch.tensor(window), 1000)
+    plain = train_gpt.ATTENTION["plain"](doc_start, window, 1000)
+    torch.testing.assert_close(flex(q, k, v), plain(q, k, v), atol=1e-5, rtol=1e-5)
+    direct = plain_attention(q, k, v, first_visible(length, borders, window), window)
+    torch.testing.assert_close(plain(q, k, v), direct, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -333,7 +338,8 @@ def test_the_head_loss_and_its_gradients(monkeypatch, chunk, scale):
 
 
 def test_sampled_vocab_are_all_targets_and_a_sample_that_stands_for_the_rest():
-    vocab, targets = 5000, torch.randint(0, 300, (1000, 4), generator=torch.Generator().manual_seed(1))
+    vocab, generator = 5000, torch.Generator().manual_seed(1)
+    targets = torch.randint(0, 300, (1000, 4), generator=generator)
     targets[::7, 1] = -1
     ids, counts, places = sample_vocab(targets, vocab, 1200)
     wanted = targets[targets >= 0].unique()
@@ -343,8 +349,8 @@ def test_sampled_vocab_are_all_targets_and_a_sample_that_stands_for_the_rest():
     is_target = torch.isin(ids, wanted)
     assert (counts[is_target] == 1).all() and (counts[~is_target] > 4).all()
     others, chosen = ids[~is_target], torch.zeros(vocab)
-    for _ in range(200):                 # over many slots each other token is chosen equally often
-        targets[:, 0] = torch.randint(0, 300, (1000,))
+    for _ in range(200):                 # over many packs each other token is chosen equally often
+        targets[:, 0] = torch.randint(0, 300, (1000,), generator=generator)
         chosen[sample_vocab(targets, vocab, 1200)[0]] += 1
     rate = chosen[300:] / 200
     assert rate.mean().item() == pytest.approx(900 / 4700, rel=0.01) and rate.std() < 0.05 and len(others) == 900
@@ -418,33 +424,31 @@ def test_logits_are_between_0_and_23(model):
 # Initial state
 
 def test_initial_loss_is_that_of_a_uniform_guess(cfg, script):
-    model = script.GPT(replace(cfg, vocab_size=50_304))
-    tokens = torch.randint(0, 50_304, (300,), generator=torch.Generator().manual_seed(0))
+    model = script.GPT(replace(cfg, vocab_size=8192))
+    tokens = torch.randint(0, 8192, (300,), generator=torch.Generator().manual_seed(0))
     loss = model(tokens, tokens.roll(-1)).item() / 300
-    assert loss == pytest.approx(math.log(50_304), abs=0.02)
+    assert loss == pytest.approx(math.log(8192), abs=0.02)
 
 
 def test_gates_and_mixes_begin_at_their_static_values(monkeypatch, cfg, script, preset):
-    seen = {}
-    original = script.GPT.gate_net
+    seen = {"gate": {}, "mix": {}}
+    original = script.GPT.gates
 
-    def gate_net(self, kind, net, x):
-        out = original(self, kind, net, x)
-        seen.update({(kind, net, name): value for name, value in out.items()})
-        return out
-    monkeypatch.setattr(script.GPT, "gate_net", gate_net)
+    def gates(self, net, x):
+        found = original(self, net, x)
+        seen[net.bank].update(found)
+        return found
+    monkeypatch.setattr(script.GPT, "gates", gates)
     logits_of(script.GPT(cfg), random_documents([50])[0])
-    gates = {name: value for (kind, _, name), value in seen.items() if kind == "gate"}
-    mixes = {name: value for (kind, _, name), value in seen.items() if kind == "mix"}
+    gates, mixes = seen["gate"], seen["mix"]
     xsa, out, skip = GATED_LAYERS[preset]
     attention = [i for i in range(len(cfg.layers) - 1) if i != skip]
-    assert gates.keys() == ({f"xsa.{i}" for i in xsa} | {f"out.{i}" for i in out} | {f"skip.{skip}"}
-                            | {f"{kind}.{i}" for kind in ("x0", "bigram") for i in attention})
+    assert gates.keys() == ({("xsa", i) for i in xsa} | {("out", i) for i in out} | {("skip", skip)}
+                            | {(kind, i) for kind in ("x0", "bigram") for i in attention})
     sizes = 2 * len(attention) + (len(xsa) + len(out)) * cfg.num_heads + 1
     assert sum(value.size(1) for value in gates.values()) == sizes
-    for name, value in gates.items():
-        static = torch.full_like(value, STATIC_GATES[name.split(".")[0]])
-        torch.testing.assert_close(value, static, atol=1e-6, rtol=1e-6)
+    for (kind, _), value in gates.items():
+        torch.testing.assert_close(value, torch.full_like(value, STATIC_GATES[kind]), atol=1e-6, rtol=1e-6)
     assert mixes.keys() == STATIC_MIXES.keys()
     for name, value in mixes.items():
         torch.testing.assert_close(value, torch.full_like(value, STATIC_MIXES[name]), atol=1e-6, rtol=1e-6)
@@ -481,12 +485,72 @@ def test_every_parameter_gets_a_gradient(model):
 
 
 # -----------------------------------------------------------------------------
+# Layer tables of any kind
+
+def random_table(seed):
+    """A layer table that breaks no rule, and other fields of a configuration, drawn at random."""
+    rng = random.Random(seed)
+    tables, layers = rng.randrange(3), []
+    for i in range(rng.randrange(1, 6)):
+        earlier, attention = range(-1, i), i == 0 or rng.random() < 0.7
+        row = {"attention": attention, "skip": rng.choice(earlier) if rng.random() < 0.4 else -1}
+        if attention:
+            row |= {"window": rng.choice(("short", "long")), "ve": rng.randrange(-1, tables),
+                    "attn_input": rng.choice(earlier) if rng.random() < 0.4 else -1,
+                    "xsa": rng.random() < 0.5, "gate": rng.random() < 0.5}
+        layers.append(row)
+    numbers = sorted({row.get("ve", -1) for row in layers} - {-1})              # without gaps
+    for row in layers:
+        if row.get("ve", -1) >= 0:
+            row["ve"] = numbers.index(row["ve"])
+    if len(layers) > 1 and layers[-1]["attention"]:
+        layers[-1]["mudd"] = rng.random() < 0.7
+    return {"layers": layers, "gate_dim": rng.choice((0, 8)), "bigram_rows": rng.choice((0, 101)),
+            "bigram_signs": rng.choice((0, 16)), "qk_dim": rng.choice((0, 8))}
+
+
+@pytest.mark.parametrize("preset", [("train_gpt", "tiny")], ids=" ".join, indirect=True)
+@pytest.mark.parametrize("seed", range(16))
+def test_a_table_of_any_kind_makes_a_model(small_config, script, seed):
+    """No parameter is there for nothing, no document sees another, and the optimizer knows every parameter."""
+    cfg = small_config(**random_table(seed))
+    model, lengths = disturb(script.GPT(cfg)), [40, 1, 60]
+    optimizer = script.Optimizer(model)
+    documents = random_documents(lengths, seed)
+    for document, logits in zip(documents, logits_of(model, torch.cat(documents)).split(lengths)):
+        torch.testing.assert_close(logits, logits_of(model, document), atol=2e-5, rtol=1e-5)
+    tokens = torch.cat(documents)
+    model.prefix_of.copy_(torch.arange(VOCAB) // 2)
+    model(tokens, tokens.roll(-1), torch.tensor([1, 0.5, 0.25, 0.25])).backward()
+    for name, param in model.named_parameters():
+        assert param.grad is not None and torch.isfinite(param.grad).all() and param.grad.abs().max() > 0, name
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer.step(1, script.schedule(cfg, 1))
+    for name, param in model.named_parameters():
+        assert torch.isfinite(param).all() and not torch.equal(param, before[name]), name
+
+
+def test_tables_of_any_kind_have_each_kind_of_row():
+    """Else the test above would say little."""
+    tables = [random_table(seed) for seed in range(16)]
+    rows = [row for table in tables for row in table["layers"]]
+    assert {len(table["layers"]) for table in tables} == {1, 2, 3, 4, 5}
+    for name in ("xsa", "gate", "mudd"):
+        assert {row.get(name, False) for row in rows} == {False, True}, name
+    assert all(any(row.get(name, -1) >= 0 for row in rows) for name in ("ve", "attn_input", "skip"))
+    assert not all(row["attention"] for row in rows)
+    assert {table["gate_dim"] for table in tables} == {0, 8} and {table["bigram_rows"] for table in tables} == {0, 101}
+    assert any(row.get("mudd") and row.get("ve", -1) < 0 for row in rows)
+    assert any(not any(row.get("ve", -1) >= 0 for row in table["layers"]) for table in tables)
+
+
+# -----------------------------------------------------------------------------
 # Parts
 
 def attention_outputs(monkeypatch, script, model, alpha):
     """layer -> (core attention y, values v, what enters the output matrix), with all XSA gates at alpha."""
     cores, outputs = [], {}
-    original, attention, gate_net = script.plain_attention, script.GPT.attention, script.GPT.gate_net
+    original, attention, gate_net = script.plain_attention, script.GPT.attention, script.GPT.gates
 
     def core(q, k, v, *rest):
         cores.append((original(q, k, v, *rest), v))
@@ -498,11 +562,10 @@ def attention_outputs(monkeypatch, script, model, alpha):
 
     def gates(self, *args):
         found = gate_net(self, *args)
-        return {name: torch.full_like(value, alpha) if name.startswith("xsa") else value
-                for name, value in found.items()}
+        return {name: torch.full_like(value, alpha) if name[0] == "xsa" else value for name, value in found.items()}
     monkeypatch.setattr(script, "plain_attention", core)
     monkeypatch.setattr(script.GPT, "attention", recorded)
-    monkeypatch.setattr(script.GPT, "gate_net", gates)
+    monkeypatch.setattr(script.GPT, "gates", gates)
     with torch.no_grad():
         model.attn_vo[1::2] = torch.eye(model.cfg.model_dim)
         model.attn_scales[:, 1] = 1

@@ -13,9 +13,8 @@ import torch
 from conftest import BOS
 
 import train_gpt
-from train_gpt import Backward
-from train_gpt import (GPT, PARAMETERS, Optimizer, adam_update, adam_updates, digest, normuon_update, polar_express,
-                       run_state)
+from train_gpt import (GPT, PARAMETERS, Backward, Optimizer, ParamConfig, UserError, adam_update, adam_updates, digest,
+                       normuon_update, polar_express, run_state, schedule)
 
 MATRICES = ("attn_qk", "attn_vo", "mlp")
 
@@ -71,7 +70,7 @@ def test_moments_in_host_memory_change_nothing(cfg, monkeypatch):
                                                  adam_updates(updates, apply))
         for step in range(4):
             random_gradients(dict(model.named_parameters()), step)
-            optimizer.step(step)
+            optimizer.step(step, schedule(cfg, step))
         states.append(run_state(model, optimizer, machine()))
         assert (max(parts) == 50 and 509 % 50 in parts) == host_state
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -166,7 +165,7 @@ def test_the_rates_of_each_matrix_in_a_bank(trained):
     """With the momentum and second moments of step 0 a matrix of an update has a known norm: so the rate shows."""
     before = {name: trained.params[name].detach().clone() for name in MATRICES}
     random_gradients(trained.params, 0)
-    trained.optimizer.step(0)
+    trained.optimizer.step(0, schedule(trained.cfg, 0))
     factor = train_gpt.lr_factor(trained.cfg, 0)
     decay = 1.2 * 0.023 * factor
     for name, rates in (("attn_qk", (0.023,)), ("attn_vo", (0.023,)), ("mlp", (0.046, 0.092))):
@@ -207,13 +206,14 @@ def test_adam_against_the_rule_with_cautious_decay():
 def test_adam_keeps_low_precision_parameters_in_their_precision():
     param, m, v = torch.randn(20).bfloat16(), torch.zeros(20), torch.zeros(20)
     before = param.clone()
-    adam_update(torch.ones(20).bfloat16(), param, m, v, torch.tensor(0.5), torch.tensor(0.0), 0.9, 0.99, torch.tensor(True))
+    adam_update(torch.ones(20).bfloat16(), param, m, v, torch.tensor(0.5), torch.tensor(0.0), 0.9, 0.99,
+                torch.tensor(True))
     torch.testing.assert_close(param, (before.float() - 0.5 * 0.1 / (0.01 ** 0.5)).bfloat16())
 
 
 def test_parameters_without_decay_move_as_with_torchs_adam(trained):
     """Over a whole run of the optimizer: schedule, bias corrections, gradients of two steps summed."""
-    names = [name for name, rule in PARAMETERS.items() if rule.rule == "adam" and rule.decay == 0]
+    names = [name for name, config in PARAMETERS.items() if config.optim == "adam" and config.decay == 0]
     assert len(names) >= 5
     copies = {name: torch.nn.Parameter(trained.params[name].detach().clone()) for name in names}
     groups = [{"params": [copies[name]], "betas": PARAMETERS[name].betas, "lr": 1.0} for name in names]
@@ -222,7 +222,7 @@ def test_parameters_without_decay_move_as_with_torchs_adam(trained):
     for step in range(trained.cfg.total_steps):
         made = random_gradients(trained.params, step)
         total = {name: total[name] + made[name] for name in names}
-        trained.optimizer.step(step)
+        trained.optimizer.step(step, schedule(trained.cfg, step))
         if step % 2:
             for group, name in zip(theirs.param_groups, names):
                 group["lr"] = PARAMETERS[name].lr * train_gpt.lr_factor(trained.cfg, step)
@@ -237,9 +237,9 @@ def test_adam_rests_at_even_steps_and_matrices_never_rest(trained):
     for step in range(trained.cfg.total_steps):
         before = {name: param.detach().clone() for name, param in trained.params.items()}
         random_gradients(trained.params, step)
-        trained.optimizer.step(step)
+        trained.optimizer.step(step, schedule(trained.cfg, step))
         for name, param in trained.params.items():
-            assert torch.equal(param, before[name]) == (PARAMETERS[name].rule == "adam" and step % 2 == 0), (name, step)
+            assert torch.equal(param, before[name]) == (PARAMETERS[name].optim == "adam" and step % 2 == 0), (name, step)
             assert param.grad is None or step % 2 == 0
 
 
@@ -248,14 +248,39 @@ def test_adam_rests_at_even_steps_and_matrices_never_rest(trained):
 
 def test_every_parameter_is_in_exactly_one_row(trained, monkeypatch):
     assert PARAMETERS.keys() == trained.params.keys()
-    fewer = {name: rule for name, rule in PARAMETERS.items() if name != "smear_gate"}
+    fewer = {name: config for name, config in PARAMETERS.items() if name != "smear_gate"}
     monkeypatch.setattr(train_gpt, "PARAMETERS", fewer)
-    with pytest.raises(AssertionError, match="smear_gate"):
+    with pytest.raises(UserError, match="smear_gate; give it a row in PARAMETERS"):
         Optimizer(GPT(trained.cfg))
+
+
+@pytest.fixture
+def with_another(trained):
+    """A model with one more parameter, which its author has not finished."""
     model = GPT(trained.cfg)
-    model.one_more = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(AssertionError, match="one_more"):
-        Optimizer(model)
+    model.one_more = torch.nn.Parameter(torch.full((2,), math.nan))
+    return model
+
+
+def test_a_parameter_that_nothing_trains_is_named(with_another):
+    with pytest.raises(UserError, match="one_more"):
+        Optimizer(with_another)
+
+
+def test_a_parameter_without_a_gradient_is_named(with_another, monkeypatch):
+    row = {"one_more": ParamConfig("adam", 0.1, (0.9, 0.99), 0, "replicated")}
+    monkeypatch.setattr(train_gpt, "PARAMETERS", PARAMETERS | row)
+    optimizer = Optimizer(with_another)
+    plan, (batch,) = schedule(with_another.cfg, 1), batches(1)
+    with pytest.raises(UserError, match="one_more has no gradient"):
+        train_gpt.training_step(Backward(with_another), optimizer, [batch], 1, plan, machine())
+
+
+def test_a_parameter_without_an_initial_value_is_named(with_another, monkeypatch):
+    row = {"one_more": ParamConfig("adam", 0.1, (0.9, 0.99), 0, "replicated")}
+    monkeypatch.setattr(train_gpt, "PARAMETERS", PARAMETERS | row)
+    with pytest.raises(UserError, match="one_more has no initial value"):
+        train_gpt.initialize(with_another, Optimizer(with_another), machine())
 
 
 def test_embedding_and_head_are_one_until_they_part_with_equal_state(trained):
@@ -265,7 +290,7 @@ def test_embedding_and_head_are_one_until_they_part_with_equal_state(trained):
     moved = params["lm_head"].detach().clone()
     for step in range(trained.cfg.total_steps):
         random_gradients(params, step)
-        trained.optimizer.step(step)
+        trained.optimizer.step(step, schedule(trained.cfg, step))
         assert torch.equal(params["embed"], params["lm_head"]) == (step <= last + 1), step
         if step <= last and step % 2:
             assert not torch.equal(params["lm_head"], moved)
@@ -283,7 +308,7 @@ def test_the_tied_gradient_is_the_sum_of_both_over_two_steps(trained):
     for step in (0, 1):
         made = random_gradients(trained.params, step)
         sums += made["lm_head"] + made["embed"]
-        trained.optimizer.step(step)
+        trained.optimizer.step(step, schedule(trained.cfg, step))
     torch.testing.assert_close(trained.optimizer.state["lm_head"]["m"], (1 - PARAMETERS["lm_head"].betas[0]) * sums)
 
 
@@ -297,7 +322,7 @@ def test_the_shares_of_all_ranks_are_the_parameter_and_some_padding(cfg, world_s
     for name, param in reference.items():
         parts = [optimizer.part(name) for optimizer in optimizers]
         assert torch.equal(optimizers[-1].params[name], param)
-        if PARAMETERS[name].shared == "all":
+        if PARAMETERS[name].comms == "replicated":
             assert all(torch.equal(part, param) for part in parts)
             continue
         assert len({part.shape for part in parts}) == 1
@@ -305,7 +330,7 @@ def test_the_shares_of_all_ranks_are_the_parameter_and_some_padding(cfg, world_s
         assert torch.equal(whole[:len(flat)], flat) and not whole[len(flat):].any()
         assert len(whole) - len(flat) < world_size
         for optimizer, part in zip(optimizers, parts):
-            if PARAMETERS[name].rule == "muon":
+            if PARAMETERS[name].optim == "muon":
                 assert torch.equal(optimizer.state[name]["master"], part)
             part.fill_(3)  # a share is the parameter's own storage
             rows = slice(optimizer.rank * len(part), (optimizer.rank + 1) * len(part))
@@ -318,38 +343,51 @@ def test_the_shares_of_all_ranks_are_the_parameter_and_some_padding(cfg, world_s
 
 @pytest.fixture
 def fresh(small_config):
-    """Function of a seed that returns a new model and optimizer."""
-    def make(seed=0):
-        model = GPT(small_config(seed=seed))
+    """Function of a seed that returns a new model, whose micro-batches have two packs, and its optimizer."""
+    def make(seed=0, **changes):
+        model = GPT(small_config(seed=seed, micro_batch_tokens=256, **changes))
         return model, Optimizer(model)
     return make
 
 
+@pytest.fixture
+def warm_up(monkeypatch):
+    """The function of that name for a CPU; what it logs is dropped."""
+    monkeypatch.setattr(train_gpt, "device_memory", lambda machine: 2 ** 30)
+    quiet = SimpleNamespace(print=lambda text: None)
+    return lambda backward, optimizer: train_gpt.warm_up(backward, optimizer, machine(), quiet)
+
+
+def steps(backward, optimizer, numbers, micro_batches=2):
+    """The losses of some training steps."""
+    cfg = optimizer.model.cfg
+    return [train_gpt.training_step(backward, optimizer, batches(micro_batches, step), step, schedule(cfg, step),
+                                    machine()).tolist() for step in numbers]
+
+
 @pytest.mark.parametrize("seed", [0, 5])
-def test_the_warm_up_leaves_everything_as_it_was(fresh, seed):
+def test_the_warm_up_leaves_everything_as_it_was(fresh, warm_up, seed):
     model, optimizer = fresh(seed)
     before = digest(run_state(model, optimizer, machine()))
     parameters = [param.detach().clone() for param in model.parameters()]
-    train_gpt.warm_up(Backward(model), optimizer, machine(), 2, replays=False)
+    assert warm_up(Backward(model), optimizer) == 2
     assert digest(run_state(model, optimizer, machine())) == before
     assert all(torch.equal(a, b) for a, b in zip(parameters, model.parameters()))
     assert all(param.grad is None for param in model.parameters())
-    losses = []
-    for model, optimizer in ((model, optimizer), fresh(seed)):  # the first steps are bit for bit those without it
-        losses.append([train_gpt.training_step(Backward(model), optimizer, batches(2, step), step, machine()).tolist()
-                       for step in range(3)])
-    assert losses[0] == losses[1]
+    # the first steps are bit for bit those without it
+    again, its_optimizer = fresh(seed)
+    assert steps(Backward(model), optimizer, range(3)) == steps(Backward(again), its_optimizer, range(3))
 
 
 @pytest.mark.parametrize("what", ["optimizer", "parameters"])
-def test_a_warm_up_that_leaves_a_trace_is_noticed(fresh, monkeypatch, what):
+def test_a_warm_up_that_leaves_a_trace_is_noticed(fresh, warm_up, monkeypatch, what):
     model, optimizer = fresh()
     if what == "optimizer":
         monkeypatch.setattr(Optimizer, "reset", lambda self: None)
     else:
         monkeypatch.setattr(GPT, "init_parameters", lambda self: None)
-    with pytest.raises(AssertionError, match="warm-up"):
-        train_gpt.warm_up(Backward(model), optimizer, machine(), 1, replays=False)
+    with pytest.raises(AssertionError, match="warm-up changed the initial state of"):
+        warm_up(Backward(model), optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8])
@@ -398,6 +436,21 @@ def test_a_step_that_is_not_applied_changes_no_parameter():
     assert torch.equal(master, before[0]) and torch.equal(param, before[1])
 
 
+def test_once_a_loss_was_not_finite_no_parameter_moves(trained):
+    """The loss is only looked at a step later, and what stands then must be what the last good step left."""
+    random_gradients(trained.params, 0)
+    trained.optimizer.step(0, schedule(trained.cfg, 0), torch.tensor(True))
+    before = {name: param.detach().clone() for name, param in trained.params.items()}
+    for step, finite in ((1, False), (2, True), (3, True)):
+        random_gradients(trained.params, step)
+        trained.optimizer.step(step, schedule(trained.cfg, step), torch.tensor(finite))
+    assert all(torch.equal(param, before[name]) for name, param in trained.params.items())
+    trained.optimizer.reset()
+    random_gradients(trained.params, 0)
+    trained.optimizer.step(0, schedule(trained.cfg, 0), torch.tensor(True))
+    assert not torch.equal(trained.params["mlp"], before["mlp"])
+
+
 # -----------------------------------------------------------------------------
 # Micro-steps as CUDA graphs, the graphs being ones that compute again in Python
 
@@ -431,20 +484,47 @@ def imitate_graphs(monkeypatch, backward):
     monkeypatch.setattr(torch.cuda, "graph", capturing)
 
 
-def test_replayed_micro_steps_are_the_micro_steps(small_config, monkeypatch):
+def plain_for_flex(doc_start, window, longest):
+    """Stands in for FlexAttention, which takes windows as tensors and is slow uncompiled."""
+    return train_gpt.with_plain(doc_start, int(window), longest)
+
+
+def test_replayed_micro_steps_are_the_micro_steps(fresh, warm_up, monkeypatch):
     """Over a whole schedule: Adam moves or rests, the head is tied or not; all graphs are captured in the warm-up."""
+    monkeypatch.setitem(train_gpt.ATTENTION, "flex", plain_for_flex)
     results = []
     for replays in (False, True):
-        model = GPT(small_config(num_iterations=8))
-        optimizer, backward = Optimizer(model), Backward(model)
+        model, optimizer = fresh(num_iterations=8, graph_tokens=256 if replays else 255)
+        model.cfg = replace(model.cfg, attention="flex")
+        backward = Backward(model)
         imitate_graphs(monkeypatch, backward)
-        train_gpt.warm_up(backward, optimizer, machine(), 2, replays)     # slots of 128 tokens
+        warm_up(backward, optimizer)
         graphs = dict(backward.graphs)
-        assert len(graphs) == 6 * replays
+        assert backward.replays == replays and len(graphs) == 6 * replays
         losses = []
         for step in range(model.cfg.num_iterations):
             model.set_stage(train_gpt.stage_index(model.cfg, step))
-            losses.append(train_gpt.training_step(backward, optimizer, batches(1 + step % 2, step), step, machine())[0])
-        assert backward.graphs == graphs
-        results.append([*losses, *model.parameters()])
+            losses += steps(backward, optimizer, [step], micro_batches=1 + step % 2)
+        assert backward.graphs == graphs, "a graph was captured after the warm-up"
+        results.append([*map(torch.tensor, losses), *model.parameters()])
     assert all(torch.equal(plain, replayed) for plain, replayed in zip(*results, strict=True))
+
+
+def test_with_windows_that_are_numbers_nothing_is_replayed(fresh, warm_up):
+    """A graph would keep the windows of the stage in which it was captured."""
+    model, optimizer = fresh()
+    assert model.cfg.attention in ("auto", "plain")
+    backward = Backward(model)
+    warm_up(backward, optimizer)
+    assert not backward.replays and not backward.graphs
+
+
+def test_nothing_is_replayed_if_graphs_would_take_the_memory_of_the_validation(fresh, warm_up, monkeypatch):
+    monkeypatch.setitem(train_gpt.ATTENTION, "flex", plain_for_flex)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 ** 29 + 1)
+    model, optimizer = fresh()
+    model.cfg = replace(model.cfg, attention="flex")
+    backward = Backward(model)
+    imitate_graphs(monkeypatch, backward)
+    warm_up(backward, optimizer)
+    assert not backward.replays and not backward.graphs

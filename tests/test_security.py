@@ -16,15 +16,18 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BOS, ROOT, VOCAB, make_text, tokenizer_json, write_shard
+from conftest import (BOS, ROOT, SCRIPTS, VOCAB, make_data, make_text, only_folder, small_flags, tokenizer_json,
+                      write_shard)
 from safetensors.torch import save_file
 
 import sample
@@ -38,6 +41,8 @@ with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(ROOT / "records")
     runs = importlib.import_module("runs") if (ROOT / "records" / "runs.py").is_file() else None
     records = importlib.import_module("records") if runs else None
+
+CPU = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
 
 # -----------------------------------------------------------------------------
 # What the source may not say
@@ -63,7 +68,7 @@ ALLOWED = {
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
     ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
-    ("harness.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
+    ("train_*.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
     ("records/track_*.py", "torch.distributed.broadcast_object_list"): "frozen records: as they ran",
     ("records/track_*.py", "torch.distributed.all_gather_object"): "frozen records: as they ran",
 }
@@ -259,6 +264,83 @@ def test_tests_may_write_pickles_and_not_read_them():
 
 
 # -----------------------------------------------------------------------------
+# What a training run uses
+
+# package of the standard library or of an installed one -> why a training script may import it
+PACKAGES = {"torch": "the model", "numpy": "shards", "safetensors": "checkpoints", "matplotlib": "the curve",
+            "triton_kernels": "the file beside the script"}
+NETWORK = {"socket", "socketserver", "ssl", "http", "urllib", "ftplib", "smtplib", "imaplib", "poplib", "xmlrpc",
+           "asyncio", "webbrowser", "wsgiref"}
+
+
+def imported(path):
+    """Names of the packages that a file imports anywhere in it, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "").partition(".")[0]
+
+
+@pytest.mark.parametrize("name", [*(f"{script}.py" for script in SCRIPTS), "triton_kernels.py"])
+def test_training_needs_few_packages_and_no_network(name):
+    allowed = {"torch", "triton"} if name == "triton_kernels.py" else PACKAGES.keys()
+    found = set(imported(ROOT / name))
+    assert found - allowed - (sys.stdlib_module_names - NETWORK) == set()
+    assert "torch" in found
+
+
+SEEN = None                                     # a list while a training run is watched
+
+
+def audit(event, args):
+    """Notes connections, programs that are started and files that are written; such a hook cannot be taken out."""
+    if SEEN is None:
+        return
+    if event.startswith(("socket.", "urllib.", "http.", "ftplib.", "smtplib.")) or event == "subprocess.Popen":
+        SEEN.append((event, args))
+    elif event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and isinstance(args[0], (str, Path)):
+        SEEN.append((event, args))
+
+
+@pytest.fixture
+def seen():
+    """What the audit hook notes during a test: (event, its arguments) each."""
+    global SEEN
+    SEEN = found = []
+    yield found
+    SEEN = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hook():
+    sys.addaudithook(audit)
+
+
+def test_a_training_run_opens_no_connection_and_writes_in_its_folder_alone(data, run_main, tmp_path, seen):
+    """Of other programs it asks git for the commit and nvidia-smi for the GPU."""
+    done = run_main(*small_flags(data, num_iterations=2, out_dir=tmp_path / "logs"))
+    assert done.code == 0, done
+    events = list(seen)
+    folder = only_folder(tmp_path / "logs")
+    assert {args[0] for event, args in events if event == "subprocess.Popen"} <= {"git", "nvidia-smi"}
+    assert not [(event, args) for event, args in events if event not in ("open", "subprocess.Popen")]
+    written = [Path(args[0]) for event, args in events if event == "open" and "__pycache__" not in str(args[0])]
+    assert [path for path in written if folder not in path.parents and path != Path(os.devnull)] == []
+    assert folder / "log.txt" in written
+
+
+def test_gpt2s_vocabulary_is_never_fetched(tmp_path, monkeypatch, seen):
+    """It comes from a file, or not at all."""
+    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    path = write_shard(tmp_path / "train_000000.bin", [50256, 1, 2], w3=0, w4=0, w5=0, sha256=bytes(32))
+    seen.clear()
+    assert train_gpt.read_tokenizer(train_gpt.read_header(path)) == b""
+    assert seen == [], "a connection was opened, a program started or a file written"
+
+
+# -----------------------------------------------------------------------------
 # Planted names and links
 
 @pytest.fixture
@@ -286,6 +368,7 @@ def checkpoint(tmp_path):
     (path.parent / "latest").write_text(path.name)
     (path / "meta.json").write_text(json.dumps({
         "format": 1, "script": "train_gpt", "source_sha256": train_gpt.file_sha256(ROOT / "train_gpt.py"),
+        "sources": {"train_gpt.py": train_gpt.file_sha256(ROOT / "train_gpt.py")},
         "config": asdict(cfg), "step": 1, "stage": 0,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json()).hexdigest()}))
     return path
@@ -472,14 +555,30 @@ def test_tables_are_never_written_through_a_link(name, tmp_path):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
+@pytest.fixture(scope="module")
+def few_data(tmp_path_factory):
+    """The command line of a run of a few steps, its config with everything filled in, and what it reads."""
+    argv = small_flags(make_data(tmp_path_factory.mktemp("few"), train_tokens=16_000, val_tokens=2000),
+                       num_iterations=4)
+    return train_gpt.load_data(train_gpt.parse_config(argv), CPU)
+
+
 @pytest.fixture
-def goes_on(checkpoint):
+def goes_on(checkpoint, few_data):
     """Function that opens the run folder of the checkpoint as --resume=PATH does."""
-    def start():
-        machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-        cfg = replace(train_gpt.PRESETS["tiny"], kernels=False)
-        train_gpt.Run(train_gpt.SCRIPT, cfg, machine, [], checkpoint, {"step": 1}).log_file.close()
+    cfg, data = few_data
+    (checkpoint / "optimizer.safetensors").write_bytes(b"what a run needs to go on, unread here")
+    meta = json.loads((checkpoint / "meta.json").read_text()) | {
+        "files": {name: train_gpt.file_sha256(checkpoint / name) for name in train_gpt.FILES},
+        "identity": train_gpt.run_identity(cfg, data), "loader_position": [0, 3], "history": [[0, 0.0, 5.5]],
+        "train_time": 1.5, "tokens_seen": 512}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
     (checkpoint.parents[1] / "run.json").write_text("{}")
+
+    def start():
+        run = train_gpt.Run(replace(cfg, resume=str(checkpoint)), CPU, [], data, SimpleNamespace(model=None))
+        assert run.origin == checkpoint
+        run.log_file.close()
     return start
 
 
