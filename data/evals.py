@@ -1,13 +1,15 @@
-"""The questions of evaluate.py: HellaSwag's validation set and the CORE bundle, fetched into data/evals/.
+"""Downloads the questions of evaluate.py into data/evals/: HellaSwag's validation set and the CORE bundle.
 
     python data/evals.py                        # from where they are published
     python data/evals.py --from=/mnt/disk       # from a folder or from http(s)://host/path
 
-A source holds hellaswag_val.jsonl, and either eval_bundle.zip or its content: core.yaml, eval_meta_data.csv and
-eval_data/CATEGORY/TASK.jsonl, in a folder eval_bundle/ or core/ or in none. Each .jsonl may be a .jsonl.xz. What
-core.yaml names is taken and nothing else. Tasks without a file are named; evaluate.py leaves them out and says so. The
-result has the same layout with core/, and manifest.json with the sha256, size and items of each file; a second run
-compares them and fetches again only if something is missing or differs.
+A source holds hellaswag_val.jsonl and the CORE bundle. The bundle is eval_bundle.zip or its content: core.yaml,
+eval_meta_data.csv and eval_data/CATEGORY/TASK.jsonl, in the folder itself, in eval_bundle/ or in core/. A .jsonl may
+also be a .jsonl.xz. Only the files that core.yaml names are taken. Tasks without a file are listed; evaluate.py leaves
+them out and says so.
+
+The result has hellaswag_val.jsonl, the folder core/, and manifest.json with the sha256, size and number of items of
+each file. A second run compares the files with it, and downloads again only if one is missing or differs.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -25,7 +28,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from fineweb import RETRY_WAITS, Refused, Transient, Web, given_source, one_line, words
+from fineweb import (RETRY_WAITS, Refused, Transient, Web, given_source, one_line, printable, shown, user_path,
+                     words)
 
 PUBLISHED = {
     "eval_bundle.zip": "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
@@ -33,7 +37,7 @@ PUBLISHED = {
 }
 ROOTS = ("core/", "eval_bundle/", "")  # where core.yaml may be
 ENDS = ("", ".xz")
-MAX_LINE, MAX_FILE, MAX_ZIP = 1 << 20, 1 << 26, 1 << 31  # bytes: more is not what it should be
+MAX_LINE, MAX_FILE, MAX_ZIP = 1 << 20, 1 << 26, 1 << 31  # bytes; what is longer is refused
 MAX_TASKS = 1000
 BLOCK_BYTES = 1 << 20
 
@@ -49,7 +53,7 @@ def fail(message):
 
 
 def published_source():
-    """Web source of the two published files; every other name is not found."""
+    """Web source of the two published files. It has no other files."""
     def url_of(name):
         if name not in PUBLISHED:
             raise FileNotFoundError(name)
@@ -58,7 +62,7 @@ def published_source():
 
 
 def copy_blocks(blocks, path, limit, name):
-    """Write an iterable of bytes to a file of at most `limit` bytes; Refused when there are more."""
+    """Write an iterable of bytes to a file, and return its size. Raises Refused beyond `limit` bytes."""
     size = 0
     with open(path, "wb") as file:
         for block in blocks:
@@ -72,25 +76,25 @@ def copy_blocks(blocks, path, limit, name):
 def fetch(source, name, path, limit=MAX_FILE):
     """Copy one file of the source to `path`, with a few tries.
 
-    FileNotFoundError when the source has no such file; Refused when it cannot be had.
+    Raises FileNotFoundError when the source has no such file, Refused when all tries fail.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for wait in (*RETRY_WAITS, None):
         try:
             reply = source.open(name, 0)
-            size = copy_blocks(shown(reply, name), path, limit, name)
+            size = copy_blocks(with_bar(reply, name), path, limit, name)
             if reply.total not in (None, size):
                 raise Transient(f"{name} ended after {size} of {reply.total} bytes")
             return
         except Transient as error:
             if wait is None or not source.reached and wait != RETRY_WAITS[0]:
-                raise Refused(f"cannot fetch {name} from {source.address} ({error}); try again, or name a copy of the "
-                              "files with --from=DIR_OR_URL") from error
+                raise Refused(f"cannot download {name} from {source.address} ({error}); try again later, or name a "
+                              "copy of the files with --from=DIR_OR_URL") from error
             time.sleep(wait)
 
 
-def shown(reply, name):
-    """The blocks of a reply, with a progress bar on a terminal."""
+def with_bar(reply, name):
+    """The blocks of a reply; draws a progress bar on a terminal."""
     from tqdm import tqdm
     with tqdm(desc=name, total=reply.total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for block in reply.blocks:
@@ -99,7 +103,7 @@ def shown(reply, name):
 
 
 def first_of(source, names, path):
-    """Fetch the first of `names` that the source has, keeping .xz; its path, or None."""
+    """Fetch the first of `names` that the source has. Returns its path, which ends in .xz if the name does, or None."""
     for name in names:
         target = path.with_name(path.name + ".xz") if name.endswith(".xz") else path
         with contextlib.suppress(FileNotFoundError):
@@ -113,11 +117,11 @@ def first_of(source, names, path):
 
 
 def task_files(core_yaml, name):
-    """The data files that core.yaml names, such as "world_knowledge/arc_easy.jsonl"; Refused for other names."""
+    """The data files that core.yaml names, such as "world_knowledge/arc_easy.jsonl"; Refused for odd names."""
     try:
         text = core_yaml.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise Refused(f"{name} is no text; is the source right?") from error
+        raise Refused(f"{name} is not UTF-8 text; is the source right?") from error
     found = list(dict.fromkeys(re.findall(r"^\s*dataset_uri:\s*(\S.*?)\s*$", text, re.M)))
     if not 0 < len(found) <= MAX_TASKS:
         raise Refused(f"{name} names {len(found)} data files; is the source right?")
@@ -128,7 +132,7 @@ def task_files(core_yaml, name):
 
 
 def fetch_unpacked(source, work):
-    """Fetch core.yaml and what it names into work/core; the missing files, or None when there is no core.yaml."""
+    """Fetch core.yaml and the files it names into work/core. Returns the missing ones, or None without a core.yaml."""
     core = work / "core"
     for root in ROOTS:
         if not first_of(source, [f"{root}core.yaml"], core / "core.yaml"):
@@ -141,7 +145,7 @@ def fetch_unpacked(source, work):
 
 
 def unzip(path, work):
-    """Take core.yaml and what it names out of the bundle's zip into work/core; the missing files. Refused if unsound.
+    """Unpack core.yaml and the files it names into work/core. Returns the missing ones; Refused for a damaged zip.
 
     Only entries with exactly the expected names are read, so an entry cannot choose where it is written.
     """
@@ -165,7 +169,7 @@ def unzip(path, work):
             return [uri for uri in wanted if not any(
                 take(f"{root}eval_data/{uri}{end}", core / "eval_data" / f"{uri}{end}") for end in ENDS)]
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise Refused(f"eval_bundle.zip is not a sound zip file ({error}); fetch it again") from error
+        raise Refused(f"eval_bundle.zip is not a zip file or is damaged ({error}); download it again") from error
 
 
 # -----------------------------------------------------------------------------
@@ -173,7 +177,7 @@ def unzip(path, work):
 
 
 def describe(path, name):
-    """Manifest entry of a file: sha256, size in bytes, and for .jsonl the items; Refused when it is damaged."""
+    """Manifest entry of a file: sha256, size in bytes, and for .jsonl the number of items. Refused if damaged."""
     content = path.read_bytes()
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     if ".jsonl" not in path.name:
@@ -181,7 +185,7 @@ def describe(path, name):
     items = 0
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
-            while line := file.readline(MAX_LINE):  # of a longer one, the rest is no object
+            while line := file.readline(MAX_LINE):  # the rest of a longer line is not a JSON object
                 if not isinstance(json.loads(line), dict):
                     raise ValueError("not an object")
                 items += 1
@@ -195,7 +199,7 @@ def describe(path, name):
 
 
 def intact(out_dir):
-    """The manifest in out_dir if nothing is missing and every file is as it says, else None."""
+    """The manifest in out_dir if no file is missing and all are as it says, else None."""
     def content(name, limit):
         path = out_dir / name
         if not path.is_file() or path.stat().st_size > limit or not re.fullmatch(r"[\w/-]+(\.\w+)+", name, re.ASCII):
@@ -212,10 +216,11 @@ def intact(out_dir):
 
 
 def fetch_all(source, out_dir, about):
-    """Fetch both sets, check them, and put them into out_dir; returns the manifest. Refused when nothing is to be had.
+    """Fetch both sets, check them, and put them into out_dir; returns the manifest. Refused if the source has neither.
 
-    Files are moved to their places when all of them are sound, the manifest last.
+    Files are moved to their places when all of them are right, the manifest last.
     """
+    made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
     out_dir.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=out_dir))
     try:
@@ -239,7 +244,8 @@ def fetch_all(source, out_dir, about):
         for name in names:
             folder = (out_dir / name).parent
             if folder.resolve() != (out_dir.resolve() / name).parent:
-                raise Refused(f"{folder} is a link to elsewhere; remove it")
+                raise Refused(f"{folder} is a link to another place, and files are only written inside --out; remove "
+                              "the link")
             folder.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, out_dir / name)
             other = f"{name}.xz" if name.endswith(".jsonl") else name.removesuffix(".xz")
@@ -249,8 +255,9 @@ def fetch_all(source, out_dir, about):
         return manifest
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out_dir.rmdir()  # only if nothing came
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def write_synced(path, content):
@@ -267,13 +274,25 @@ def write_synced(path, content):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="evals.py", formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description=__doc__, allow_abbrev=False)
-    parser.add_argument("--from", dest="source", metavar="DIR_OR_URL", help="where the files are (default: where they "
-                        "are published)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "evals", metavar="FOLDER",
-                        help="where they go (default: data/evals)")
-    parser.add_argument("--force", action="store_true", help="fetch again what is there")
+    parser.add_argument("--from", dest="source", metavar="DIR_OR_URL", help="folder or http(s) address that holds "
+                        "the files (default: where they are published)")
+    parser.add_argument("--out", type=user_path, default=Path(__file__).resolve().parent / "evals", metavar="FOLDER",
+                        help="folder to write to (default: data/evals)")
+    parser.add_argument("--force", action="store_true", help="download the files again even if they are there")
     parser.error = lambda message: fail(f"{message}; --help lists the flags")
     return parser.parse_args(words(argv, fail))
+
+
+def next_line(out, manifest):
+    """The command that scores a model on what is here, quoted for the shell."""
+    names = manifest["files"]
+    tasks = ["hellaswag"] * any(name.startswith("hellaswag") for name in names)
+    tasks += ["core"] * any(name.startswith("core/") and ".jsonl" in name for name in names)
+    script = shlex.quote(printable(shown(Path(__file__).resolve().parent.parent / "evaluate.py")))
+    flags = [f"--tasks={','.join(tasks)}"]
+    if shown(out) != "data/evals":  # where evaluate.py looks without a flag
+        flags.append(shlex.quote(f"--evals={printable(shown(out))}"))
+    return " ".join(["next: python", script, *flags])
 
 
 def main(argv=None):
@@ -286,19 +305,22 @@ def main(argv=None):
             about = {"script": "data/evals.py", "source": args.source or PUBLISHED}
             manifest = fetch_all(source, args.out, about)
         items = sum(entry.get("items", 0) for entry in manifest["files"].values())
-        print(f"{args.out}: {len(manifest['files'])} files, {items:,} items")
+        print(one_line(f"{args.out}: {len(manifest['files'])} files, {items:,} items"))
         if manifest["missing"]:
-            print(f"missing at the source: {', '.join(manifest['missing'])}")
-        print("next: python evaluate.py --tasks=hellaswag,core")
+            print(one_line(f"missing at the source: {', '.join(manifest['missing'])}"))
+        print(next_line(args.out, manifest))
     except Refused as error:
         fail(error)
     except OSError as error:
-        fail(f"{error.filename or args.out} cannot be written or read ({error.strerror}); free space or choose another "
-             "--out")
+        fail(f"{error.filename or args.out} cannot be written or read ({error.strerror}); check its permissions, free "
+             "some space or choose another --out")
+    except ModuleNotFoundError as error:
+        fail(f"the Python package {error.name} is missing; pip install -r requirements.txt")
     except KeyboardInterrupt:
         print("\nevals.py: stopped", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may have letters that the locale lacks
     main()

@@ -7,6 +7,9 @@ import hashlib
 import http.server
 import json
 import lzma
+import os
+import shlex
+import subprocess
 import sys
 import threading
 import zipfile
@@ -184,6 +187,57 @@ def test_only_hellaswag_is_a_source_too(tmp_path, fetch):
 
 
 # -----------------------------------------------------------------------------
+# Paths, modes and locales
+
+@pytest.mark.parametrize("name", ["a [b]  c", "it's", "bell\x1b[31m", "new\nline", "-x", "\u00e9"])
+def test_odd_paths_work_and_the_printed_command_is_quoted(tmp_path, name, capsys):
+    source, out = write(tmp_path / f"from {name}", HELLASWAG), tmp_path / name
+    evals.main([f"--from={source}", f"--out={out}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert (out / "hellaswag_val.jsonl").is_file() and all(line.isprintable() for line in lines)
+    words = shlex.split(lines[-1])
+    assert words[:2] == ["next:", "python"] and Path(words[2]).resolve() == ROOT / "evaluate.py"
+    assert words[3:] == ["--tasks=hellaswag", f"--evals={evals.printable(out)}"]
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch, fetch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in", HELLASWAG)
+    assert "hellaswag_val.jsonl" in fetch("~/in")[0]
+    evals.main(["--from=~/in", "--out=~/other/place"])
+    assert (tmp_path / "other" / "place" / "manifest.json").is_file() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_and_folders_have_the_mode_that_the_umask_asks_for(tmp_path, fetch, umask):
+    source = write(tmp_path / "in", prefixed("core/") | HELLASWAG)
+    before = os.umask(umask)
+    try:
+        fetch(source)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_a_locale_without_the_letters_of_a_path_does_not_end_the_run(tmp_path):
+    source = write(tmp_path / "\u00e9", HELLASWAG)
+    done = subprocess.run([sys.executable, ROOT / "data" / "evals.py", f"--from={source}", f"--out={source}2"],
+                          capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
+                                                               "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and "\nnext: " in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--from=", "--out=", "--force=x", "--form=x", "x"])
+def test_a_bad_flag_is_refused(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evals.main([flag])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("evals.py: ") and error.count("\n") == 1
+
+
+# -----------------------------------------------------------------------------
 # What is refused
 
 def test_a_zip_writes_only_where_it_should(tmp_path, fetch):
@@ -221,10 +275,10 @@ def damaged_zip(folder):
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda folder: write(folder, {"eval_bundle.zip": b"not a zip"}), "eval_bundle.zip is not a sound zip file"),
-    (damaged_zip, "eval_bundle.zip is not a sound zip file"),
+    (lambda folder: write(folder, {"eval_bundle.zip": b"not a zip"}), "eval_bundle.zip is not a zip file or"),
+    (damaged_zip, "eval_bundle.zip is not a zip file or is damaged"),
     (lambda folder: write_zip(folder / "eval_bundle.zip", {"x/y/core.yaml": b""}), "eval_bundle.zip has no core.yaml"),
-    (lambda folder: write(folder, {"core.yaml": b"\xff\xfe"}), "core.yaml is no text"),
+    (lambda folder: write(folder, {"core.yaml": b"\xff\xfe"}), "core.yaml is not UTF-8 text"),
     (lambda folder: write(folder, {"core.yaml": b"tasks: none"}), "core.yaml names 0 data files"),
     (lambda folder: write(folder, {"hellaswag_val.jsonl": b"{}\n<html>"}), "hellaswag_val.jsonl is damaged at item 1"),
     (lambda folder: write(folder, {"hellaswag_val.jsonl": b"[]\n"}), "damaged at item 0 (not an object)"),
@@ -237,13 +291,13 @@ def test_a_damaged_source_is_refused(tmp_path, refused, make, words):
     refused(tmp_path / "in", words)
 
 
-def test_a_source_that_is_none_is_refused(tmp_path, refused):
+def test_a_source_that_does_not_exist_is_refused(tmp_path, refused):
     refused(tmp_path / "nowhere", "--from=", "neither a folder nor an http(s) address")
 
 
 def test_no_network_is_one_line(refused, monkeypatch):
     monkeypatch.setattr(evals, "RETRY_WAITS", (0, 0))
-    refused("http://127.0.0.1:1", "cannot fetch core/core.yaml from http://127.0.0.1:1", "--from=DIR_OR_URL")
+    refused("http://127.0.0.1:1", "cannot download core/core.yaml from http://127.0.0.1:1", "--from=DIR_OR_URL")
 
 
 def test_a_refused_fetch_leaves_the_old_files(tmp_path, fetch, capsys):

@@ -2,7 +2,8 @@
 
 Proves: what is fetched is byte-identical, checked and pinned in manifest.json; a broken transfer is continued, not
 begun again; damaged or foreign answers never get a shard's name; errors are one line with exit code 2; a second run
-fetches nothing. Nothing here needs a network. Run from the project root: python -m pytest tests/test_fineweb.py
+downloads nothing; the vocabulary is found wherever it may be, and without it the shards still train. No test needs a
+network. Run from the project root: python -m pytest tests/test_fineweb.py
 """
 
 import contextlib
@@ -14,9 +15,11 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -24,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from huggingface_hub import constants
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +152,11 @@ def only_this_machine(monkeypatch, tmp_path):
     for name, value in {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": "127.0.0.1",
                         "HF_HOME": str(tmp_path), "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("DATA_GYM_CACHE_DIR", raising=False)
+    if "text" in sys.modules:
+        sys.modules["text"].gpt2_tokenizer_json.cache_clear()
     monkeypatch.setattr(fineweb, "RETRY_WAITS", (0.01,) * 4)
+    monkeypatch.setattr(fineweb.shutil, "which", lambda name: None)  # no GPU: what is printed depends on it
 
 
 def call(tmp_path, endpoint, *arguments, code=0, process=False, **env):
@@ -179,6 +187,16 @@ def call(tmp_path, endpoint, *arguments, code=0, process=False, **env):
     if code == 2:
         assert len(result.stderr.splitlines()) == 1, result.stderr
     return result
+
+
+def next_flags(stdout, program="python"):
+    """The flags of the printed command, as a shell reads them."""
+    line = stdout.splitlines()[-1]
+    assert line.startswith(f"next: {program} "), stdout
+    words = shlex.split(line.removeprefix(f"next: {program} "))
+    script = words.pop(0)
+    assert Path(script).resolve() == ROOT / "train_gpt.py"
+    return dict(word.removeprefix("--").split("=", 1) for word in words)
 
 
 def names_in(folder):
@@ -232,7 +250,7 @@ def test_fetches_pins_and_then_has_nothing_to_do(hub, tmp_path):
     assert manifest["tokenizer"] == {"name": "gpt2", "sha256": fineweb.GPT2_TOKENIZER_SHA256, "vocab_size": 50257,
                                      "bos_id": 50256}
     assert re.search(r"3 files, 0\.00 GB, 900,000 tokens in .*out: [\d.]+ s, [\d.]+ MB/s", first.stdout)
-    assert "next: torchrun --standalone --nproc_per_node=gpu train_gpt.py" in first.stdout
+    assert "\nnext: " in first.stdout
     assert not [name for name in names_in(out) if name.startswith(".")]
 
     hub.asked.clear()
@@ -267,7 +285,7 @@ def test_second_run_replaces_a_broken_file(hub, tmp_path, damage):
     path = tmp_path / "out" / ONE
     path.write_bytes(path.read_bytes()[:-2] if damage == "truncated" else b"x" + path.read_bytes()[1:])
     hub.asked.clear()
-    assert "fetching it again" in call(tmp_path, hub.address, "1").stdout
+    assert "downloading it again" in call(tmp_path, hub.address, "1").stdout
     assert path.read_bytes() == hub.files[REPO + ONE] and hub.ask_count(VAL) == 0
 
 
@@ -470,7 +488,12 @@ def test_refusals_are_named_at_once(hub, tmp_path, status, message):
     (["104"], "N=104 is out of range: 0 to 103"), (["100", "--variant=edu"], "0 to 99"), (["-1"], "-1"),
     (["nine"], "nine"), (["1", "--jobs=0"], "--jobs=0"), (["1", "--variant=1T"], "1T"), (["1", "--frmo=x"], "--frmo"),
     (["1", "--from=/no/such/folder"], "/no/such/folder"), (["1", "--from=ftp://x/y"], "ftp://x/y"),
-    (["1", "--tokenize", "--variant=100B"], "10B and edu"),
+    (["1", "--tokenize", "--variant=100B"], "use --variant=10B or edu"), (["1", "--from="], "--from= has no value"),
+    (["1", "--vocab_dir="], "--vocab_dir= has no value"), (["1", "--from=~/nothing"], "--from=~/nothing is neither"),
+    (["1", "--tokenizer=bytes"], "--tokenizer=bytes needs --tokenize"),
+    (["1", "--tokenize", "--tokenizer=bytes", "--vocab_dir=x"], "--vocab_dir=x is for gpt2"),
+    (["1", "--tokenize", "--tokenizer=/no/file"], "--tokenizer=/no/file: no such file; name gpt2, bytes, or a"),
+    (["1", "--from=a\x1b[31m\nb"], "--from=a?[31m b is neither"),
 ])
 def test_bad_command_line(capsys, tmp_path, arguments, message):
     with pytest.raises(SystemExit) as stop:
@@ -568,13 +591,187 @@ def test_other_variants_ask_for_their_own_files(hub, tmp_path):
     call(tmp_path, hub.address, "1", "--variant=100B")
     result = call(tmp_path, hub.address, "1", "--variant=edu")
     assert "finewebedu_train_000001.bin" in names_in(tmp_path / "out")
-    assert 'train_gpt.py --train_files="' in result.stdout and 'finewebedu_val_*.bin"' in result.stdout
+    assert next_flags(result.stdout)["val_files"] == f"{tmp_path}/out/finewebedu_val_*.bin"
 
 
-def test_missing_tokenizer_is_one_warning_and_the_shards_stay(hub, tmp_path):
-    result = call(tmp_path, hub.address, "0")
-    assert len(result.stderr.splitlines()) == 1 and "warning: no tokenizer.json" in result.stderr
-    assert VAL in names_in(tmp_path / "out") and "tokenizer.json" not in names_in(tmp_path / "out")
+@pytest.fixture
+def disk(hub, tmp_path):
+    """A folder of published shards without a tokenizer.json, as users of the public speedrun have."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    for name in (VAL, ONE):
+        (folder / name).write_bytes(hub.files[REPO + name])
+    return folder
+
+
+def test_without_a_vocabulary_the_shards_are_put_in_place_and_one_line_says_what_works(disk, tmp_path):
+    result = call(tmp_path, NOWHERE, "1", f"--from={disk}")
+    assert names_in(tmp_path / "out") == sorted([VAL, ONE, "manifest.json"])
+    line, = result.stderr.splitlines()
+    for words in ("fineweb.py: warning: no tokenizer.json for ", "not in tiktoken's cache", "Connection refused",
+                  "The shards are complete.", "train_gpt.py trains --preset=tiny", "sample.py", "evaluate.py",
+                  "run this command again with --vocab_dir=FOLDER or with a network"):
+        assert words in line, line
+    flags = next_flags(result.stdout)
+    assert flags == {"preset": "tiny", "train_files": f"{tmp_path}/out/fineweb_train_*.bin",
+                     "val_files": f"{tmp_path}/out/fineweb_val_*.bin"}
+
+
+def test_a_wrong_tokenizer_in_the_folder_is_named(disk, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("{}")
+    assert "is another tokenizer's: remove it; " in call(tmp_path, NOWHERE, "1", f"--from={disk}").stderr
+
+
+@needs_vocabulary
+@needs_text
+def test_the_tokenizer_can_be_added_later(disk, tmp_path):
+    call(tmp_path, NOWHERE, "1", f"--from={disk}")
+    result = call(tmp_path, NOWHERE, "1", f"--from={disk}", f"--vocab_dir={GPT2_BPE}")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == canonical_tokenizer()
+    assert not result.stderr and "nothing to do" in result.stdout
+
+
+@needs_vocabulary
+@needs_text
+@pytest.mark.parametrize("place", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR", "temporary files"])
+def test_the_vocabulary_is_found_in_the_cache_of_tiktoken(disk, tmp_path, monkeypatch, place):
+    folder = tmp_path / "cache"
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    if place == "temporary files":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        folder = tmp_path / "data-gym-cache"
+    else:
+        monkeypatch.setenv(place, str(folder))
+    folder.mkdir()
+    address = b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
+    (folder / hashlib.sha1(address).hexdigest()).write_bytes((GPT2_BPE / "encoder.json").read_bytes())
+    assert not call(tmp_path, NOWHERE, "1", f"--from={disk}").stderr
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == canonical_tokenizer()
+
+
+@needs_text
+@pytest.mark.parametrize("more", [(), ("--tokenize",)])
+def test_a_wrong_vocab_dir_is_refused_before_anything_is_downloaded(hub, tmp_path, more):
+    (tmp_path / "empty").mkdir()
+    result = call(tmp_path, hub.address, "1", f"--vocab_dir={tmp_path}/empty", *more, code=2)
+    assert f"--vocab_dir={tmp_path}/empty: {tmp_path}/empty/vocab.bpe cannot be read" in result.stderr
+    assert "name a folder with GPT-2's encoder.json and vocab.bpe" in result.stderr
+    assert not hub.asked and not (tmp_path / "out").exists()
+
+
+def test_tokenize_without_a_vocabulary_names_the_remedy(hub, tmp_path):
+    result = call(tmp_path, hub.address, "1", "--tokenize", code=2)
+    assert "GPT-2's vocabulary was not found (" in result.stderr and "pass --vocab_dir=FOLDER" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# -----------------------------------------------------------------------------
+# Paths, proxies, locales, and the printed command
+
+
+@pytest.mark.parametrize("name", ["a [b] c", "two  blanks", "it's", "back\\slash", "st*r", "-x", "~", "\u00e9t\u00e9",
+                                  "bell\a\x1b[31m", "new\nline", "not-utf8-\udcff"])
+def test_odd_paths_work_and_the_printed_command_finds_the_shards(disk, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    source, out = tmp_path / f"from {name}", tmp_path / name
+    disk.rename(source)
+    result = call(tmp_path, NOWHERE, "1", f"--from={source}", f"--out={out}")
+    assert {VAL, ONE} <= {*names_in(out)}
+    assert all(line.isprintable() for line in (result.stdout + result.stderr).splitlines())
+    sys.path.insert(0, str(ROOT))
+    import train_gpt
+    flags = next_flags(result.stdout)
+    found = train_gpt.open_shards(flags["train_files"], flags["val_files"])
+    assert [[Path(shard.path).resolve() for shard in shards] for shards in found] == [[out / ONE], [out / VAL]]
+
+
+def test_tilde_is_the_home_folder_in_every_path(disk, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    call(tmp_path, NOWHERE, "0", "--from=~/disk", "--out=~/new/place")
+    assert VAL in names_in(tmp_path / "new" / "place") and not (tmp_path / "~").exists()
+    assert "--vocab_dir=" + str(tmp_path / "voc") in call(
+        tmp_path, NOWHERE, "0", "--from=~/disk", "--vocab_dir=~/voc", code=2).stderr
+    assert "are the same folder" in call(tmp_path, NOWHERE, "0", "--from=~/disk", "--out=disk", code=2).stderr
+
+
+def test_a_failed_run_removes_the_folders_that_it_made(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for out in ("new/place", "mine"):
+        call(tmp_path, NOWHERE, "0", f"--out={tmp_path / out}", code=2)
+    assert names_in(tmp_path) == ["mine"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_asks_for(hub, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        if GPT2_BPE.exists():
+            call(tmp_path, hub.address, "1", f"--vocab_dir={GPT2_BPE}")
+        else:
+            call(tmp_path, hub.address, "1")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert {VAL, ONE, "manifest.json"} <= modes.keys() and {*modes.values()} == {0o666 & ~umask}, modes
+
+
+@pytest.mark.parametrize("proxy, words", [
+    ("socks5://me:secret@127.0.0.1:9", "the proxy socks5://127.0.0.1 is a SOCKS proxy, which needs the Python package "
+                                       "PySocks: pip install pysocks, or unset HTTPS_PROXY"),
+    ("gopher://me:secret@127.0.0.1:9", "the proxy gopher://127.0.0.1 is not the address of an http proxy"),
+    ("http://:80", "is not the address of an http proxy"),
+])
+def test_a_proxy_that_cannot_work_is_one_line(tmp_path, monkeypatch, proxy, words):
+    def without_the_package(*args, **kwargs):
+        raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
+
+    monkeypatch.setattr(requests.adapters, "SOCKSProxyManager", without_the_package)
+    result = call(tmp_path, "http://hub.invalid", "0", http_proxy=proxy, code=2)
+    assert words in result.stderr and "secret" not in result.stderr
+
+
+def test_a_missing_certificate_file_is_one_line(tmp_path):
+    result = call(tmp_path, "https://127.0.0.1:9", "0", REQUESTS_CA_BUNDLE="/no/such/file", code=2)
+    assert "/no/such/file" in result.stderr and "check REQUESTS_CA_BUNDLE" in result.stderr
+
+
+def test_a_locale_without_the_letters_of_a_path_does_not_end_the_run(disk, tmp_path):
+    result = call(tmp_path, NOWHERE, "1", f"--from={disk}", f"--out={tmp_path}/\u00e9", process=True, LC_ALL="C",
+                  PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
+    assert "next: python" in result.stdout and VAL in names_in(tmp_path / "\u00e9")
+
+
+def result_of(prefix="fineweb_", train=900_000_000, val=100_000_000, has_tokenizer=True):
+    entries = {f"{prefix}{split}_000000.bin": {"tokens": tokens}
+               for split, tokens in (("train", train), ("val", val)) if tokens}
+    return fineweb.Result(entries, 1, prefix, has_tokenizer)
+
+
+@pytest.mark.parametrize("changes, gpus, flags", [
+    ({}, True, {}), ({}, False, {"preset": "tiny"}), ({"has_tokenizer": False}, True, {"preset": "tiny"}),
+    ({"val": 3_600_000}, True, {"val_tokens": "3599360"}), ({"val": 3_600_000}, False, {"preset": "tiny"}),
+    ({"val": 65_536}, False, {"preset": "tiny", "val_tokens": "64512"}),
+    ({"val": 500}, False, {"preset": "tiny", "val_tokens": "499"}),
+    ({"train": 200_000_000}, True, {"epochs": "5"}), ({"train": 200_000_000}, False, {"preset": "tiny"}),
+])
+def test_the_printed_command_fits_machine_and_shards(monkeypatch, changes, gpus, flags):
+    monkeypatch.setattr(fineweb.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if gpus else None)
+    monkeypatch.chdir(ROOT)
+    lines = fineweb.next_lines(ROOT / "data" / "fineweb10B", result_of(**changes))
+    program = "python" if "preset" in flags else "torchrun --standalone --nproc_per_node=gpu"
+    found = next_flags("\n".join(lines), program)
+    if "preset" in flags:
+        assert found.pop("train_files") == "data/fineweb10B/fineweb_train_*.bin" and found.pop("val_files")
+    assert found == flags
+
+
+@pytest.mark.parametrize("changes, words", [({"train": 0}, "there is no training shard; give N=1 or more"),
+                                            ({"val": 0}, "there is no validation shard")])
+def test_shards_that_cannot_train_get_no_command(changes, words):
+    line, = fineweb.next_lines(ROOT, result_of(**changes))
+    assert line.startswith("no next command: ") and words in line
 
 
 @needs_vocabulary
@@ -619,7 +816,90 @@ def test_tokenize_makes_shards_from_parquet(hub, tmp_path, kind):
     for name, entry in manifest["files"].items():
         data = (tmp_path / "out" / name).read_bytes()
         assert sha256(data) == entry["sha256"] and fineweb.promised_bytes(data[:1024], name) == len(data)
-    assert 'train_gpt.py --train_files="' in result.stdout
+    assert next_flags(result.stdout)["train_files"] == f"{tmp_path}/out/train_*.bin"
     assert (tmp_path / "out" / "tokenizer.json").exists()
     hub.asked.clear()
     assert "nothing to do" in call(tmp_path, hub.address, *arguments).stdout and not hub.asked
+
+
+# -----------------------------------------------------------------------------
+# --tokenize with another tokenizer
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A folder with a parquet file of 60 short documents."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    folder = tmp_path / "src"
+    folder.mkdir()
+    table = pyarrow.table({"text": [f"Document {i} says hello to the world." for i in range(60)]})
+    pyarrow.parquet.write_table(table, folder / "000_00000.parquet")
+    return folder
+
+
+@needs_text
+def test_tokenize_with_bytes_needs_no_vocabulary_and_is_recognised_later(parquet, tmp_path):
+    arguments = ["1", "--tokenize", "--tokenizer=bytes", f"--from={parquet}"]
+    call(tmp_path, NOWHERE, *arguments)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["tokenizer"]["name"] == manifest["made_by"]["fineweb"]["tokenizer"] == "bytes"
+    assert "nothing to do" in call(tmp_path, NOWHERE, *arguments, "--verify").stdout
+    result = call(tmp_path, NOWHERE, "1", "--tokenize", f"--from={parquet}", code=2)
+    assert "holds shards of the tokenizer bytes, not gpt2; choose another --out" in result.stderr
+    assert "tokenizer bytes, not gpt2" in call(tmp_path, NOWHERE, "1", code=2).stderr
+
+
+@needs_text
+@pytest.mark.parametrize("vocab_size, width", [(300, 2), (70_000, 4)])
+def test_tokenize_hands_a_tokenizer_file_on_and_checks_its_shards(parquet, tmp_path, monkeypatch, vocab_size, width):
+    import text
+
+    spec = {"name": "mine", "pattern": "", "ranks": [], "special_tokens": {}, "bos_id": vocab_size - 1}
+    (tmp_path / "my.json").write_text(json.dumps(spec))
+    calls = []
+
+    def build_shards(inputs, out_dir, *, tokenizer, vocab_dir):
+        calls.append((inputs, tokenizer, vocab_dir))
+        files = {}
+        for split in ("train", "val"):
+            header = np.zeros(256, "<i4")
+            header[:6] = 20240520, 1, 10, vocab_size, vocab_size - 1, width
+            header[8:16] = np.frombuffer(bytes.fromhex("ab" * 32), "<i4")
+            data = header.tobytes() + np.full(10, vocab_size - 1, f"<u{width}").tobytes()
+            (out_dir / f"{split}_000000.bin").write_bytes(data)
+            files[f"{split}_000000.bin"] = {"sha256": sha256(data), "size": len(data), "tokens": 10, "documents": 10}
+        about = {"name": "mine", "sha256": "ab" * 32, "vocab_size": vocab_size, "bos_id": vocab_size - 1}
+        return {"format": 1, "tokenizer": about, "files": files, "made_by": {}}
+
+    monkeypatch.setattr(text, "build_shards", build_shards)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["1", "--tokenize", "--tokenizer=~/my.json", f"--from={parquet}"]
+    assert next_flags(call(tmp_path, NOWHERE, *arguments).stdout)["val_tokens"] == "9"
+    assert calls == [([parquet / "000_00000.parquet"], str(tmp_path / "my.json"), None)]
+    assert "nothing to do" in call(tmp_path, NOWHERE, *arguments, "--verify").stdout and len(calls) == 1
+    path = tmp_path / "out" / "train_000000.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    call(tmp_path, NOWHERE, *arguments, "--verify")
+    assert len(calls) == 2
+    (tmp_path / "my.json").write_text(json.dumps(spec | {"name": "other"}))
+    assert "choose another --out" in call(tmp_path, NOWHERE, *arguments, code=2).stderr
+
+
+@pytest.mark.parametrize("content, words", [
+    ("{", "not a tokenizer.json of this project"), ("[]", "it lacks bos_id, name"),
+    ('{"name": "x"}', "it lacks bos_id, pattern, ranks, special_tokens")])
+def test_a_wrong_tokenizer_file_is_refused(parquet, tmp_path, content, words):
+    (tmp_path / "my.json").write_text(content)
+    result = call(tmp_path, NOWHERE, "1", "--tokenize", f"--tokenizer={tmp_path}/my.json", f"--from={parquet}", code=2)
+    assert words in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_tokenize_replaces_no_shards_of_another_origin(parquet, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train_000000.bin").write_bytes(shard(1))
+    result = call(tmp_path, NOWHERE, "1", "--tokenize", "--tokenizer=bytes", f"--from={parquet}", code=2)
+    assert "holds shards of another origin, which would be replaced; choose another --out" in result.stderr
+    assert (out / "train_000000.bin").read_bytes() == shard(1)
