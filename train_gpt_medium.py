@@ -1348,48 +1348,6 @@ def initialize(model: GPT, optimizer: Optimizer, machine: Machine):
     broadcast_parameters(model, machine)
     optimizer.reset()
 
-def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run", compiler) -> int:
-    """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit.
-
-    Returns the packs of a micro-batch.
-    """
-    raw, cfg = optimizer.model, optimizer.model.cfg
-    before = digest(run_state(raw, optimizer, machine))
-    if raw.kernels:
-        run.print(check_kernels(raw, machine))
-    micro_packs = largest_micro_batch(backward, optimizer, machine, compiler)
-    tokens = micro_packs * cfg.pack_tokens
-    if compiler:                         # what follows is in the cache when it has ended
-        compiler.join()
-    batch = synthetic_batch(cfg, tokens)
-    split = first_split_step(cfg)
-
-    def steps():                         # Adam rests at even steps and moves at odd ones
-        for step in (0, 1, split - 1, split):
-            training_step(backward, optimizer, [batch] * 2, step, schedule(cfg, step), machine)
-    steps()
-    peak, memory = torch.cuda.max_memory_allocated(), device_memory(machine)
-    # what a graph keeps for its activations, a validation cannot use; a graph would keep windows that are numbers
-    flexible = cfg.attention.startswith("flex")
-    if flexible and tokens <= cfg.graph_tokens and 2 * peak <= memory:
-        backward.replays = True
-        steps()
-    for stage in range(1 if flexible else len(cfg.stages)):         # windows that are numbers need a graph each
-        raw.set_stage(stage)
-        training_step(backward, optimizer, [batch], 0, schedule(cfg, 0), machine)
-        validate(backward.model, cfg, [synthetic_batch(cfg, cfg.val_stream_tokens)] * machine.world_size, machine)
-    initialize(raw, optimizer, machine)
-    after = digest(run_state(raw, optimizer, machine))
-    changed = [name for name in before if after[name] != before[name]]
-    assert not changed, f"warm-up changed the initial state of {changed}"
-    run.print(f"memory: {tokens:,} tokens per forward take {peak / 2**30:.1f} of {memory / 2**30:.1f} GiB"
-              + ", replayed as CUDA graphs" * backward.replays)
-    return micro_packs
-
-def num_steps(cfg: Hyperparameters) -> int:
-    """Steps that this process trains, counted from the first of the run."""
-    return min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
-
 def build(cfg: Hyperparameters, machine: Machine) -> tuple[Backward, Optimizer]:
     """The model in its initial state, ready for forward and backward, and its optimizer."""
     with torch.device(machine.device):
@@ -1633,7 +1591,9 @@ def check_kernels(model: GPT, machine: Machine) -> str:
         param.data += torch.empty_like(param).normal_(0, 0.02, generator=generator)
     cfg, kernels = model.cfg, model.kernels
     model.cfg = replace(cfg, attention="plain")                     # FlexAttention is slow unless compiled
-    faults, differences = triton_kernels.compare_with_plain(model, *batch, torch.ones(4, device=machine.device))
+    large = [name for name, config in PARAMETERS.items() if config.comms == "sharded"]
+    ones = torch.ones(4, device=machine.device)
+    faults, differences = triton_kernels.compare_with_plain(model, large, *batch, ones)
     model.cfg = cfg
     of_ranks = all_gather_object(machine, (faults, differences))
     if differences := [text for _, found in of_ranks for text in found]:
@@ -2045,6 +2005,48 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     return Machine(device, rank, world_size, name)
+
+def num_steps(cfg: Hyperparameters) -> int:
+    """Steps that this process trains, counted from the first of the run."""
+    return min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
+
+def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run", compiler) -> int:
+    """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit.
+
+    Returns the packs of a micro-batch.
+    """
+    raw, cfg = optimizer.model, optimizer.model.cfg
+    before = digest(run_state(raw, optimizer, machine))
+    if raw.kernels:
+        run.print(check_kernels(raw, machine))
+    micro_packs = largest_micro_batch(backward, optimizer, machine, compiler)
+    tokens = micro_packs * cfg.pack_tokens
+    if compiler:                         # what follows is in the cache when it has ended
+        compiler.join()
+    batch = synthetic_batch(cfg, tokens)
+    split = first_split_step(cfg)
+
+    def steps():                         # Adam rests at even steps and moves at odd ones
+        for step in (0, 1, split - 1, split):
+            training_step(backward, optimizer, [batch] * 2, step, schedule(cfg, step), machine)
+    steps()
+    peak, memory = torch.cuda.max_memory_allocated(), device_memory(machine)
+    # what a graph keeps for its activations, a validation cannot use; a graph would keep windows that are numbers
+    flexible = cfg.attention.startswith("flex")
+    if flexible and tokens <= cfg.graph_tokens and 2 * peak <= memory:
+        backward.replays = True
+        steps()
+    for stage in range(1 if flexible else len(cfg.stages)):         # windows that are numbers need a graph each
+        raw.set_stage(stage)
+        training_step(backward, optimizer, [batch], 0, schedule(cfg, 0), machine)
+        validate(backward.model, cfg, [synthetic_batch(cfg, cfg.val_stream_tokens)] * machine.world_size, machine)
+    initialize(raw, optimizer, machine)
+    after = digest(run_state(raw, optimizer, machine))
+    changed = [name for name in before if after[name] != before[name]]
+    assert not changed, f"warm-up changed the initial state of {changed}"
+    run.print(f"memory: {tokens:,} tokens per forward take {peak / 2**30:.1f} of {memory / 2**30:.1f} GiB"
+              + ", replayed as CUDA graphs" * backward.replays)
+    return micro_packs
 
 def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine, compiler=None) -> int:
     """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do.

@@ -362,29 +362,29 @@ def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Ten
 # how much the loss and each gradient may differ: float8 keeps two or three bits, but its rounding averages out
 LARGEST_ERROR = 0.25                     # norm of the difference, relative to the norm of the plain one
 LARGEST_SCALE_ERROR = 0.03               # length along the plain one, less one
-SMALL = 100_000                          # gradients of fewer numbers are sums that mostly cancel: rounding rules them
 
-def compare_with_plain(model, tokens: Tensor, targets: Tensor, loss_weights: Tensor) -> tuple[dict, list[str]]:
+def compare_with_plain(model, names: list[str], tokens: Tensor, targets: Tensor,
+                       loss_weights: Tensor) -> tuple[dict, list[str]]:
     """What is wrong with the kernels of a training script's model, one at a time, beside none of them.
 
-    model.kernels: name of a plain function -> the kernel in its place; left empty. Returns ({name: why the kernel does
-    not run on this device}, [a sentence for each one that gives another training loss or other gradients]).
+    model.kernels: name of a plain function -> the kernel in its place; left empty. names: the parameters whose gradients
+    are compared, which should be large: small gradients are sums that mostly cancel, so that rounding rules them.
+    Returns ({name: why the kernel does not run on this device}, [a sentence for each one that gives another training
+    loss or other gradients]).
     """
     kernels, faults, differences = model.kernels, {}, []
     model.kernels = {}
-    plain = loss_and_gradients(model, tokens, targets, loss_weights)
+    plain = loss_and_gradients(model, names, tokens, targets, loss_weights)
     for name, kernel in kernels.items():
         model.kernels = {name: kernel}
         try:
-            found = loss_and_gradients(model, tokens, targets, loss_weights)
+            found = loss_and_gradients(model, names, tokens, targets, loss_weights)
         except Exception as error:       # whatever a kernel comes up with on a device that it was not made for
             faults[name] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             continue
         finally:
             model.kernels = {}
         for part, wanted in plain.items():
-            if part != "loss" and wanted.numel() < SMALL:
-                continue
             wanted, have = wanted.float(), found[part].float()
             square = wanted.square().sum().clamp(min=1e-20)
             error = ((have - wanted).square().sum() / square).sqrt().item()
@@ -396,13 +396,14 @@ def compare_with_plain(model, tokens: Tensor, targets: Tensor, loss_weights: Ten
                 break
     return faults, differences
 
-def loss_and_gradients(model, tokens: Tensor, targets: Tensor, loss_weights: Tensor) -> dict[str, Tensor]:
-    """The training loss and the gradient of each parameter, by name; the parameters keep none."""
+def loss_and_gradients(model, names: list[str], tokens: Tensor, targets: Tensor,
+                       loss_weights: Tensor) -> dict[str, Tensor]:
+    """The training loss and the gradients of these parameters, by name; the model keeps none."""
     loss = model(tokens, targets, loss_weights)
     loss.backward()
     found = {"loss": loss.detach()}
     for name, param in model.named_parameters():
-        if param.grad is not None:
+        if name in names and param.grad is not None:
             found[f"gradient of {name}"] = param.grad
         param.grad = None
     return found
