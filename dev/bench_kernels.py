@@ -104,14 +104,15 @@ def attention(table: Table):
     q, k, v, dy = randn(T, H, C // H, std=0.1), *(randn(T, H, C // H) for _ in range(3))
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
-    def attend(q, k, v, first):
-        return train_gpt.flex(q, k, v, train_gpt.block_mask(first, 1408 // train_gpt.BLOCK + 2))
+    def attend(q, k, v, starts, window):
+        return train_gpt.ATTENTION["flex"](starts, window, 1408)(q, k, v)
     flex = torch.compile(attend, dynamic=False, fullgraph=True)
     for window in (128, 384, 896, 1408):
         first = torch.maximum(starts, index - window)
         operations = 4 * C * (index - first + 1).sum().item()       # q k and p v, each of 2 C a visible key
         plain = torch.compile(train_gpt.plain_attention, dynamic=False)
-        pairs = [(flex(*leaves, first), lambda: flex(*leaves, first)),
+        seen = starts, torch.tensor(window, device="cuda", dtype=torch.int32)
+        pairs = [(flex(*leaves, *seen), lambda: flex(*leaves, *seen)),
                  (plain(*leaves, first, window), lambda: plain(*leaves, first, window))]
         forward = [milliseconds(call) for _, call in pairs]
         backward = [milliseconds(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)) for y, _ in pairs]

@@ -56,31 +56,31 @@ def main():
     stage = int(next((arg.split("=")[1] for arg in sys.argv[1:] if arg.startswith("--stage=")), 0))
     cfg = train_gpt.parse_config(argv)
     machine = train_gpt.setup_machine(cfg)
-    shards, _ = train_gpt.open_shards(cfg.train_files, cfg.val_files)
-    cfg = train_gpt.resolve_config(cfg, machine, shards[0], train_gpt.triton_kernels is not None)
-    cfg, _ = train_gpt.choose_backends(train_gpt.SCRIPT, cfg, machine)
-    head_chunk = (train_gpt.triton_kernels if cfg.kernels else train_gpt).HEAD_CHUNK
-    cfg, slots, _, plan = train_gpt.memory_plan(cfg, machine, head_chunk)
-    print(plan)
-    with torch.device(machine.device):
-        model = train_gpt.GPT(cfg)
-    optimizer = train_gpt.Optimizer(model)
-    backward = train_gpt.Backward(torch.compile(model, dynamic=False, fullgraph=True))
+    cfg, data = train_gpt.load_data(cfg, machine)
+    cfg, tried = train_gpt.choose_attention(cfg, machine)
+    print("\n".join(tried))
+    backward, optimizer = train_gpt.build(cfg, machine)
+    model, cfg = optimizer.model, optimizer.model.cfg
+    if model.kernels:
+        print(train_gpt.check_kernels(model, machine))
+        train_gpt.initialize(model, optimizer, machine)
+    begun = time.perf_counter()
+    packs = train_gpt.largest_micro_batch(backward, optimizer, machine)
+    print(f"{packs * cfg.pack_tokens} tokens per forward")
     model.set_stage(stage)
     step = (round(cfg.stages[stage].until * cfg.num_iterations) - 8) // 2 * 2
     started = time.perf_counter()
-    loader = train_gpt.training_batches(cfg, shards, 0, 1, slots)
-    batches = [next(loader) for _ in range(4)]
+    loader = train_gpt.training_batches(cfg, data.train, 0, 1, packs)
+    batches = [next(loader)[0] for _ in range(4)]
     loader_ms = 1000 * (time.perf_counter() - started) / 4          # of first-stage batches
-    batches = (batches[0][0] * 16)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
+    batches = (batches[0] * 16)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, packs)]
 
     def train(i):                        # Adam works at odd steps
-        train_gpt.training_step(backward, optimizer, batches, step + i, machine)
-    started = time.perf_counter()
+        train_gpt.training_step(backward, optimizer, batches, step + i, train_gpt.schedule(cfg, step + i), machine)
     for i in range(4):
         train(i)
     torch.cuda.synchronize()
-    print(f"compiled in {time.perf_counter() - started:.1f} s")
+    print(f"compiled in {time.perf_counter() - begun:.1f} s")
     started = time.perf_counter()
     for i in range(STEPS):
         train(i)
@@ -90,14 +90,14 @@ def main():
     whole, kernels = profile(lambda: train(next(count) % 4))
     show("the whole step", whole)
 
-    targets = torch.randint(0, cfg.vocab_size, (slots * cfg.slot_tokens, 4), device="cuda")
+    targets = torch.randint(0, cfg.vocab_size, (packs * cfg.pack_tokens, 4), device="cuda")
     weights = torch.tensor(train_gpt.loss_weights(cfg, step), device="cuda")
     x = train_gpt.norm(torch.randn(len(targets), cfg.model_dim, device="cuda")).bfloat16().requires_grad_()
 
     def head():
-        train_gpt.triton_kernels.head_loss(x, model.lm_head, targets, weights, None, cfg.float8).backward()
+        model.kernels["head_loss"](x, model.lm_head, targets, weights, None).backward()
     head_kinds = {}
-    if cfg.kernels:
+    if "head_loss" in model.kernels:
         head_kinds = {kind: ms * len(batches) for kind, ms in profile(head)[0].items()}
         show("head and loss over the whole vocabulary, forward and backward", head_kinds)
     zeros = [torch.zeros_like(param) for param in model.parameters()]
@@ -105,7 +105,8 @@ def main():
     def update():
         for param, zero in zip(model.parameters(), zeros):
             param.grad = zero
-        optimizer.step(step + next(count) % 4)
+        i = step + next(count) % 4
+        optimizer.step(i, train_gpt.schedule(cfg, i))
     update_kinds, _ = profile(update)
     show("optimizer", update_kinds)
     body = {kind: ms - head_kinds.get(kind, 0) - update_kinds.get(kind, 0) for kind, ms in whole.items()}
