@@ -36,7 +36,6 @@ import threading
 import time
 from collections import namedtuple
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -298,19 +297,19 @@ def request_error(error, url):
     wrong_address = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
                      requests.exceptions.MissingSchema)
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
-    parts = urlsplit(proxy)
-    shown_proxy = f"{parts.scheme}://{parts.hostname}" if parts.hostname else "that is set"  # without a password
+    parts = re.match(r"(\w+)://(?:.*@)?([^/:@]+)", proxy)
+    shown_proxy = f"{parts[1]}://{parts[2]}" if parts else "that is set"  # without a password
     variables = "HTTPS_PROXY, HTTP_PROXY and ALL_PROXY"
     if "dependencies for SOCKS" in str(error):  # requests does not name the package
         return Refused(f"the proxy {shown_proxy} is a SOCKS proxy, which needs the Python package PySocks: pip install "
                        f"pysocks, or unset {variables}")
-    if proxy and isinstance(error, wrong_address) and "proxy" in str(error).lower():
+    if proxy and isinstance(error, wrong_address) and re.match(r"https?://\w", url):  # then it is not the url
         return Refused(f"the proxy {shown_proxy} is not the address of an http proxy; correct or unset {variables}")
     if isinstance(error, wrong_address):
         return Refused(f"{url} is not an http(s) address; check HF_ENDPOINT or --from")
     if isinstance(error, requests.RequestException):
         return Transient(network_reason(error))
-    return Refused(f"{url} cannot be asked for ({error}); check REQUESTS_CA_BUNDLE, SSL_CERT_FILE, {variables}")
+    return Refused(f"{url} cannot be asked for ({error}); check REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, {variables}")
 
 
 def network_reason(error):

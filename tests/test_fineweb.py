@@ -722,7 +722,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(hub, tmp_path, umask):
     ("socks5://me:secret@127.0.0.1:9", "the proxy socks5://127.0.0.1 is a SOCKS proxy, which needs the Python package "
                                        "PySocks: pip install pysocks, or unset HTTPS_PROXY"),
     ("gopher://me:secret@127.0.0.1:9", "the proxy gopher://127.0.0.1 is not the address of an http proxy"),
-    ("http://:80", "is not the address of an http proxy"),
+    ("http://:80", "is not the address of an http proxy"), ("http://[", "is not the address of an http proxy"),
 ])
 def test_a_proxy_that_cannot_work_is_one_line(tmp_path, monkeypatch, proxy, words):
     def without_the_package(*args, **kwargs):
