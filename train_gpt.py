@@ -26,7 +26,6 @@ import glob
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -1357,14 +1356,13 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. The exit code."""
     machine = setup_machine(cfg)
     cfg, data = load_data(cfg, machine)
-    compiler = compile_ahead(cfg, machine)
     cfg, tried = choose_attention(cfg, machine)
     backward, optimizer = build(cfg, machine)
     model, forward, cfg = optimizer.model, backward.model, optimizer.model.cfg
     run = Run(cfg, machine, argv, data, optimizer)
     with run.failures_noted():
         run.describe(tried)
-        micro_packs = run.timed_warm_up(backward, compiler)
+        micro_packs = run.timed_warm_up(backward)
         clock = Clock(machine, run.meta.get("train_time", 0.0))
         step = run.meta.get("step", 0)
         position = LoaderPosition(*run.meta.get("loader_position", (0, 0)))
@@ -2003,7 +2001,7 @@ def num_steps(cfg: Hyperparameters) -> int:
     """Steps that this process trains, counted from the first of the run."""
     return min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
 
-def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run", compiler) -> int:
+def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run") -> int:
     """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit.
 
     Returns the packs of a micro-batch.
@@ -2012,10 +2010,8 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
     before = digest(run_state(raw, optimizer, machine))
     if raw.kernels:
         run.print(check_kernels(raw, machine))
-    micro_packs = largest_micro_batch(backward, optimizer, machine, compiler)
+    micro_packs = largest_micro_batch(backward, optimizer, machine)
     tokens = micro_packs * cfg.pack_tokens
-    if compiler:                         # what follows is in the cache when it has ended
-        compiler.join()
     batch = synthetic_batch(cfg, tokens)
     split = first_split_step(cfg)
 
@@ -2041,11 +2037,8 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
               + ", replayed as CUDA graphs" * backward.replays)
     return micro_packs
 
-def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine, compiler=None) -> int:
-    """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do.
-
-    compiler: the process of compile_ahead, which uses memory, too, until it has ended.
-    """
+def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine) -> int:
+    """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do."""
     cfg = optimizer.model.cfg
     shares = [math.ceil(stage.batch_tokens // cfg.pack_tokens / machine.world_size) for stage in cfg.stages]
     sizes = range(1, min(shares) + 1)
@@ -2067,10 +2060,6 @@ def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machi
         torch.cuda.reset_peak_memory_stats()
         if all(all_gather_object(machine, fits)):
             return sizes[0]
-        if compiler:                     # once more, without it
-            compiler.join()
-            compiler = None
-            continue
         sizes = [packs for packs in sizes if packs <= sizes[0] // 2]
     raise UserError(f"one pack of --pack_tokens={cfg.pack_tokens} needs more than the GPU's "
                     f"{device_memory(machine) / 2**30:.1f} GiB; try --pack_tokens={cfg.pack_tokens // 2}")
@@ -2144,33 +2133,6 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
     float8 = cfg.float8 and kernels and torch.cuda.get_device_capability() >= (8, 9) and vocab_size % 16 == 0
     return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, compile=cfg.compile and cuda, kernels=kernels,
                    float8=float8, earlier_windows=windows_before(cfg))
-
-def compile_ahead(cfg: Hyperparameters, machine: Machine):
-    """Starts a process that compiles validation, and on one rank the optimizer, while this one compiles training.
-
-    Both come from the cache on disk afterwards. Returns the process; None where nothing is compiled, or where memory
-    is too small for a second model.
-    """
-    if not cfg.compile or device_memory(machine) < 70 * 2**30:
-        return None
-    attention = "flex" if cfg.attention == "auto" else cfg.attention            # what choose_attention tries first
-    process = multiprocessing.get_context("spawn").Process(
-        target=fill_compile_cache, args=(replace(cfg, attention=attention), machine), daemon=True)
-    process.start()
-    return process
-
-def fill_compile_cache(cfg: Hyperparameters, machine: Machine):
-    """What the process of compile_ahead runs; it joins no other rank, so it shares no optimizer state."""
-    torch.cuda.set_device(machine.device)
-    backward, optimizer = build(cfg, replace(machine, rank=0, world_size=1))
-    stream = to_device(synthetic_batch(cfg, cfg.val_stream_tokens), machine.device)
-    with torch.no_grad():
-        backward.model(*stream)
-    if machine.world_size == 1:
-        step = first_split_step(cfg)     # all parameters move
-        for param in optimizer.params.values():
-            param.grad = torch.zeros_like(param)
-        optimizer.step(step, schedule(cfg, step))
 
 def device_memory(machine: Machine) -> float:
     """Bytes of GPU memory that this process may use."""
@@ -2383,15 +2345,12 @@ class Run:
                    + "; the optimizer's moments of tables are in host memory" * cfg.host_state)
         self.print("\n".join([self.data.summary, *tried, *self.notes]))
 
-    def timed_warm_up(self, backward: Backward, compiler) -> int:
-        """What warm_up does and returns, with the seconds noted; without compilation there is nothing to warm up.
-
-        compiler: the process of compile_ahead or None.
-        """
+    def timed_warm_up(self, backward: Backward) -> int:
+        """What warm_up does and returns, with the seconds noted; without compilation there is nothing to warm up."""
         clock = Clock(self.machine)
         clock.start()
         if self.cfg.compile:
-            micro_packs = warm_up(backward, self.optimizer, self.machine, self, compiler)
+            micro_packs = warm_up(backward, self.optimizer, self.machine, self)
         else:
             micro_packs = largest_micro_batch(backward, self.optimizer, self.machine)
         clock.stop()
