@@ -1212,7 +1212,7 @@ def loss_weights(cfg: Hyperparameters, step: int) -> list[float]:
 
 def is_tied(cfg: Hyperparameters, step: int) -> bool:
     """Whether embedding and head are one matrix; the last such step is odd, so that Adam moves at it."""
-    return cfg.split_embed > 0 and step < first_split_step(cfg)
+    return cfg.split_embed > 0 and step <= first_split_step(cfg) - 2
 
 def first_split_step(cfg: Hyperparameters) -> int:
     """The first odd step at which embedding and head are two matrices, if they were one before."""
@@ -2066,7 +2066,7 @@ def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machi
 
 def environment_int(name: str, default: int = 0) -> int:
     """A number that torchrun sets; raises UserError if something else is there."""
-    value = os.environ.get(name, str(default))
+    value = os.environ.get(name) or str(default)                    # an empty one counts as unset
     if not value.isdecimal():
         raise UserError(f"the environment has {name}={value!r}, not a number; unset it, or start with torchrun")
     return int(value)
@@ -2331,7 +2331,8 @@ class Run:
             yield
         except BaseException as error:
             if self.master and self.info["status"] == "running":
-                self.save(status="failed", error=f"{type(error).__name__}: {error}")
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                self.save(status=status, error=f"{type(error).__name__}: {error}")
             raise
 
     def describe(self, tried: list[str]):
@@ -2728,6 +2729,7 @@ def run_main(train) -> int:
         return 0
     def say(text):
         print(f"{SCRIPT.name}: {text}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # until training starts it is as Ctrl-C
     try:
         return train(parse_config(argv), argv)
     except (UserError, FloatingPointError) as error:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,8 +157,7 @@ def test_another_number_of_ranks_goes_on_with_nearly_the_same_losses(runs, kille
 def signalled_main(argv, moment):
     """main(), to which SIGTERM comes at a moment, once in the life of its logs."""
     logs, (name, number) = argv[-1].split("=")[1], moment
-    module = harness if name == "write_checkpoint" else train_gpt  # where it is called
-    original, calls = getattr(module, name), []
+    original, calls = getattr(train_gpt, name), []
 
     def disturbed(*args, **named):
         calls.append(name)
@@ -165,7 +165,7 @@ def signalled_main(argv, moment):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.1)
         return original(*args, **named)
-    setattr(module, name, disturbed)
+    setattr(train_gpt, name, disturbed)
     return main_of(argv)
 
 
@@ -198,19 +198,19 @@ def agent_main(flags, *arguments):
 
 
 def test_two_agents_train_as_one_with_two_ranks_even_when_one_rank_is_killed(runs, start_ranks, data, tmp_path):
-    """torchrun starts the ranks again, which go on with their own run."""
+    """torchrun starts the ranks again, which go on with the newest run, as --resume=latest says."""
     logs = tmp_path / "logs"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test", "--rdzv_backend=c10d", "--max-restarts=1",
              f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
-    argv = small_flags(data, out_dir=logs, save_every=10)
+    argv = small_flags(data, out_dir=logs, save_every=10, resume="latest")
     agents = [start_ranks(1, agent_main, flags, argv, 13, logs, 1, signal.SIGKILL)[0] for _ in range(2)]
     codes, outputs = join(agents, 100), [agent.output.read_text() for agent in agents]
     assert codes == [0, 0], outputs
     said = "".join(outputs)
-    assert said.count("no answer from rank 1,") == 1 and said.count("goes on from") == 1, said
+    assert said.count("another rank has died") == 1 and said.count("goes on from") == 1, said
     assert_same(only_folder(logs), only_folder(runs[2][0]))
 
 
@@ -220,14 +220,12 @@ def test_two_agents_train_as_one_with_two_ranks_even_when_one_rank_is_killed(run
 @pytest.fixture
 def find(data):
     """Function of logs and changed flags: what find_checkpoint says, as train() would ask it."""
-    def ask(logs, stop_after=0, restarted=False, **changes):
-        argv = small_flags(data, out_dir=logs, stop_after=stop_after, **changes)
+    def ask(logs, **changes):
         machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
-        shards = train_gpt.open_shards(*(f"{data}/{kind}_*.bin" for kind in ("train", "val")))
-        cfg = train_gpt.resolve_config(train_gpt.parse_config(argv), machine, shards[0][0], False)
-        identity = train_gpt.run_identity(train_gpt.SCRIPT, cfg, train_gpt.read_tokenizer(shards[0][0]),
-                                        train_files=shards[0], val_files=shards[1])
-        return find_checkpoint(train_gpt.SCRIPT, cfg, argv, stop_after or cfg.total_steps, identity, restarted)
+        train, val = train_gpt.open_shards(*(f"{data}/{kind}_*.bin" for kind in ("train", "val")))
+        cfg = train_gpt.parse_config(small_flags(data, out_dir=logs, **changes))
+        cfg = train_gpt.resolve_config(cfg, machine, train[0])
+        return find_checkpoint(cfg, train_gpt.run_identity(cfg, SimpleNamespace(train=train, val=val)))
     return ask
 
 
@@ -235,7 +233,7 @@ def test_latest_is_the_newest_run_unless_it_is_finished(runs, killed, find, tmp_
     logs = killed(1)
     run = only_folder(logs)
     assert find(logs)[0] is None and find(logs)[2] == []  # without --resume
-    for named in ("latest", run, run / "checkpoint" / "step_000010"):
+    for named in ("latest", run, run / "checkpoint", run / "checkpoint" / "step_000010"):
         folder, meta, notes = find(logs, resume=named)
         assert (folder, meta["step"], notes) == (run / "checkpoint" / "step_000010", 10, [])
     folder, _, (note,) = find(tmp_path / "empty", resume="latest")
@@ -249,17 +247,6 @@ def test_latest_is_the_newest_run_unless_it_is_finished(runs, killed, find, tmp_
     assert find(logs, resume="latest")[0].parent.parent == run
     (run / "run.json").write_text(json.dumps(info | {"script": "train_other.py"}))
     assert find(logs, resume="latest")[0] is None
-
-
-def test_only_its_own_run_after_a_restart(killed, find, data):
-    logs = killed(1)
-    run = only_folder(logs)
-    info = read_json(run / "run.json")
-    assert find(logs, restarted=True)[0] is None  # of another command line
-    (run / "run.json").write_text(json.dumps(info | {"argv": small_flags(data, out_dir=logs, stop_after=0)}))
-    assert find(logs)[0] is None and find(logs, restarted=True)[0].parent.parent == run
-    shutil.rmtree(run / "checkpoint")  # it had not saved yet
-    assert find(logs, restarted=True)[0] is None
 
 
 @pytest.mark.parametrize("changes, names", [
@@ -288,14 +275,9 @@ def test_other_shards_and_another_source_are_refused_by_name(killed, find, monke
         with pytest.raises(UserError, match="train_files was"):
             find(logs, resume="latest")
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "file_sha256", lambda path, sha=train_gpt.file_sha256: sha(path)[::-1]
-                      if path == train_gpt.SCRIPT else sha(path))
+        patch.setattr(train_gpt, "source_sha256", lambda cfg, sha=train_gpt.source_sha256: sha(cfg)[::-1])
         with pytest.raises(UserError, match="source was"):
             find(logs, resume="latest")
-    meta = read_json(latest(logs) / "meta.json")
-    meta["identity"]["shard_times"][1] += 1  # copied shards have other times
-    (latest(logs) / "meta.json").write_text(json.dumps(meta))
-    assert "shard_times" in find(logs, resume="latest")[2][0]
 
 
 def flip(path):
@@ -351,7 +333,7 @@ def write_until_killed(root, step, report):
     """Writes checkpoints of the next steps, whose tensors hold the step, and reports each."""
     for step in range(step + 1, 1 << 30):
         files = {name: {"x": torch.full((5000,), step)} for name in train_gpt.FILES}
-        meta = {"step": step, "identity": {}, "place": [0, 0], "history": [[0, 0.0, 9.0]], "train_time": 0.5,
+        meta = {"step": step, "identity": {}, "loader_position": [0, 0], "history": [[0, 0.0, 9.0]], "train_time": 0.5,
                 "tokens_seen": 1}
         write_checkpoint(root, meta, files, b"{}", keep=2)
         os.write(report, step.to_bytes(4, "little"))
@@ -434,8 +416,8 @@ def test_nan_names_the_last_good_checkpoint(run_main, data, tmp_path, monkeypatc
     """The second is due to be saved: it is looked at first."""
     honest = train_gpt.Optimizer.step
 
-    def spoil(self, index, apply):
-        honest(self, index, apply)
+    def spoil(self, index, *rest):
+        honest(self, index, *rest)
         if index == spoiled:
             self.params["mlp"].data[1, 2, 3] = float("nan")
     monkeypatch.setattr(train_gpt.Optimizer, "step", spoil)
@@ -447,13 +429,13 @@ def test_nan_names_the_last_good_checkpoint(run_main, data, tmp_path, monkeypatc
 
 
 def main_of_a_bad_machine(argv):
-    """main() of ranks, the second of which flips a bit of a parameter."""
-    def flip_bit():
+    """main() of ranks, the second of which changes a parameter by far more than rounding could undo."""
+    def change():
         import gc
         model = next(model for model in gc.get_objects() if isinstance(model, train_gpt.GPT))
-        model.resid_lambdas.data.view(torch.int32)[1, 1] ^= 1
+        model.resid_lambdas.data[1, 1] += 0.5
     if os.environ["RANK"] == "1":
-        at_step(4, flip_bit)
+        at_step(4, change)
     return main_of(argv)
 
 
@@ -464,30 +446,15 @@ def test_ranks_that_hold_other_parameters_are_noticed_at_the_next_validation(sta
     assert len(re.findall("after step 10, resid_lambdas of rank 1 is not that of rank 0", said)) == 1
 
 
-@pytest.mark.parametrize("kind", ["SIGKILL", "SIGSTOP"])
-def test_a_rank_that_is_gone_ends_the_others_with_one_line_that_names_it(start_ranks, data, tmp_path, kind):
-    """One that stops looks to the others as a dead one behind NCCL does: they wait, until torchrun sends SIGTERM."""
+def test_a_rank_that_is_gone_ends_the_others_with_one_line(start_ranks, data, tmp_path):
     logs = tmp_path / "logs"
     argv = small_flags(data, out_dir=logs, save_every=4, val_every=0)
-    processes = start_ranks(3, impatient_main, argv, 9, logs, 1, getattr(signal, kind))
-    wait_for(lambda: latest(logs))
-    if kind == "SIGKILL":
-        processes[1].join(30)
-    else:
-        wait_for(lambda: "T" in Path(f"/proc/{processes[1].pid}/stat").read_text().rsplit(")", 1)[1])
-        for process in (processes[0], processes[2]):
-            os.kill(process.pid, signal.SIGTERM)
-    begin = time.monotonic()
-    assert join([processes[0], processes[2]], 30) == [1, 1]
-    assert time.monotonic() - begin < 15
-    said = "".join(process.output.read_text() for process in processes)
-    assert re.findall(r"^train_gpt\.py: no answer from rank ([^,]*), .*--resume", said, re.M) == ["1"], said
-    assert "Traceback" not in said
-
-
-def impatient_main(*args):
-    train_gpt.GRACE_SECONDS = 1
-    return disturbed_main(*args)
+    processes = start_ranks(3, disturbed_main, argv, 9, logs, 1, signal.SIGKILL)
+    assert join(processes, 40) == [1, KILLED, 1]
+    for process in (processes[0], processes[2]):
+        said = process.output.read_text()
+        assert len(re.findall(r"^train_gpt\.py: another rank has died.*--resume=latest", said, re.M)) == 1, said
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("change", [lambda path: os.utime(path, (1, 1)), Path.unlink], ids=["written", "gone"])

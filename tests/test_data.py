@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import BOS, ROOT, SCRIPTS, VOCAB, make_data, make_text, small_flags, tokenizer_json, write_shard
 
+import train_gpt
 
 GPT2_BPE = ROOT.parent / "shared" / "data" / "gpt2_bpe"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -117,7 +118,7 @@ def test_shards_of_different_tokenizers_are_refused(refused, tmp_path, words, na
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, ["missing", "data/text.py"]), (b"", ["not the tokenizer"]),
+    (None, ["missing", "copy it"]), (b"", ["not the tokenizer"]),
     (tokenizer_json() + b" ", ["not the tokenizer"])])
 def test_the_tokenizer_must_be_the_one_of_the_shards(refused, tmp_path, content, words):
     folder = make_data(tmp_path / "shards")
@@ -151,7 +152,7 @@ def test_ids_too_large_for_a_signed_number_are_refused(script, tmp_path):
 
 def test_too_few_tokens_for_the_schedule_are_noticed_at_the_start(refused, tmp_path):
     folder = make_data(tmp_path / "shards", train_tokens=10_000)
-    refused(*small_flags(folder), words=["train_files", 6 * 512 + 14 * 1024, "num_iterations"][::2])
+    refused(*small_flags(folder), words=["train_files", 6 * 512 + 14 * 1024, "num_iterations"])
 
 
 def test_too_few_validation_tokens(refused, data):
@@ -173,7 +174,7 @@ def test_running_out_during_training(run_main, tmp_path):
         write_shard(folder / f"train_{i:06d}.bin", np.concatenate([[BOS], np.full(10_000, 97)]))
     done = run_main(*small_flags(folder, out_dir=tmp_path / "logs"))
     assert done.code == 2 and done.err.count("\n") == 1
-    assert "ran out at step 0" in done.err and "num_iterations" in done.err
+    assert "ends at step 0 of 20" in done.err and "--epochs=2" in done.err and "num_iterations" in done.err
 
 
 # -----------------------------------------------------------------------------

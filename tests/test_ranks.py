@@ -31,12 +31,12 @@ def recorded_main(argv, out):
             batches.append([tuple(map(torch.from_numpy, part)) for part in batch[0]])     # NumPy's arrays are pickles
             yield batch
 
-    def recorded_step(self, number, apply):
+    def recorded_step(self, number, schedule, apply):
         if number == 0:
             record["gradients"] = {name: param.grad.clone() for name, param in self.params.items()}
             for gradient in record["gradients"].values() if self.world_size > 1 else ():
                 torch.distributed.all_reduce(gradient)
-        step(self, number, apply)
+        step(self, number, schedule, apply)
         record["parameters"] = {name: param.detach().clone() for name, param in self.params.items()}
     train_gpt.training_batches, train_gpt.Optimizer.step = recorded_batches, recorded_step
     code = main_of(argv)
@@ -59,11 +59,11 @@ def runs(data, forkserver, tmp_path_factory):
     return found
 
 
-def slots(batches):
-    """The slots of some micro-batches that have a target, as lists."""
+def packs(batches):
+    """The packs of some micro-batches that have a target, as lists."""
     cut = [(inputs[i:i + 128].tolist(), targets[i:i + 128].tolist())
            for inputs, targets in batches for i in range(0, len(inputs), 128)]
-    return [slot for slot in cut if max(slot[1]) >= 0]
+    return [pack for pack in cut if max(pack[1]) >= 0]
 
 
 @pytest.mark.parametrize("world_size", WORLDS[1:])
@@ -72,8 +72,8 @@ def test_the_ranks_read_the_tokens_of_one_rank(runs, world_size):
     records, _, _ = runs[world_size]
     assert len(one["batches"]) == 20
     for step, whole in enumerate(one["batches"]):
-        shares = [slots(record["batches"][step]) for record in records]
-        assert all(shares) and sum(shares, []) == slots(whole)
+        shares = [packs(record["batches"][step]) for record in records]
+        assert all(shares) and sum(shares, []) == packs(whole)
 
 
 @pytest.mark.parametrize("world_size", WORLDS[1:])
