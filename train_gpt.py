@@ -2295,7 +2295,8 @@ class Run:
             for path in self.folder.rglob("*"):                     # writing follows links and waits for pipes
                 if path.is_symlink() or not (path.is_file() or path.is_dir()):
                     raise UserError(f"{path} is a link or no file; put the file itself there, or remove it")
-            self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8",
+                                 errors="backslashreplace")         # of names that are not text
             for source in source_files(self.cfg):
                 copy = self.folder / source.name
                 if not copy.exists() or copy.read_bytes() != source.read_bytes():
@@ -2474,7 +2475,8 @@ class Run:
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.grid(alpha=0.3, which="both")
             axis.legend()
-        figure.suptitle(f"{SCRIPT.stem}: validation loss {val[-1, 2]:.4f} after {val[-1, 0]:.0f} steps")
+        name = SCRIPT.stem.encode("utf-8", "replace").decode()      # names of files may be no text
+        figure.suptitle(f"{name}: validation loss {val[-1, 2]:.4f} after {val[-1, 0]:.0f} steps")
         FigureCanvasSVG(figure).print_svg(self.folder / "curve.svg")
 
     def restore(self, clock: Clock):
@@ -2619,7 +2621,7 @@ def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]]
 
 def newest_checkpoint(path: Path) -> list[Path]:
     """Checkpoint folders that a run, its folder `checkpoint` or one of the folders in it means, the best first."""
-    if (path / "meta.json").exists():
+    if path.parent.name == "checkpoint" or (path / "meta.json").exists():
         return [path]
     root = path if path.name == "checkpoint" else path / "checkpoint"
     newest = read_small(root / "latest").decode(errors="replace") or "step_~"   # comes after all numbers
@@ -2733,7 +2735,8 @@ def run_main(train) -> int:
     try:
         return train(parse_config(argv), argv)
     except (UserError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") in ("0", "") or isinstance(error, RankError):
+        rank = os.environ.get("RANK") or "0"
+        if rank == "0" or not rank.isdecimal() or isinstance(error, RankError):
             say(error)
         return 2 if isinstance(error, UserError) else 3
     except torch.OutOfMemoryError as error:

@@ -585,9 +585,9 @@ def manifest_tokenizer(manifest):
     """The Tokenizer of a manifest; KeyError, TypeError or ValueError when there is none."""
     about = manifest["tokenizer"]
     vocab_size, bos_id = about.get("vocab_size", 0), about.get("bos_id", 0)
-    if type(vocab_size) is not int or type(bos_id) is not int:
+    if type(vocab_size) is not int or type(bos_id) is not int or not re.fullmatch(r"\w{1,64}", about["sha256"]):
         raise ValueError
-    return Tokenizer(f"{about['name']!s:.40}", vocab_size, bos_id, str(about["sha256"]))
+    return Tokenizer(f"{about['name']!s:.40}", vocab_size, bos_id, about["sha256"])
 
 
 def small_file(source, name, limit=SMALL_BYTES):
@@ -908,8 +908,11 @@ def parse_arguments(argv):
             kind += f"_{args.tokenizer if args.tokenizer == 'bytes' else args.tokenizer.resolve().parent.name}"
         args.out = HERE / (variant.folder + kind)
     if args.source and "://" not in args.source:
-        source = user_path(args.source)
-        if args.out.exists() and source.exists() and args.out.samefile(source):
+        try:
+            same = args.out.samefile(user_path(args.source))
+        except OSError:                  # one of them is not there
+            same = False
+        if same:
             fail(f"--from and --out are the same folder: {args.source}; to check it, leave out --from")
     return args
 

@@ -459,7 +459,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_line(start_ranks, data, tm
 
 @pytest.mark.parametrize("change", [lambda path: os.utime(path, (1, 1)), Path.unlink], ids=["written", "gone"])
 def test_a_shard_that_changes_while_it_is_in_use_is_named(run_main, tmp_path, monkeypatch, change):
-    folder = make_data(tmp_path / "shards")
+    folder = make_data(tmp_path / "shards", train_tokens=100_000)
     monkeypatch.setattr(train_gpt, "training_step", train_gpt.training_step)
     at_step(3, lambda: change(folder / "train_000000.bin"))
     done = run_main(*small_flags(folder, out_dir=tmp_path / "logs"))

@@ -704,7 +704,7 @@ def published_gpt2(name, folder):
                for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
 
     def read():
-        made = gpt2.read_weights(folder / "model.safetensors", gpt2.read_config(folder), torch.float32)
+        made = gpt2.read_weights(folder, gpt2.read_config(folder), torch.float32)
         made(torch.tensor([made.cfg.bos_id, 1, 2], dtype=torch.int32))
     (folder / "config.json").write_text(json.dumps(sound))
     judged = gpt2.UserError, lambda error: str(sample.UserError(error))             # which is what the scripts print

@@ -361,7 +361,7 @@ def test_a_run_killed_at_any_time_leaves_a_readable_folder(start_ranks, data, tm
 
 def test_interrupted_before_the_first_step(start_ranks, tmp_path):
     """As soon as the run's folder is there."""
-    folder, logs = make_data(tmp_path / "shards"), tmp_path / "logs"
+    folder, logs = make_data(tmp_path / "shards", train_tokens=100_000), tmp_path / "logs"
     process, = start_ranks(1, main_of, small_flags(folder, out_dir=logs))
     deadline = time.monotonic() + 30
     while not list(logs.glob("*/run.json")) and time.monotonic() < deadline:
