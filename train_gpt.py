@@ -2431,7 +2431,10 @@ class Run:
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.machine.device.type == "cuda" else 0
         shards = self.data.train + self.data.val
         self.save(status=status, peak_memory_gib=round(memory, 2), data={s.path: s.num_tokens for s in shards})
-        self.plot()
+        try:
+            self.plot()
+        except Exception as error:       # whatever drawing comes up with: the run is over and well
+            self.print(f"no curve.svg ({type(error).__name__}: {error})")
         self.print(f"{status}: {step} steps, {self.tokens_seen:,} tokens in {clock.seconds:.1f} s of training "
                    f"({self.tokens_seen / clock.seconds:,.0f} tokens/s), "
                    f"compilation {self.info['compile_seconds']} s, {self.info['recompiles']} recompiles"
@@ -2458,8 +2461,6 @@ class Run:
         try:
             from matplotlib.backends.backend_svg import FigureCanvasSVG
             from matplotlib.figure import Figure
-        except ImportError:
-            return self.print("no curve.svg: matplotlib is not installed (pip install matplotlib)")
         finally:
             if backend is not None:
                 os.environ["MPLBACKEND"] = backend

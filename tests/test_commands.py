@@ -321,7 +321,7 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
         "python: -c import torch._inductor.compile_fx",
         "python: -m pip install --no-input --quiet --no-compile -r tests/requirements.txt"]
     more = ["python: records/records.py check --all"] if script == ".ci/run" else []
-    assert done.calls[5:] == [" ".join(("python: -m pytest -q -p xdist -n 3", *arguments)), *more]
+    assert done.calls[5:] == [" ".join(("python: -m pytest -q -p xdist -n 3 -o testpaths=tests", *arguments)), *more]
 
 
 # -----------------------------------------------------------------------------

@@ -276,3 +276,12 @@ def test_the_time_left_is_the_tokens_left_over_the_rate(data, run_main, tmp_path
         assert int(left) == pytest.approx((total - seen) * int(milliseconds) / 1000 / seen, abs=1)
 
 
+
+
+def test_a_curve_that_cannot_be_drawn_ends_nothing(data, run_main, tmp_path, monkeypatch):
+    def broken(self):
+        raise ValueError("planted")
+    monkeypatch.setattr(train_gpt.Run, "plot", broken)
+    done = run_main(*small_flags(data, out_dir=tmp_path / "logs", stop_after=1, val_every=0, val_tokens=300))
+    assert done.code == 0 and "no curve.svg (ValueError: planted)" in done.out
+    assert json.loads((only_folder(tmp_path / "logs") / "run.json").read_text())["status"] == "finished"
