@@ -1376,6 +1376,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         stopping = stop_on_signals()
         save_steps, save_seconds = save_interval(cfg)
         saved, last_save = step, time.monotonic()
+        if cfg.save_every:               # finding pinned memory takes seconds the first time
+            gather_state(model, optimizer, machine, everything=True)
 
         clock.start()                    # training time counts from the first look at the data
         if data.tokenizer:
