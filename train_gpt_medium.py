@@ -1970,7 +1970,7 @@ def load_data(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters, 
     """The config with everything filled in that was left to machine and shards, and the data; raises UserError."""
     train_shards, val_shards = open_shards(cfg.train_files, cfg.val_files)
     cfg = resolve_config(cfg, machine, train_shards[0])
-    tokenizer = read_tokenizer(train_shards[0], cfg.vocab_dir)
+    tokenizer = on_rank0(machine, lambda: read_tokenizer(train_shards[0], cfg.vocab_dir))
     if not tokenizer and any(any(stage.prefix) for stage in cfg.stages):
         raise UserError(f"--train_files={cfg.train_files} has no tokenizer.json beside it, which the prefix targets of "
                         "the stage table need; name a folder with GPT-2's encoder.json by --vocab_dir=")
