@@ -16,7 +16,6 @@ The scores do not depend on the number of GPUs or on how prompts are packed. doc
 """
 import argparse
 import glob
-import hashlib
 import itertools
 import json
 import lzma

@@ -17,7 +17,6 @@ import re
 import shutil
 import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -748,7 +748,7 @@ def parse_records(argv):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("summarize", "check", "replay", "board", "new"):
             patch.setattr(records, name, nothing)
-        patch.setattr(records, "compare", lambda args, rest: records.comparison_plan(args, rest) and 0)
+        patch.setattr(records, "compare", lambda args, rest: sys.modules["comparison"].comparison_plan(args, rest) and 0)
         patch.setattr(records, "plot", lambda runs, out: [])
         patch.setattr(records, "collect", lambda runs: [])
         patch.setattr(records.signal, "signal", nothing)
