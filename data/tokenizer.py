@@ -22,10 +22,10 @@ Needs tokenizers, tiktoken, numpy, tqdm.
 
 import argparse
 import base64
-import binascii
 import contextlib
 import hashlib
 import heapq
+import io
 import json
 import os
 import re
@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -260,7 +261,7 @@ def check_out_dir(out_dir, force):
 
 
 def write_files(out_dir, files):
-    """Writes `files` (name -> bytes) into a folder; if that fails, nothing of them is there. The last one is last."""
+    """Writes `files` (name -> bytes) into a folder. If writing fails, none of them is there; the last one comes last."""
     made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -370,7 +371,7 @@ def table(rows):
 def make_report(tokenizer_json, options, sample, reported, baselines):
     """The content of report.json (dict). reported: title -> Sample, of the files of --report."""
     own = Vocabulary("own", tokenizer_json)
-    texts = {title: [document] for title, document in TEXTS.items()}
+    texts = {f"sample: {title}": [document] for title, document in TEXTS.items()}
     texts |= {title: list(first_chars(found.texts, REPORT_CHARS)) for title, found in reported.items()}
     texts["training text"] = list(first_chars(sample.texts, REPORT_CHARS))
     rows = measure([own, *baselines], texts)
@@ -419,8 +420,8 @@ def parse_args(argv=None):
         help="what no token crosses: the borders of GPT-4's or of GPT-2's pattern (default: %(default)s)")
     add("--digits", type=int, choices=(1, 2, 3), help="at most this many digits in a token, for gpt4 (default: 2)")
     add("--superbpe", type=int, metavar="N", default=0,
-        help="tokens learned within words, the single bytes among them; the others may span words. Fewer words per "
-             "second are encoded. 0: all within words (default)")
+        help="tokens learned within words, the single bytes among them; the others may span words. "
+             "0: all within words (default)")
     add("--report", type=text.path_argument, metavar="PATH", action="append", default=[],
         help="file or folder to measure on; may be given several times. Its files are not learned from")
     add("--hf", action="store_true",
@@ -492,7 +493,8 @@ def main(argv=None):
     print(f"learned in {time.perf_counter() - start:.1f} s", flush=True)
     name = f"{args.pattern}{'_super' * bool(args.superbpe)}_{args.vocab_size}"
     tokenizer_json = describe(name, pattern, tokens)
-    options = {"pattern": pattern_name, "superbpe": args.superbpe, "max_chars": args.max_chars}
+    options = {"pattern": pattern_name, "superbpe": args.superbpe, "max_chars": args.max_chars,
+               "tokenizers_version": version("tokenizers")}
     report = make_report(tokenizer_json, options, sample, reported, baselines)
     files = {"report.json": text.canonical_json(report)}
     if args.hf:
@@ -580,7 +582,7 @@ the expression of heat-shock proteins or a change in the community of bacteria, 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the temporary folder goes too
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(lambda stream: isinstance(stream, io.TextIOWrapper), (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
     try:
         main()
