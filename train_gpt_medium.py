@@ -2613,8 +2613,10 @@ def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]]
         if tokenizer:
             write_atomically(temporary / "tokenizer.json", tokenizer)
         for name, tensors in files.items():
+            (temporary / name).touch()
+            mode = (temporary / name).stat().st_mode
             save_file(tensors, temporary / name)
-            os.chmod(temporary / name, (root / "..").stat().st_mode & 0o666)    # safetensors' own are for the owner
+            os.chmod(temporary / name, mode)                        # safetensors' own are for the owner alone
             with open(temporary / name, "rb+") as file:
                 os.fsync(file.fileno())
         sums = {name: file_sha256(temporary / name) for name in files}
@@ -2623,7 +2625,9 @@ def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]]
             os.replace(final, root / f".{final.name}.old")
         os.replace(temporary, final)
         write_atomically(root / "latest", final.name.encode())
-        for path in sorted(root.glob("step_*"), key=lambda path: path.stat().st_mtime_ns)[:-keep]:
+        # the one just written is the newest, whatever a coarse or wrong clock says
+        by_age = sorted(root.glob("step_*"), key=lambda path: (path == final, path.stat().st_mtime_ns, path.name))
+        for path in by_age[:-keep]:
             os.replace(path, root / f".{path.name}.old")
     finally:
         clear()
