@@ -1067,17 +1067,29 @@ class Optimizer:
                 state["master"].copy_(self.part(name))
             self.params[name].grad = None
 
-    def reduce(self, name: str) -> tuple[Tensor, object]:
-        """Starts summing a gradient over ranks; this rank's part of the sum, and a handle to wait on or None."""
-        whole, param = self.whole[name], self.params[name]
+    def take_grad(self, name: str) -> Tensor:
+        """The gradient of a parameter, which drops it, in the shape of its storage."""
+        param = self.params[name]
         if param.grad is None:
             raise UserError(f"the parameter {name} has no gradient; use it in GPT.trunk, or remove it")
-        grad = param.grad.view(-1, *whole.shape[1:])
+        grad = param.grad.view(-1, *self.whole[name].shape[1:])
         param.grad = None
+        return grad
+
+    def reduce_replicated(self, names: list[str]) -> tuple[list[Tensor], object]:
+        """Starts summing gradients over ranks, all in one call; the sums, and a handle to wait on or None."""
+        grads = [self.take_grad(name) for name in names]
+        if self.world_size == 1 or not names:
+            return grads, None
+        flat = torch.cat([grad.flatten().float() for grad in grads])
+        parts = flat.split([grad.numel() for grad in grads])
+        return [part.view_as(grad) for part, grad in zip(parts, grads)], dist.all_reduce(flat, async_op=True)
+
+    def reduce_sharded(self, name: str) -> tuple[Tensor, object]:
+        """Starts summing a gradient over ranks; this rank's part of the sum, and a handle to wait on or None."""
+        whole, grad = self.whole[name], self.take_grad(name)
         if self.world_size == 1:
             return grad, None
-        if PARAMETERS[name].comms == "replicated":
-            return grad, dist.all_reduce(grad, async_op=True)
         if grad.size(0) < whole.size(0):
             grad = F.pad(grad, (0, 0) * (grad.dim() - 1) + (0, whole.size(0) - grad.size(0)))
         part = torch.empty_like(self.part(name))
@@ -1094,23 +1106,20 @@ class Optimizer:
             embed.grad = None
         due = [name for name in PARAMETERS if name in self.params
                and (PARAMETERS[name].optim == "muon" or step % 2) and not (schedule.tied and name == "embed")]
-        reduced = {name: self.reduce(name) for name in due}
-
-        def summed(name):
+        replicated = [name for name in due if PARAMETERS[name].comms == "replicated"]
+        sharded = [name for name in due if name not in replicated]
+        grads, handle = self.reduce_replicated(replicated)
+        reduced = {name: self.reduce_sharded(name) for name in sharded}
+        if handle:
+            handle.wait()
+        self.update_replicated(dict(zip(replicated, grads)), schedule, apply)
+        gathers = []
+        for name in sharded:
             grad, handle = reduced.pop(name)
             if handle:
                 handle.wait()
-            return grad
-        small = [name for name in due if PARAMETERS[name].optim == "adam" and not self.is_sharded_table(name)]
-        if small:
-            self.adam([self.adam_arguments(name, summed(name), schedule) for name in small], apply)
-        gathers = []
-        for name in due:
-            if name in small:
-                continue
-            update = self.update_table if PARAMETERS[name].optim == "adam" else self.update_muon
-            update(name, summed(name), schedule, apply)
-            if self.world_size > 1 and PARAMETERS[name].comms == "sharded":
+            self.update_sharded(name, grad, schedule, apply)
+            if self.world_size > 1:
                 gathers.append(ALL_GATHER(self.whole[name], self.part(name), async_op=True))
         for handle in gathers:
             handle.wait()
@@ -1119,6 +1128,33 @@ class Optimizer:
             if schedule.splits:          # the last update as one: they part with equal state
                 for key, value in self.state["lm_head"].items():
                     self.state["embed"][key].copy_(value)
+
+    def update_replicated(self, grads: dict[str, Tensor], schedule: "StepSchedule", apply: Tensor):
+        """Updates parameters that every rank holds whole, with these gradients."""
+        small = [self.adam_arguments(name, grad, schedule) for name, grad in grads.items()
+                 if PARAMETERS[name].optim == "adam"]
+        if small:
+            self.adam(small, apply)
+        for name, grad in grads.items():
+            if PARAMETERS[name].optim == "muon":
+                self.update_muon(name, grad, schedule, apply)
+
+    def update_sharded(self, name: str, grad: Tensor, schedule: "StepSchedule", apply: Tensor):
+        """Updates this rank's part of a parameter, with this part of the gradient."""
+        update = self.update_table if PARAMETERS[name].optim == "adam" else self.update_muon
+        update(name, grad, schedule, apply)
+
+    @torch.no_grad()
+    def rehearse(self, schedule: "StepSchedule"):
+        """Updates this rank's parts with gradients of zero, without the other ranks: compiles all that step() uses."""
+        shapes = {name: self.part(name) for name in PARAMETERS if name in self.params}
+        small = [name for name in shapes if PARAMETERS[name].comms == "replicated"]
+        flat = torch.zeros(sum(shapes[name].numel() for name in small), device=self.healthy.device)
+        parts = flat.split([shapes[name].numel() for name in small])
+        self.update_replicated({name: part.view_as(shapes[name]) for name, part in zip(small, parts)}, schedule,
+                               self.healthy)
+        for name in [name for name in shapes if name not in small]:
+            self.update_sharded(name, torch.zeros_like(shapes[name]), schedule, self.healthy)
 
     def adam_arguments(self, name: str, grad: Tensor, schedule: "StepSchedule") -> tuple:
         """Arguments of adam_update for this rank's part of a parameter, whose step is counted."""
@@ -1357,6 +1393,8 @@ def build(cfg: Hyperparameters, machine: Machine) -> tuple[Backward, Optimizer]:
     if cfg.compile:                      # a second start need not trace the float8 products again
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         torch._inductor.config.dynamic_scale_rblock = False         # its variants compile one by one, in this process
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch._inductor.config.compile_threads = max(1, min(32, threads // machine.world_size))
     return Backward(torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model), optimizer
 
 def train(cfg: Hyperparameters, argv: list[str]) -> int:
@@ -1984,13 +2022,12 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
     rank, world_size, local_rank = (environment_int(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     world_size = max(world_size, 1)
+    if world_size > 1 and cfg.device in ("auto", "cuda"):
+        show_one_gpu(local_rank)
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
     if not there[kind]:
         raise UserError(f"--device={kind}, but PyTorch sees no such device; use --device=cpu or another build of torch")
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise RankError(f"torchrun starts more ranks than the {torch.cuda.device_count()} GPUs here; lower "
-                        "--nproc_per_node")
     packs = min(stage.batch_tokens for stage in cfg.stages) // cfg.pack_tokens
     if world_size > packs:
         raise UserError(f"{world_size} ranks share {packs} packs, so one has no token; start at most {packs} or lower "
@@ -2000,11 +2037,24 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
         os.environ["TRITON_CACHE_DIR"] = os.path.abspath(os.path.join(cfg.compile_cache, "triton"))
     device, name = torch.device(kind), f"{kind}, {torch.get_num_threads()} threads"
     if kind == "cuda":
-        device, name = torch.device(kind, local_rank), torch.cuda.get_device_name(local_rank)
+        device = torch.device(kind, 0 if torch.cuda.device_count() == 1 else local_rank)
+        name = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
     return Machine(device, rank, world_size, name)
+
+def show_one_gpu(local_rank: int):
+    """Hides all GPUs but this rank's own, so that all ranks run the same compiled code and can share it.
+
+    Raises RankError if there are fewer GPUs than ranks. Does nothing without GPUs.
+    """
+    count = torch.cuda.device_count()    # asks NVML where it can: what is hidden after CUDA has started stays visible
+    if 0 < count <= local_rank:
+        raise RankError(f"torchrun starts more ranks than the {count} GPUs here; lower --nproc_per_node")
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank]
 
 def num_steps(cfg: Hyperparameters) -> int:
     """Steps that this process trains, counted from the first of the run."""
@@ -2019,6 +2069,8 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
     before = digest(run_state(raw, optimizer, machine))
     if raw.kernels:
         run.print(check_kernels(raw, machine))
+    if machine.world_size > 1:
+        share_compilation(backward, optimizer, machine)
     micro_packs = largest_micro_batch(backward, optimizer, machine)
     tokens = micro_packs * cfg.pack_tokens
     batch = synthetic_batch(cfg, tokens)
@@ -2046,16 +2098,40 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
               + ", replayed as CUDA graphs" * backward.replays)
     return micro_packs
 
+def share_compilation(backward: Backward, optimizer: Optimizer, machine: Machine):
+    """Each rank compiles a part of what the run will use; all find the other parts in the compile cache afterwards."""
+    cfg = optimizer.model.cfg
+
+    def forward_and_backward():
+        batch = synthetic_batch(cfg, micro_batch_sizes(cfg, machine)[0] * cfg.pack_tokens)
+        with contextlib.suppress(torch.OutOfMemoryError):           # largest_micro_batch will try a smaller one
+            backward(*to_device(batch, machine.device), torch.tensor(loss_weights(cfg, 0), device=machine.device))
+
+    def validation():
+        with torch.no_grad():
+            backward.model(*to_device(synthetic_batch(cfg, cfg.val_stream_tokens), machine.device))
+    parts = forward_and_backward, validation, partial(optimizer.rehearse, schedule(cfg, 1))
+    for part in parts[machine.rank::machine.world_size]:
+        part()
+    optimizer.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    dist.barrier()
+
+def micro_batch_sizes(cfg: Hyperparameters, machine: Machine) -> list[int]:
+    """Packs that a micro-batch could have, the best number first: the least padding, then the largest."""
+    shares = [math.ceil(stage.batch_tokens // cfg.pack_tokens / machine.world_size) for stage in cfg.stages]
+    if cfg.micro_batch_tokens or machine.device.type != "cuda":
+        return [min(cfg.micro_batch_tokens // cfg.pack_tokens or min(shares), min(shares))]
+    return sorted(range(1, min(shares) + 1), key=lambda packs: (sum(-share % packs for share in shares), -packs))
+
 def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine) -> int:
     """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do."""
     cfg = optimizer.model.cfg
-    shares = [math.ceil(stage.batch_tokens // cfg.pack_tokens / machine.world_size) for stage in cfg.stages]
-    sizes = range(1, min(shares) + 1)
+    sizes = micro_batch_sizes(cfg, machine)
     if cfg.micro_batch_tokens or machine.device.type != "cuda":
-        return min(cfg.micro_batch_tokens // cfg.pack_tokens or min(shares), min(shares))
-    # the least padding, then the largest; each new size is compiled, so the next one to try is at most half as large
-    sizes = sorted(sizes, key=lambda packs: (sum(-share % packs for share in shares), -packs))
-    while sizes:
+        return sizes[0]
+    while sizes:                         # each new size is compiled, so the next one to try is at most half as large
         batch = to_device(synthetic_batch(cfg, sizes[0] * cfg.pack_tokens), machine.device)
         weights = torch.tensor(loss_weights(cfg, 0), device=machine.device)
         try:
