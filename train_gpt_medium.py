@@ -1013,6 +1013,7 @@ class Optimizer:
         if model.cfg.compile:                                       # one graph a shape; the small parameters have one
             torch._dynamo.config.recompile_limit = 64
             self.normuon, self.adam = (torch.compile(rule, dynamic=False) for rule in (normuon_update, adam_updates))
+        self.update = {"adam": self.update_table, "muon": self.update_muon}     # of one large parameter
         self.whole = {name: self.pad_for_sharding(name) for name in self.params}
         self.state = {name: self.new_state(name) for name in self.params}
         self.reset()
@@ -1076,7 +1077,7 @@ class Optimizer:
         param.grad = None
         return grad
 
-    def reduce_replicated(self, names: list[str]) -> tuple[list[Tensor], object]:
+    def reduce_small(self, names: list[str]) -> tuple[list[Tensor], object]:
         """Starts summing gradients over ranks, all in one call; the sums, and a handle to wait on or None."""
         grads = [self.take_grad(name) for name in names]
         if self.world_size == 1 or not names:
@@ -1085,11 +1086,13 @@ class Optimizer:
         parts = flat.split([grad.numel() for grad in grads])
         return [part.view_as(grad) for part, grad in zip(parts, grads)], dist.all_reduce(flat, async_op=True)
 
-    def reduce_sharded(self, name: str) -> tuple[Tensor, object]:
+    def reduce(self, name: str) -> tuple[Tensor, object]:
         """Starts summing a gradient over ranks; this rank's part of the sum, and a handle to wait on or None."""
         whole, grad = self.whole[name], self.take_grad(name)
         if self.world_size == 1:
             return grad, None
+        if PARAMETERS[name].comms == "replicated":
+            return grad, dist.all_reduce(grad, async_op=True)
         if grad.size(0) < whole.size(0):
             grad = F.pad(grad, (0, 0) * (grad.dim() - 1) + (0, whole.size(0) - grad.size(0)))
         part = torch.empty_like(self.part(name))
@@ -1106,20 +1109,20 @@ class Optimizer:
             embed.grad = None
         due = [name for name in PARAMETERS if name in self.params
                and (PARAMETERS[name].optim == "muon" or step % 2) and not (schedule.tied and name == "embed")]
-        replicated = [name for name in due if PARAMETERS[name].comms == "replicated"]
-        sharded = [name for name in due if name not in replicated]
-        grads, handle = self.reduce_replicated(replicated)
-        reduced = {name: self.reduce_sharded(name) for name in sharded}
+        small = self.small(due)
+        grads, handle = self.reduce_small(small)
+        reduced = {name: self.reduce(name) for name in due if name not in small}
         if handle:
             handle.wait()
-        self.update_replicated(dict(zip(replicated, grads)), schedule, apply)
+        if small:
+            self.adam([self.adam_arguments(*pair, schedule) for pair in zip(small, grads)], apply)
         gathers = []
-        for name in sharded:
+        for name in list(reduced):
             grad, handle = reduced.pop(name)
             if handle:
                 handle.wait()
-            self.update_sharded(name, grad, schedule, apply)
-            if self.world_size > 1:
+            self.update[PARAMETERS[name].optim](name, grad, schedule, apply)
+            if self.world_size > 1 and PARAMETERS[name].comms == "sharded":
                 gathers.append(ALL_GATHER(self.whole[name], self.part(name), async_op=True))
         for handle in gathers:
             handle.wait()
@@ -1129,32 +1132,9 @@ class Optimizer:
                 for key, value in self.state["lm_head"].items():
                     self.state["embed"][key].copy_(value)
 
-    def update_replicated(self, grads: dict[str, Tensor], schedule: "StepSchedule", apply: Tensor):
-        """Updates parameters that every rank holds whole, with these gradients."""
-        small = [self.adam_arguments(name, grad, schedule) for name, grad in grads.items()
-                 if PARAMETERS[name].optim == "adam"]
-        if small:
-            self.adam(small, apply)
-        for name, grad in grads.items():
-            if PARAMETERS[name].optim == "muon":
-                self.update_muon(name, grad, schedule, apply)
-
-    def update_sharded(self, name: str, grad: Tensor, schedule: "StepSchedule", apply: Tensor):
-        """Updates this rank's part of a parameter, with this part of the gradient."""
-        update = self.update_table if PARAMETERS[name].optim == "adam" else self.update_muon
-        update(name, grad, schedule, apply)
-
-    @torch.no_grad()
-    def rehearse(self, schedule: "StepSchedule"):
-        """Updates this rank's parts with gradients of zero, without the other ranks: compiles all that step() uses."""
-        shapes = {name: self.part(name) for name in PARAMETERS if name in self.params}
-        small = [name for name in shapes if PARAMETERS[name].comms == "replicated"]
-        flat = torch.zeros(sum(shapes[name].numel() for name in small), device=self.healthy.device)
-        parts = flat.split([shapes[name].numel() for name in small])
-        self.update_replicated({name: part.view_as(shapes[name]) for name, part in zip(small, parts)}, schedule,
-                               self.healthy)
-        for name in [name for name in shapes if name not in small]:
-            self.update_sharded(name, torch.zeros_like(shapes[name]), schedule, self.healthy)
+    def small(self, names) -> list[str]:
+        """Those of the parameters that Adam updates whole on every rank, all in one call."""
+        return [name for name in names if PARAMETERS[name].optim == "adam" and not self.is_sharded_table(name)]
 
     def adam_arguments(self, name: str, grad: Tensor, schedule: "StepSchedule") -> tuple:
         """Arguments of adam_update for this rank's part of a parameter, whose step is counted."""
@@ -2110,13 +2090,25 @@ def share_compilation(backward: Backward, optimizer: Optimizer, machine: Machine
     def validation():
         with torch.no_grad():
             backward.model(*to_device(synthetic_batch(cfg, cfg.val_stream_tokens), machine.device))
-    parts = forward_and_backward, validation, partial(optimizer.rehearse, schedule(cfg, 1))
+    parts = forward_and_backward, validation, partial(rehearse_updates, optimizer, schedule(cfg, 1))
     for part in parts[machine.rank::machine.world_size]:
         part()
     optimizer.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     dist.barrier()
+
+@torch.no_grad()
+def rehearse_updates(optimizer: Optimizer, plan: StepSchedule):
+    """Updates this rank's parts with gradients of zero, without the other ranks: compiles all that step() uses."""
+    parts = {name: optimizer.part(name) for name in PARAMETERS if name in optimizer.params}
+    small = optimizer.small(parts)
+    sizes = [parts[name].numel() for name in small]
+    zeros = torch.zeros(sum(sizes), device=optimizer.healthy.device).split(sizes)       # as reduce_small has them
+    optimizer.adam([optimizer.adam_arguments(name, zero.view_as(parts[name]), plan)
+                    for name, zero in zip(small, zeros)], optimizer.healthy)
+    for name in parts.keys() - set(small):
+        optimizer.update[PARAMETERS[name].optim](name, torch.zeros_like(parts[name]), plan, optimizer.healthy)
 
 def micro_batch_sizes(cfg: Hyperparameters, machine: Machine) -> list[int]:
     """Packs that a micro-batch could have, the best number first: the least padding, then the largest."""
