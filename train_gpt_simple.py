@@ -10,6 +10,9 @@ The recipe: a pre-norm decoder with rotary positions, normalised queries and key
 Muon for matrices, AdamW for the rest; documents that do not see each other. An idea to try is one field of
 Hyperparameters and the line where it acts. Shapes: T tokens, H heads, D channels per head, C residual channels, B rows.
 """
+# -----------------------------------------------------------------------------
+# Imports, hyperparameters and command line
+
 import argparse, contextlib, glob, hashlib, json, math, os, signal, sys, time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import cache, partial
@@ -24,9 +27,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-# -----------------------------------------------------------------------------
-# Hyperparameters and command line
 
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -260,10 +260,9 @@ class Block(nn.Module):                 # one layer: what attention and then the
         if self.gate is not None:        # starts as a factor of 1
             y = y * 2 * torch.sigmoid(self.gate(u)).view(*y.shape[:2], -1)
         x_TC = x_TC + self.attn_proj(y.flatten(1))
-        hidden = self.fc(norm(x_TC) * self.scale)
-        if self.swiglu:
-            gate, hidden = hidden.chunk(2, dim=1)
-        return x_TC + self.mlp_proj(F.silu(gate) * hidden if self.swiglu else hidden.relu().square()), v if v1 is None else v1
+        h = self.fc(norm(x_TC) * self.scale)
+        h = F.silu(h.chunk(2, 1)[0]) * h.chunk(2, 1)[1] if self.swiglu else h.relu().square()
+        return x_TC + self.mlp_proj(h), v if v1 is None else v1
 
 class GPT(nn.Module):                    # of a config in which everything is filled in, see resolve_config
     def __init__(self, cfg: Hyperparameters):
@@ -372,12 +371,12 @@ class Muon(torch.optim.Optimizer):
 
 def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
     """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
-    width, ones = cfg.model_dim / BASE_WIDTH, dict.fromkeys("muon_lr adamw_lr embed_lr head_lr weight_decay".split(), 1.0)
-    if cfg.width_rule != "nanochat":
-        return ones | ({"adamw_lr": 1 / width} if cfg.width_rule == "mup" else {})
-    batch = (cfg.batch_tokens / BASE_BATCH) ** 0.5                  # and decay by 1 / tokens, AdamW by 1 / sqrt(width)
+    width, names = cfg.model_dim / BASE_WIDTH, "muon_lr adamw_lr embed_lr head_lr weight_decay".split()
+    ones, batch = dict.fromkeys(names, 1.0), (cfg.batch_tokens / BASE_BATCH) ** 0.5
     length = cfg.num_iterations * cfg.batch_tokens / (cfg.ratio * products(12, BASE_WIDTH, cfg.vocab_size))
-    return dict.fromkeys(ones, batch * width ** -0.5) | {"muon_lr": batch, "weight_decay": batch / length}
+    nanochat = {"muon_lr": batch, "weight_decay": batch / length}
+    return {"none": ones, "mup": ones | {"adamw_lr": 1 / width},
+            "nanochat": dict.fromkeys(names, batch * width ** -0.5) | nanochat}[cfg.width_rule]
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters; base_lr of a group is its learning rate before the schedule."""
