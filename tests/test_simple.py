@@ -4,16 +4,20 @@ Against: documents run one by one, forward for decode, two ranks for one, the ru
 tools that read a run: sample.py, evaluate.py, records.py compare. Run: python -m pytest tests/test_simple.py
 """
 import ast
+import dataclasses
 import json
 import math
+import os
 import re
+import signal
 import sys
-from dataclasses import fields, replace
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, only_folder
+from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, make_text, only_folder
 
 import evaluate
 import sample
@@ -104,10 +108,17 @@ def test_rows_of_other_lengths_and_copies_of_rows():
     assert_close(found[[0, 2], 0], wanted[[11, 11]], 1e-3)
 
 
-def test_flex_attention_sees_what_plain_attention_sees():
+def test_flex_attention_sees_what_plain_attention_sees(monkeypatch):
+    """By its mask, whose blocks must hold all that is seen. The kernel itself is PyTorch's and needs seconds to load."""
+    def dense(q, k, v, block_mask):
+        index = torch.arange(q.size(2))
+        seen = block_mask.mask_mod(0, 0, index[:, None], index)
+        blocks = block_mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert (blocks[:len(index), :len(index)] | ~seen).all() and not blocks.all()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    monkeypatch.setattr(simple, "flex_attention", dense)
     tokens, cfg = stream(100, 156), config(windows=(40, 0))
-    plain, flex = moved(cfg), moved(replace(cfg, attention="flex"))
-    assert_close(flex(tokens), plain(tokens), 1e-3)
+    assert_close(moved(replace(cfg, attention="flex"))(tokens), moved(cfg)(tokens), 1e-3)
 
 
 def test_score_and_z_loss():
@@ -206,17 +217,177 @@ def test_what_is_given_beside_the_depth_stays():
 
 
 def sizes_after_training(width, rule):
-    """RMS of the logits and of what the blocks added, after ten steps on the same text."""
+    """RMS of what each block adds to the stream, and of the logits, after ten steps on the same text."""
     cfg = config(model_dim=width, head_dim=16, depth=2, width_rule=rule, num_iterations=10)
-    model, tokens = simple.GPT(cfg), stream(256)
+    model, tokens = simple.GPT(cfg), torch.from_numpy(make_text(1024, 0)[:1024].astype(np.int64))
     optimizers, machine = simple.make_optimizers(model), simple.Machine(torch.device("cpu"), 0, 1, "cpu")
-    pack = tokens.numpy().astype(np.int32), tokens.roll(-1).numpy()
     for step in range(10):
-        simple.training_step(model, optimizers, [pack] * 4, step, cfg, machine, False)
-    outputs = []
-    hook = model.blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+        pack = tokens.numpy().astype(np.int32), tokens.roll(-1).numpy()
+        simple.training_step(model, optimizers, [pack], step, cfg, machine, False)
+    added = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: added.append(output[0] - inputs[0]))
     with torch.no_grad():
         logits = model(tokens)
-        added = outputs[0] - model.embed(tokens)
-    hook.remove()
-    return [x.square().mean().sqrt().item() for x in (added, logits - logits.mean(1, keepdim=True))]
+    return np.array([x.square().mean().sqrt().item() for x in (*added, logits - logits.mean(1, keepdim=True))])
+
+
+@pytest.mark.parametrize("rule", ["mup", "none"])
+def test_activations_do_not_grow_with_the_width_under_mup_and_do_without(rule):
+    sizes = np.array([sizes_after_training(width, rule) for width in (64, 128, 256)])
+    spread = sizes.max(0) / sizes.min(0)
+    assert (spread < 1.2).all() if rule == "mup" else (spread > 1.2).all(), sizes
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+def test_training_reads_the_text_from_end_to_end(data):
+    cfg = replace(config(), train_files=f"{data}/train_*.bin", val_files=f"{data}/val_*.bin")
+    shards, _ = simple.open_shards(cfg.train_files, cfg.val_files)
+    packs = list(simple.streams(simple.training_documents(cfg, shards), 100, BOS, whole=False))
+    text = np.concatenate([shard.read() for shard in shards]).astype(np.int64)
+    read = np.concatenate([inputs for inputs, _ in packs])[:len(text)]
+    assert (read == text).all()
+    assert (np.concatenate([targets for _, targets in packs])[:len(text) - 1] == text[1:]).all()
+
+
+def test_later_epochs_have_the_same_documents_in_another_order(data):
+    cfg = config(epochs=3)
+    shards, _ = simple.open_shards(f"{data}/train_*.bin", f"{data}/val_*.bin")
+    docs = [tuple(doc[:-1]) for doc in simple.training_documents(cfg, shards[:1])]
+    first, second, third = (docs[i * len(docs) // 3:(i + 1) * len(docs) // 3] for i in range(3))
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third != first
+
+
+def test_validation_is_that_of_the_other_scripts(data):
+    import train_gpt
+    shards, _ = simple.open_shards(f"{data}/val_*.bin", f"{data}/val_*.bin")
+    for length in (40, 512, 4096):
+        cfg = config(val_tokens=1500, val_stream_tokens=length)
+        mine, theirs = (script.validation_streams(cfg, shards) for script in (simple, train_gpt))
+        assert len(mine) == len(theirs)
+        for (inputs, targets), (wanted, wanted_targets) in zip(mine, theirs):
+            counted = wanted_targets >= 0
+            assert (targets == wanted_targets).all() and (inputs[counted] == wanted[counted]).all()
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a finished run."""
+    logs, patch = tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["train_gpt_simple.py", *flags(data, out_dir=logs, num_iterations=40)])
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    assert simple.main() == 0
+    patch.undo()
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    return only_folder(logs)
+
+
+def test_what_a_run_leaves_behind(finished):
+    info, source = json.loads((finished / "run.json").read_text()), (ROOT / "train_gpt_simple.py").read_text()
+    losses = [point["val_loss"] for point in info["val_losses"]]
+    assert info["status"] == "finished" and len(losses) == 5 and losses[0] == pytest.approx(math.log(VOCAB), abs=0.02)
+    assert losses[-1] < 3.2
+    assert (finished / "train_gpt_simple.py").read_text() == source
+    log = (finished / "log.txt").read_text()
+    assert log.startswith(source) and len(re.findall(r"^step:\d+/40 train_loss:", log, re.M)) == 40
+    assert (finished / "curve.svg").stat().st_size > 1000
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_sample_reads_its_checkpoint(finished, capsys):
+    checkpoint = finished / "checkpoint" / "step_000040"
+    model, tokenizer, meta = sample.load_checkpoint(checkpoint, "cpu")
+    assert meta["val_loss"] == json.loads((finished / "run.json").read_text())["val_losses"][-1]["val_loss"]
+    prompt, engine = [BOS, *b"the old house "], sample.Engine(model, VOCAB, sample.Draw(0.0), 2, 64)
+    drawn = [tokens[0] for tokens, _ in engine.steps([prompt], [(0, 0), (0, 1)], 20)]
+    wanted = list(prompt)
+    for _ in drawn:
+        wanted.append(int(model(torch.tensor(wanted))[-1].argmax()))
+    assert drawn == wanted[len(prompt):]
+    assert sample.main([f"--checkpoint={finished}", "--prompt=the", "--max_tokens=5", "--threads=1"]) == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
+def test_evaluate_gets_the_loss_of_the_run(finished, capsys):
+    assert evaluate.main([f"--checkpoint={finished}", "--tasks=val,bpb", "--threads=1"]) == 0
+    out = capsys.readouterr().out
+    scores = json.loads(out[out.index("{"):])["scores"]
+    wanted = json.loads((finished / "run.json").read_text())["val_losses"][-1]["val_loss"]
+    assert scores["val"]["loss"] == pytest.approx(wanted, abs=1e-4)
+    assert 0 < scores["bpb"]["bpb"] < 8
+
+
+def test_records_reads_its_run(finished):
+    runs = sys.modules["runs"]
+    curve = runs.read_run(finished).curve()
+    assert curve[:, 0].tolist() == [0, 10, 20, 30, 40] and curve[-1, 2] == 40 * 512
+
+
+def run_simple(argv):
+    """What `python train_gpt_simple.py argv` does, but for the curve."""
+    sys.modules["matplotlib"] = None
+    sys.argv = ["train_gpt_simple.py", *argv]
+    return simple.main()
+
+
+def test_two_ranks_do_what_one_does(data, tmp_path, start_ranks):
+    losses = []
+    for world_size in (1, 2):
+        argv = flags(data, out_dir=tmp_path / str(world_size), num_iterations=5, val_every=0)
+        assert join(start_ranks(world_size, run_simple, argv)) == [0] * world_size
+        folder = only_folder(tmp_path / str(world_size))
+        losses.append(re.findall(r"(?:train|val)_loss:([\d.]+)", (folder / "log.txt").read_text().split("=" * 100)[1]))
+    assert len(losses[0]) == 7 and [float(x) for x in losses[1]] == pytest.approx([float(x) for x in losses[0]], abs=2e-4)
+
+
+def test_ctrl_c_saves_what_there_is(data, tmp_path, start_ranks):
+    logs = tmp_path / "logs"
+    process, = start_ranks(1, run_simple, flags(data, out_dir=logs, num_iterations=300, val_every=0))
+    deadline = time.monotonic() + 60
+    while not any("step:3/" in log.read_text() for log in logs.glob("*/log.txt")):
+        assert process.is_alive() and time.monotonic() < deadline, process.output.read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert join([process]) == [130]
+    info = json.loads((only_folder(logs) / "run.json").read_text())
+    model, _, meta = sample.load_checkpoint(sample.find_checkpoint(logs), "cpu")
+    assert info["status"] == "interrupted" and meta["step"] == info["step"] >= 3 and meta["val_loss"] is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(simple, "training_step", lambda *_: [math.nan, 0.0])
+    done = run_main(*flags(data, out_dir=tmp_path))
+    assert done.code == 3 and "train_loss of step 1 is nan" in done.err
+    assert json.loads((only_folder(tmp_path) / "run.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.parametrize("flag, word", [
+    ("--mlp=gelu", "swiglu"), ("--depth=two", "--depth"), ("--windows=", "--windows"), ("--value_residual=1", "residual"),
+    ("--lr=1", "--lr"), ("word", "word"), ("--preset=huge", "tiny"), ("--ratio=nan", "--ratio"), ("--ratio=-1", "--ratio"),
+    ("--windows=4,-1", "--windows"), ("--head_dim=7", "--head_dim=7"), ("--model_dim=33", "--model_dim=33"),
+    ("--batch_tokens=100", "--batch_tokens=100"), ("--val_tokens=999999", "--val_tokens="), ("--device=tpu", "tpu"),
+    ("--num_iterations=100000", "--epochs="), ("--train_files=nowhere/*.bin", "nowhere"), ("--seed", "--seed")])
+def test_a_bad_value_gets_one_line(flag, word, data, refused):
+    refused(*flags(data), flag, words=[word])
+
+
+def test_configs_of_checkpoints_are_checked():
+    good = json.loads(json.dumps(dataclasses.asdict(config(out_dir='a "b" [c], d'))))
+    assert simple.config_from_dict(good) == config(out_dir='a "b" [c], d')
+    for bad in ({}, [], good | {"more": 1}, good | {"depth": "x"}, good | {"depth": None}, good | {"windows": []},
+                good | {"epochs": 1.5}, good | {"softcap": math.nan}):
+        with pytest.raises(simple.UserError):
+            simple.config_from_dict(bad)
+
+
+def test_help_shows_the_fields(run_main):
+    with pytest.raises(SystemExit) as end:
+        run_main("--help")
+    assert end.value.code == 0
