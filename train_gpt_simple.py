@@ -74,8 +74,8 @@ class Hyperparameters:
 
 PRESETS = {"small": Hyperparameters(model_dim=768, batch_tokens=131_072, num_iterations=1000, width_rule="none"),
            "tiny": Hyperparameters("data/local/train_*.bin", "data/local/val_*.bin", 65_536, 8192, pack_tokens=2048,
-                                   depth=4, model_dim=192, head_dim=48, windows=(64, 256), batch_tokens=4096,
-                                   num_iterations=120, width_rule="none", precision="fp32")}
+                                   depth=4, model_dim=192, head_dim=48, windows=(64, 256), batch_tokens=2048,
+                                   num_iterations=180, muon_lr=0.04, width_rule="none", precision="fp32")}
 DIAL = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rule": "nanochat"}       # what --depth=N means
 BASE_WIDTH, BASE_BATCH, WARMUP, ROPE_BASE = 768, 2**19, 20, 10_000      # the first two: where the rates are meant
 LIMITS = {(1, 2**24): "val_stream_tokens pack_tokens depth epochs val_tokens head_dim", (1e-9, 1e9): "ratio muon_lr "
