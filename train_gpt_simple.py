@@ -286,7 +286,7 @@ class GPT(nn.Module):                    # of a config in which everything is fi
         """Does nothing: other scripts change their windows along the run."""
     def trunk(self, tokens_T: Tensor, context) -> Tensor:  # what the head reads, (T, C); context: a Stream or a Cache
         x, v1 = self.embed(tokens_T).to(self.dtype), None
-        freq = ROPE_BASE ** -torch.linspace(0, 1, self.cfg.head_dim // 2, device=x.device)      # radians per token
+        freq = ROPE_BASE ** -(torch.arange(0, self.cfg.head_dim, 2, device=x.device) / self.cfg.head_dim)
         angle = (context.position[:, None] * freq).repeat(1, 2)
         rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block in self.blocks:

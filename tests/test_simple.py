@@ -39,7 +39,8 @@ def flags(data, **changes):
 
 def config(**changes):
     """The small configuration with everything filled in."""
-    cfg = replace(simple.PRESETS["tiny"], **{name: value for name, value in SMALL.items() if name != "preset"} | changes)
+    values = {name: value for name, value in SMALL.items() if name != "preset"}
+    cfg = replace(simple.PRESETS["tiny"], **values | changes)
     return replace(cfg, vocab_size=VOCAB, bos_id=BOS, compile=False, attention=changes.get("attention", "plain"))
 
 
@@ -109,7 +110,7 @@ def test_rows_of_other_lengths_and_copies_of_rows():
 
 
 def test_flex_attention_sees_what_plain_attention_sees(monkeypatch):
-    """By its mask, whose blocks must hold all that is seen. The kernel itself is PyTorch's and needs seconds to load."""
+    """By its mask, whose blocks must hold all that is seen. The kernel itself is PyTorch's, and slow to load."""
     def dense(q, k, v, block_mask):
         index = torch.arange(q.size(2))
         seen = block_mask.mask_mod(0, 0, index[:, None], index)
@@ -156,7 +157,8 @@ def test_each_idea_trains(idea, data, run_main, tmp_path):
 def test_an_idea_is_one_field_and_few_lines():
     """At most three places outside the dataclass, its limits and the presets."""
     tree = ast.parse((ROOT / "train_gpt_simple.py").read_text())
-    names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and "cfg" in ast.unparse(node.value)]
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names = [node.attr for node in found if "cfg" in ast.unparse(node.value)]
     assert {name: names.count(name) for name in IDEAS if not 1 <= names.count(name) <= 3} == {}
 
 
@@ -344,7 +346,8 @@ def test_two_ranks_do_what_one_does(data, tmp_path, start_ranks):
         assert join(start_ranks(world_size, run_simple, argv)) == [0] * world_size
         folder = only_folder(tmp_path / str(world_size))
         losses.append(re.findall(r"(?:train|val)_loss:([\d.]+)", (folder / "log.txt").read_text().split("=" * 100)[1]))
-    assert len(losses[0]) == 7 and [float(x) for x in losses[1]] == pytest.approx([float(x) for x in losses[0]], abs=2e-4)
+    one, two = ([float(loss) for loss in of_run] for of_run in losses)
+    assert len(one) == 7 and two == pytest.approx(one, abs=2e-4)
 
 
 def test_ctrl_c_saves_what_there_is(data, tmp_path, start_ranks):
@@ -369,8 +372,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, run_main, tmp_path, monkey
 
 
 @pytest.mark.parametrize("flag, word", [
-    ("--mlp=gelu", "swiglu"), ("--depth=two", "--depth"), ("--windows=", "--windows"), ("--value_residual=1", "residual"),
-    ("--lr=1", "--lr"), ("word", "word"), ("--preset=huge", "tiny"), ("--ratio=nan", "--ratio"), ("--ratio=-1", "--ratio"),
+    ("--mlp=gelu", "swiglu"), ("--depth=two", "--depth"), ("--windows=", "--windows"),
+    ("--value_residual=1", "residual"), ("--lr=1", "--lr"), ("word", "word"), ("--preset=huge", "tiny"),
+    ("--ratio=nan", "--ratio"), ("--ratio=-1", "--ratio"),
     ("--windows=4,-1", "--windows"), ("--head_dim=7", "--head_dim=7"), ("--model_dim=33", "--model_dim=33"),
     ("--batch_tokens=100", "--batch_tokens=100"), ("--val_tokens=999999", "--val_tokens="), ("--device=tpu", "tpu"),
     ("--num_iterations=100000", "--epochs="), ("--train_files=nowhere/*.bin", "nowhere"), ("--seed", "--seed")])
