@@ -16,7 +16,6 @@ The scores do not depend on the number of GPUs or on how prompts are packed. doc
 """
 import argparse
 import glob
-import hashlib
 import itertools
 import json
 import lzma
@@ -34,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 import sample
-from sample import GPT2_PATTERN, UserError
+from sample import GPT2_PATTERN, JOINED_PATTERNS, UserError
 
 # PyTorch takes seconds to import, so only the functions that need it import it: --help and errors come at once.
 
@@ -275,10 +274,16 @@ def one_begins_another(texts) -> bool:
     ordered = sorted(texts) if isinstance(texts, list) else []
     return any(later.startswith(earlier) for earlier, later in zip(ordered, ordered[1:]))
 
-def render(task: Task, rows: list, cuts: bool) -> list[Item]:
+def split_answers(prompts: list[tuple[str, ...]], contexts: list[str]) -> list[tuple[str, str]]:
+    """Each prompt in two texts: its context without the whitespace at the end, and the rest."""
+    contexts = [context.rstrip() for context in contexts]
+    return [(context, "".join(prompt)[len(context):]) for prompt, context in zip(prompts, contexts)]
+
+def render(task: Task, rows: list, cuts: bool, apart: bool = False) -> list[Item]:
     """The items of a task: examples, each followed by a blank line, then the question and, for each option, the answer.
 
-    rows: (line, item) of all items of the task, from which the examples come. Raises KeyError, IndexError, TypeError,
+    rows: (line, item) of all items of the task, from which the examples come. cuts: see join. apart: the answer is a
+    text of its own, because the tokenizer would merge it with the question. Raises KeyError, IndexError, TypeError,
     ValueError or AttributeError for an item that is not sound.
     """
     asked, answered, gold = FIELDS[task.kind]
@@ -303,20 +308,24 @@ def render(task: Task, rows: list, cuts: bool) -> list[Item]:
         before = ()
         if task.kind == "ending":        # context and ending are encoded separately
             before = prompts[0][:1]
+        elif apart:
+            prompts = split_answers(prompts, ["".join([*examples, gap, question(row, option), task.delimiter])
+                                              for option in range(options)])
         else:
             prompts = [join(prompt, cuts) for prompt in prompts]
         if task.kind == "lm" or task.kind == "choice" and one_begins_another(row[answered]):
-            before = join([*examples, (gap + question(row, 0) + task.delimiter).rstrip()], cuts)
+            last = (gap + question(row, 0) + task.delimiter).rstrip()
+            before = prompts[0][:1] if apart else join([*examples, last], cuts)
         items.append(Item(task.label, task.kind, lines[i], golds[i], prompts, before))
     return items
 
-def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool) -> list[Item]:
-    """The items of all tasks, one task after the other; raises UserError."""
+def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool, apart: bool = False) -> list[Item]:
+    """The items of all tasks, one task after the other, made by `render`; raises UserError."""
     items = []
     for task in tasks:
         path = task_file(args.evals, task)
         try:
-            items += render(task, read_rows(path, task.kind, args.max_items), cuts)
+            items += render(task, read_rows(path, task.kind, args.max_items), cuts, apart)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); fetch it "
                             "again with python data/evals.py --force") from None
@@ -439,6 +448,7 @@ class Subject:
     module: object               # the training script, which reads the shards
     machine: object              # device, rank, world_size, name
     stream_tokens: int
+    apart: bool = False          # whether question and answer are encoded apart (see render)
     compile_seconds: float = 0.0
     score_seconds: float = 0.0   # without compilation and loading
 
@@ -488,7 +498,9 @@ def load_subject(args: argparse.Namespace) -> Subject:
     if device == "cuda":
         fits = 1 << 17 if path else 1 << 15     # the attention of --model is plain
     cuts = tokenizer is not None and tokenizer.pattern in ("", GPT2_PATTERN)
-    return Subject(args.model or str(path), model, tokenizer, meta, cuts, module, machine, args.stream_tokens or fits)
+    apart = tokenizer is not None and tokenizer.pattern in JOINED_PATTERNS
+    return Subject(args.model or str(path), model, tokenizer, meta, cuts, module, machine, args.stream_tokens or fits,
+                   apart)
 
 def set_threads(args: argparse.Namespace, subject: Subject):
     """Sets the number of CPU threads that scores short streams fastest, and prints a choice on stderr."""
@@ -708,7 +720,7 @@ def read_streams(args: argparse.Namespace, subject: Subject):
 
 def prepare_items(args: argparse.Namespace, tasks: list[Task], subject: Subject) -> tuple[list[Item], dict]:
     """The items of all tasks and the tokens of all their texts."""
-    items = read_items(args, tasks, subject.cuts)
+    items = read_items(args, tasks, subject.cuts, subject.apart)
     if not items:                        # the model may have no tokenizer then
         return [], {}
     texts = {text for item in items for prompt in [*item.prompts, item.before] for text in prompt}
@@ -753,7 +765,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     records = judge(items, results[len(texts):])
     return {"model": subject.name, "script": subject.meta["script"], "step": subject.meta["step"],
             "device": machine.name, "world_size": machine.world_size, "max_items": args.max_items,
-            "cut_documents": too_long, "tokens": total + (cfg.val_tokens if streams else 0),
+            "answers_apart": subject.apart, "cut_documents": too_long,
+            "tokens": total + (cfg.val_tokens if streams else 0),
             "compile_seconds": round(subject.compile_seconds, 1), "score_seconds": round(subject.score_seconds, 3),
             "seconds": round(seconds, 3),
             "scores": scores | summarize(tasks, records)}, records
@@ -815,6 +828,8 @@ def table(result: dict) -> str:
                          f"{', '.join(core['missing'])}")
     if result["max_items"]:
         lines.append(f"only {result['max_items']} items of each task: not comparable with the published scores")
+    if result["answers_apart"] and "core" in scores:
+        lines.append("question and answer were encoded apart, because this tokenizer joins words")
     if result["cut_documents"]:
         lines.append(f"{result['cut_documents']:,} prompts were too long and lost their first tokens")
     compilation = f"; compilation took {result['compile_seconds']} s more" if result["compile_seconds"] else ""

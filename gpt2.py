@@ -1,17 +1,33 @@
-"""The original GPT-2 weights as a model with this family's interface, to hold scores against published ones.
+"""The original GPT-2 weights as a model with the interface of the training scripts, to compare with published scores.
+
+This is a module, not a program. sample.py and evaluate.py use it:
+
+    python sample.py --model=gpt2 --prompt="The moon"       # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder
+    python evaluate.py --model=gpt2 --tasks=hellaswag
+
+From Python:
 
     model, tokenizer_json, meta = gpt2.load("gpt2", "cuda", "bf16")
 
-The name is gpt2, gpt2-medium, gpt2-large or gpt2-xl, or a folder in the Hugging Face layout: config.json,
-model.safetensors and, if they are there, vocab.json and merges.txt. Published models are fetched once from the hub that
-HF_ENDPOINT names, and kept where huggingface_hub keeps what it fetches.
+A folder is in the Hugging Face layout: config.json, and model.safetensors or the files that
+model.safetensors.index.json lists. The vocabulary is vocab.json and merges.txt there (or encoder.json and vocab.bpe),
+else that in tiktoken's cache. Published models are downloaded once from the hub that HF_ENDPOINT names, into the cache
+of huggingface_hub.
 
-Each document of a packed stream begins with bos_id at position 0 and sees only itself; nothing longer than the 1,024
-positions that GPT-2 has can be read. (In GPT-2's own training <|endoftext|> stood between documents and did not start a
-new position.) Shape suffixes: B sequences, T tokens, H heads, D channels per head, C residual channels, V vocabulary.
+Each document of a packed stream begins with bos_id at position 0 and sees only itself. A document may have at most
+1,024 tokens, the positions that GPT-2 has. (In GPT-2's own training <|endoftext|> stood between documents and did not
+start a new position.)
+
+Shape suffixes: B sequences, T tokens, H heads, D channels per head, C residual channels, V vocabulary.
 """
+if __name__ == "__main__":               # before the imports, so that the text comes at once
+    print(__doc__.strip())
+    raise SystemExit
+
 import hashlib
 import json
+import os
+import re
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -23,15 +39,17 @@ from torch import Tensor, nn
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HEAD_CHUNK = 8192                        # tokens whose logits exist at one time in `score`
-MAX_BYTES, MAX_LAYERS, MAX_SIZE = 1 << 20, 256, 1 << 20             # a larger config.json, or larger numbers, are none
+MAX_LAYERS, MAX_SIZE = 256, 1 << 20      # larger numbers in config.json are refused
+MAX_BYTES = 1 << 20                      # longest config.json or model.safetensors.index.json
+VOCABULARIES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))    # the same two files have two names
 
 class UserError(Exception):
-    """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+    """A mistake that the user can correct. Its text names the thing, the value and the remedy; the exit code is 2."""
 
 @dataclass(frozen=True)
 class Config:
     vocab_size: int
-    context_tokens: int                  # positions that were trained; longer documents cannot be read
+    context_tokens: int                  # positions that were trained; no document may be longer
     num_layers: int
     num_heads: int
     model_dim: int
@@ -61,25 +79,25 @@ class Cache:
 
     def __init__(self, cfg: Config, batch: int, max_tokens: int, like: Tensor):
         head_dim, self.max_tokens = cfg.model_dim // cfg.num_heads, max_tokens
-        # position p lies in slot p; what is not real goes to the last slot, which nobody sees
+        # position p lies in slot p; tokens that are not real go to the last slot, which no token sees
         self.kv = like.new_zeros(cfg.num_layers, 2, batch, max_tokens + 1, cfg.num_heads, head_dim)
         self.rows = torch.arange(batch, device=like.device)[:, None]
         self.position = torch.zeros(batch, dtype=torch.int64, device=like.device)   # of each row's next token
         self.start = torch.zeros_like(self.position)                                # of its document
 
     def fill(self, other: "Cache", rows_B: Tensor):
-        """Makes row b what row rows_B[b] of another cache is; that one's tokens must fit this one."""
+        """Copies row rows_B[b] of another cache to row b; its tokens must fit into this cache."""
         both = min(self.max_tokens, other.max_tokens)
         self.kv[:, :, :, :both] = other.kv[:, :, rows_B, :both]
         self.position.copy_(other.position[rows_B])
         self.start.copy_(other.start[rows_B])
 
     def bytes_read(self, tokens: int) -> int:
-        """Bytes of keys and values that the next token of every row reads: all slots, however many are filled."""
+        """Bytes of keys and values that the next token of every row reads: all slots, filled or not."""
         return self.kv.nbytes
 
 class GPT2(nn.Module):
-    """GPT-2 with the family's forward, score, new_cache and decode."""
+    """GPT-2 with forward, score, new_cache and decode as the training scripts' GPT has them."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -96,8 +114,8 @@ class GPT2(nn.Module):
         start = torch.where(tokens == self.cfg.bos_id, index, 0).cummax(0).values
         position = index - start
         if not torch.compiler.is_compiling() and (longest := int(position.max()) + 1) > self.cfg.context_tokens:
-            raise UserError(f"a document has {longest} tokens, GPT-2 reads {self.cfg.context_tokens}; cut it")
-        # chunks as long as the longest document, each of which sees itself and the one before
+            raise UserError(f"a document has {longest} tokens, but GPT-2 reads {self.cfg.context_tokens}; cut it")
+        # chunks as long as the longest document; each sees itself and the one before
         n = -(-T // size)
         rows = torch.arange(n * size, device=tokens.device)
         first = torch.cat([start, rows[T:]]).view(n, size, 1)       # padding sees itself
@@ -134,25 +152,25 @@ class GPT2(nn.Module):
 
     @property
     def matmul_parameters(self) -> int:
-        """Weights that take part in a dense product for every token."""
+        """Number of weights that each token is multiplied with."""
         return sum(param.numel() for param in self.parameters() if param.dim() == 2) - self.wpe.weight.numel()
 
     def new_cache(self, batch: int, max_tokens: int, chunk: int = 0) -> Cache:
-        """An empty cache for `batch` rows of up to max_tokens tokens; `chunk` is there for the family's sake.
+        """An empty cache for `batch` rows of up to max_tokens tokens.
 
-        Raises ValueError if that is more than the model can read.
+        `chunk` is not used; the training scripts' GPT has it. Raises ValueError if the model cannot read max_tokens.
         """
         if max_tokens > self.cfg.context_tokens:
-            raise ValueError(f"it reads {self.cfg.context_tokens} tokens, not {max_tokens}")
+            raise ValueError(f"GPT-2 reads {self.cfg.context_tokens} tokens, not {max_tokens}")
         return Cache(self.cfg, batch, max_tokens, self.wte.weight)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache, lengths: Tensor | None = None, last: bool = False) -> Tensor:
-        """Logits (B, T, V) fp32 of the next tokens (B, T) of each row; they enter the cache.
+        """Logits (B, T, V) fp32 of the next tokens (B, T) of each row, which are added to the cache.
 
-        A row is a stream of its own. lengths (B,) int64: how many tokens of a row are real, the others change nothing
-        and their logits mean nothing. last: only the logits of each row's last token, (B, 1, V). Of more than one token
-        a row, those beyond the cache raise ValueError.
+        Each row is its own stream. lengths (B,) int64: how many tokens of a row are real; the others change nothing,
+        and their logits mean nothing. last: only the logits of each row's last token, (B, 1, V). Raises ValueError if
+        several tokens per row are given and one does not fit into the cache.
         """
         (B, T), heads = tokens.shape, self.cfg.num_heads
         lengths = torch.full_like(cache.position, T) if lengths is None else lengths
@@ -165,7 +183,7 @@ class GPT2(nn.Module):
         slot = torch.where(ahead < lengths[:, None], position, cache.max_tokens).clamp(max=cache.max_tokens)
         keys = torch.arange(cache.max_tokens + 1, device=tokens.device)
         mask = ((keys <= position[:, :, None]) & (keys >= start[:, :, None]) & (keys < cache.max_tokens))[:, None]
-        mask = mask | ((keys == cache.max_tokens) & (ahead >= lengths[:, None])[:, None, :, None])      # see something
+        mask = mask | ((keys == cache.max_tokens) & (ahead >= lengths[:, None])[:, None, :, None])      # not none
         x = self.wte(tokens) + self.wpe((position - start).clamp(max=self.cfg.context_tokens - 1))
         for block, layer in zip(self.h, cache.kv):
             def attend(q, k, v):
@@ -189,13 +207,15 @@ def fetch(name: str) -> Path:
     files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
     try:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
-    except Exception as error:           # no network, no such hub, no space: the library has no common ground for them
+    except Exception as error:           # no network, no such hub, no space: these have no common class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"--model={name} cannot be fetched ({reason}); name a folder with its config.json and "
+        if "socks" in reason.lower():    # the HTTP library needs a package that it does not install by itself
+            reason = f"a SOCKS proxy is set and its Python package is missing: pip install socksio; {reason}"
+        raise UserError(f"--model={name} cannot be downloaded ({reason}); name a folder with its config.json and "
                         "model.safetensors instead") from None
 
 def check_file(path: Path) -> Path:
-    """The path; raises FileNotFoundError if it leads to no file, as to a pipe, whose reader waits."""
+    """The path; raises FileNotFoundError if it is not a file (reading a pipe would wait for its writer)."""
     if not path.is_file():
         raise FileNotFoundError("no such file")
     return path
@@ -211,7 +231,7 @@ def read_config(folder: Path) -> Config:
         if (not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes) or cfg.num_layers > MAX_LAYERS
                 or cfg.model_dim % cfg.num_heads or type(cfg.norm_eps) is not float or not 0 < cfg.norm_eps < 1
                 or type(cfg.bos_id) is not int or not 0 <= cfg.bos_id < cfg.vocab_size):
-            raise ValueError(f"there is no such model as {cfg}")
+            raise ValueError(f"numbers out of range: {cfg}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); --model= takes a folder with "
                         f"GPT-2's config.json and model.safetensors, or one of {', '.join(NAMES)}") from None
@@ -219,45 +239,77 @@ def read_config(folder: Path) -> Config:
                 "n_inner": None, "scale_attn_weights": True, "tie_word_embeddings": True}
     odd = [f"{name}={said[name]}" for name, value in expected.items() if said.get(name, value) != value]
     if odd:
-        raise UserError(f"{path} is not GPT-2's ({', '.join(odd)}); choose another")
+        raise UserError(f"{path} is not that of a GPT-2 ({', '.join(odd)}); choose another model")
     return cfg
 
-def read_weights(path: Path, cfg: Config, dtype: torch.dtype) -> GPT2:
-    """The model with the weights of a safetensors file, on the CPU; raises UserError if they do not fit."""
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or else the files that model.safetensors.index.json lists; raises UserError."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
+    try:
+        with open(check_file(index), "rb") as file:
+            names = sorted({*json.loads(file.read(MAX_BYTES))["weight_map"].values()})
+        for name in names:               # a name with a folder in it could lead anywhere
+            if not re.fullmatch(r"\w[\w.-]*\.safetensors", name, re.ASCII):
+                raise ValueError(f"{name!r} is not the name of a safetensors file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index} cannot be read ({type(error).__name__}: {error}); download it again") from None
+    return [folder / name for name in names]
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's weight files by their names without the prefix `transformer.`; raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    with torch.device("meta"):           # no storage and no random numbers for what is replaced at once
+    found = {}
+    for path in weight_files(folder):
+        try:
+            tensors = load_file(check_file(path))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); --model= takes a folder with model.safetensors, or with "
+                            "model.safetensors.index.json and the files it lists") from None
+        for name, tensor in tensors.items():
+            name = name.removeprefix("transformer.")
+            if name in found:
+                raise UserError(f"{path} holds {name}, which is in the files of {folder} twice; download them again")
+            found[name] = tensor
+    return found
+
+def read_weights(folder: Path, cfg: Config, dtype: torch.dtype) -> GPT2:
+    """The model with the weights of a folder, on the CPU; raises UserError if they do not fit."""
+    with torch.device("meta"):           # no storage and no random numbers for tensors that are replaced at once
         model = GPT2(cfg)
-    wanted = model.state_dict()
-    try:
-        found = {name.removeprefix("transformer."): tensor for name, tensor in load_file(check_file(path)).items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    wanted, found = model.state_dict(), read_tensors(folder)
+    head = found.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(found.setdefault("wte.weight", head), head):     # GPT-2 shares the two
+        raise UserError(f"{folder} has an lm_head.weight that is not wte.weight, so it is not GPT-2; choose another")
     for name in list(found):
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            del found[name]              # the causal mask, and the embedding again
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            del found[name]              # the causal mask
         elif name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             found[name] = found[name].T  # published as (in, out)
-    odd = [name for name in wanted.keys() | found.keys()
-           if name not in wanted or name not in found or wanted[name].shape != found[name].shape]
+    odd = [name for name in wanted.keys() | found.keys() if name not in wanted or name not in found
+           or wanted[name].shape != found[name].shape or not found[name].is_floating_point()]
     if odd:
-        raise UserError(f"{path} does not fit its config.json: {', '.join(sorted(odd)[:8])}; fetch both again")
+        raise UserError(f"the weights in {folder} do not fit its config.json: {', '.join(sorted(odd)[:8])}; download "
+                        "both again")
     model.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in found.items()}, assign=True)
     return model.requires_grad_(False)
 
 def read_tokenizer(folder: Path) -> bytes:
-    """GPT-2's tokenizer.json from the folder's vocab.json and merges.txt, else from tiktoken's cache; UserError."""
+    """GPT-2's tokenizer.json, made from the vocabulary in the folder, else from that in tiktoken's cache; UserError."""
     sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
     try:
         from text import gpt2_tokenizer_json
     finally:
         del sys.path[0]
+    names = next((pair for pair in VOCABULARIES if all((folder / name).is_file() for name in pair)), None)
     try:
-        if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+        if not names:
             return gpt2_tokenizer_json()
-        with tempfile.TemporaryDirectory() as links:                # the same files under the names they had at first
-            Path(links, "encoder.json").symlink_to((folder / "vocab.json").absolute())
-            Path(links, "vocab.bpe").symlink_to((folder / "merges.txt").absolute())
+        with tempfile.TemporaryDirectory() as links:                # under the names that text.py reads
+            for name, link in zip(names, ("encoder.json", "vocab.bpe")):
+                Path(links, link).symlink_to((folder / name).absolute())
             return gpt2_tokenizer_json(Path(links))
     except LookupError as error:
         raise UserError(f"{folder} has no vocabulary of GPT-2 ({error}); put vocab.json and merges.txt there") from None
@@ -267,17 +319,17 @@ def load(name_or_folder: str | Path, device: str, precision: str) -> tuple[GPT2,
 
     precision: bf16 or fp32. meta has script, step, config and tokenizer_sha256, as that of a checkpoint.
     """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        if str(name_or_folder) not in NAMES:
-            raise UserError(f"--model={name_or_folder} is neither a folder nor one of {', '.join(NAMES)}")
-        folder = fetch(str(name_or_folder))
+    text = str(name_or_folder)
+    folder = Path(text if os.path.exists(text) else os.path.expanduser(text))
+    if not text or not folder.is_dir():
+        if text not in NAMES:
+            raise UserError(f"--model={text} is neither a folder nor one of {', '.join(NAMES)}; choose one of them")
+        folder = fetch(text)
     cfg, tokenizer = read_config(folder), read_tokenizer(folder)
     if (bos_id := json.loads(tokenizer)["bos_id"]) != cfg.bos_id:
         raise UserError(f"{folder / 'config.json'} has vocab_size={cfg.vocab_size} and bos_token_id={cfg.bos_id}, but "
-                        f"GPT-2 begins documents with {bos_id}; choose another")
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    model = read_weights(folder / "model.safetensors", cfg, dtype)
+                        f"GPT-2 begins documents with {bos_id}; choose another model")
+    model = read_weights(folder, cfg, {"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
     meta = {"script": "gpt2", "step": 0, "config": asdict(cfg)}
     meta["tokenizer_sha256"] = hashlib.sha256(tokenizer).hexdigest()
     return model.to(device).eval(), tokenizer, meta

@@ -43,9 +43,17 @@ SCRIPT_BYTES = 1 << 24
 LATEST_BYTES = 256
 PROMPTS_BYTES = 1 << 26
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The ways in which the tokenizers of this project split text. Other patterns are refused: a regular expression can be
-# written so that it never ends, and the engine behind tiktoken then ends the process.
-PATTERNS = ("", GPT2_PATTERN)
+
+def gpt4_pattern(digits: int, joined: bool = False) -> str:
+    """GPT-4's pattern with at most `digits` digits in a piece. joined: words with one space between are one piece."""
+    words = r"[^\r\n\p{L}\p{N}]?+\p{L}++" + r"(?: \p{L}++)*+" * joined
+    return (r"'(?:[sdmtSDMT]|[lL]{2}|[vV][eE]|[rR][eE])|" + words + rf"|\p{{N}}{{1,{digits}}}"
+            r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+
+JOINED_PATTERNS = tuple(gpt4_pattern(digits, joined=True) for digits in (1, 2, 3))
+# The ways in which the tokenizers of this project split text, as in data/text.py. Other patterns are refused: a regular
+# expression can be written so that it never ends, and the engine behind tiktoken then ends the process.
+PATTERNS = ("", GPT2_PATTERN, *(gpt4_pattern(digits) for digits in (1, 2, 3)), *JOINED_PATTERNS)
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"  # of its tokenizer.json
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"         # of GPT-2's encoder.json
 ENCODER_CACHE_NAME = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"     # how tiktoken's cache names it: sha1 of its address

@@ -28,7 +28,6 @@ import glob
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -1220,7 +1219,7 @@ def loss_weights(cfg: Hyperparameters, step: int) -> list[float]:
 
 def is_tied(cfg: Hyperparameters, step: int) -> bool:
     """Whether embedding and head are one matrix; the last such step is odd, so that Adam moves at it."""
-    return cfg.split_embed > 0 and step < first_split_step(cfg)
+    return cfg.split_embed > 0 and step <= first_split_step(cfg) - 2
 
 def first_split_step(cfg: Hyperparameters) -> int:
     """The first odd step at which embedding and head are two matrices, if they were one before."""
@@ -1364,14 +1363,13 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     """The experiment: build, warm up, start the clock, train, validate with the clock stopped, save. The exit code."""
     machine = setup_machine(cfg)
     cfg, data = load_data(cfg, machine)
-    compiler = compile_ahead(cfg, machine)
     cfg, tried = choose_attention(cfg, machine)
     backward, optimizer = build(cfg, machine)
     model, forward, cfg = optimizer.model, backward.model, optimizer.model.cfg
     run = Run(cfg, machine, argv, data, optimizer)
     with run.failures_noted():
         run.describe(tried)
-        micro_packs = run.timed_warm_up(backward, compiler)
+        micro_packs = run.timed_warm_up(backward)
         clock = Clock(machine, run.meta.get("train_time", 0.0))
         step = run.meta.get("step", 0)
         position = LoaderPosition(*run.meta.get("loader_position", (0, 0)))
@@ -1385,6 +1383,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         stopping = stop_on_signals()
         save_steps, save_seconds = save_interval(cfg)
         saved, last_save = step, time.monotonic()
+        if cfg.save_every:               # finding pinned memory takes seconds the first time
+            gather_state(model, optimizer, machine, everything=True)
 
         clock.start()                    # training time counts from the first look at the data
         if data.tokenizer:
@@ -1970,7 +1970,7 @@ def load_data(cfg: Hyperparameters, machine: Machine) -> tuple[Hyperparameters, 
     """The config with everything filled in that was left to machine and shards, and the data; raises UserError."""
     train_shards, val_shards = open_shards(cfg.train_files, cfg.val_files)
     cfg = resolve_config(cfg, machine, train_shards[0])
-    tokenizer = read_tokenizer(train_shards[0], cfg.vocab_dir)
+    tokenizer = on_rank0(machine, lambda: read_tokenizer(train_shards[0], cfg.vocab_dir))
     if not tokenizer and any(any(stage.prefix) for stage in cfg.stages):
         raise UserError(f"--train_files={cfg.train_files} has no tokenizer.json beside it, which the prefix targets of "
                         "the stage table need; name a folder with GPT-2's encoder.json by --vocab_dir=")
@@ -2010,7 +2010,7 @@ def num_steps(cfg: Hyperparameters) -> int:
     """Steps that this process trains, counted from the first of the run."""
     return min(cfg.stop_after or cfg.total_steps, cfg.total_steps)
 
-def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run", compiler) -> int:
+def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Run") -> int:
     """Compiles all that the run will use, on made-up tokens, then puts everything back and checks that bit for bit.
 
     Returns the packs of a micro-batch.
@@ -2019,10 +2019,8 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
     before = digest(run_state(raw, optimizer, machine))
     if raw.kernels:
         run.print(check_kernels(raw, machine))
-    micro_packs = largest_micro_batch(backward, optimizer, machine, compiler)
+    micro_packs = largest_micro_batch(backward, optimizer, machine)
     tokens = micro_packs * cfg.pack_tokens
-    if compiler:                         # what follows is in the cache when it has ended
-        compiler.join()
     batch = synthetic_batch(cfg, tokens)
     split = first_split_step(cfg)
 
@@ -2048,11 +2046,8 @@ def warm_up(backward: Backward, optimizer: Optimizer, machine: Machine, run: "Ru
               + ", replayed as CUDA graphs" * backward.replays)
     return micro_packs
 
-def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine, compiler=None) -> int:
-    """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do.
-
-    compiler: the process of compile_ahead, which uses memory, too, until it has ended.
-    """
+def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machine) -> int:
+    """Packs of a micro-batch: as many as fit into memory on all ranks, found by trying; raises UserError if none do."""
     cfg = optimizer.model.cfg
     shares = [math.ceil(stage.batch_tokens // cfg.pack_tokens / machine.world_size) for stage in cfg.stages]
     sizes = range(1, min(shares) + 1)
@@ -2074,17 +2069,13 @@ def largest_micro_batch(backward: Backward, optimizer: Optimizer, machine: Machi
         torch.cuda.reset_peak_memory_stats()
         if all(all_gather_object(machine, fits)):
             return sizes[0]
-        if compiler:                     # once more, without it
-            compiler.join()
-            compiler = None
-            continue
         sizes = [packs for packs in sizes if packs <= sizes[0] // 2]
     raise UserError(f"one pack of --pack_tokens={cfg.pack_tokens} needs more than the GPU's "
                     f"{device_memory(machine) / 2**30:.1f} GiB; try --pack_tokens={cfg.pack_tokens // 2}")
 
 def environment_int(name: str, default: int = 0) -> int:
     """A number that torchrun sets; raises UserError if something else is there."""
-    value = os.environ.get(name, str(default))
+    value = os.environ.get(name) or str(default)                    # an empty one counts as unset
     if not value.isdecimal():
         raise UserError(f"the environment has {name}={value!r}, not a number; unset it, or start with torchrun")
     return int(value)
@@ -2151,33 +2142,6 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shard: Shard) -> Hype
     float8 = cfg.float8 and kernels and torch.cuda.get_device_capability() >= (8, 9) and vocab_size % 16 == 0
     return replace(cfg, vocab_size=vocab_size, bos_id=bos_id, compile=cfg.compile and cuda, kernels=kernels,
                    float8=float8, earlier_windows=windows_before(cfg))
-
-def compile_ahead(cfg: Hyperparameters, machine: Machine):
-    """Starts a process that compiles validation, and on one rank the optimizer, while this one compiles training.
-
-    Both come from the cache on disk afterwards. Returns the process; None where nothing is compiled, or where memory
-    is too small for a second model.
-    """
-    if not cfg.compile or device_memory(machine) < 70 * 2**30:
-        return None
-    attention = "flex" if cfg.attention == "auto" else cfg.attention            # what choose_attention tries first
-    process = multiprocessing.get_context("spawn").Process(
-        target=fill_compile_cache, args=(replace(cfg, attention=attention), machine), daemon=True)
-    process.start()
-    return process
-
-def fill_compile_cache(cfg: Hyperparameters, machine: Machine):
-    """What the process of compile_ahead runs; it joins no other rank, so it shares no optimizer state."""
-    torch.cuda.set_device(machine.device)
-    backward, optimizer = build(cfg, replace(machine, rank=0, world_size=1))
-    stream = to_device(synthetic_batch(cfg, cfg.val_stream_tokens), machine.device)
-    with torch.no_grad():
-        backward.model(*stream)
-    if machine.world_size == 1:
-        step = first_split_step(cfg)     # all parameters move
-        for param in optimizer.params.values():
-            param.grad = torch.zeros_like(param)
-        optimizer.step(step, schedule(cfg, step))
 
 def device_memory(machine: Machine) -> float:
     """Bytes of GPU memory that this process may use."""
@@ -2340,7 +2304,8 @@ class Run:
             for path in self.folder.rglob("*"):                     # writing follows links and waits for pipes
                 if path.is_symlink() or not (path.is_file() or path.is_dir()):
                     raise UserError(f"{path} is a link or no file; put the file itself there, or remove it")
-            self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8")
+            self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8",
+                                 errors="backslashreplace")         # of names that are not text
             for source in source_files(self.cfg):
                 copy = self.folder / source.name
                 if not copy.exists() or copy.read_bytes() != source.read_bytes():
@@ -2376,7 +2341,8 @@ class Run:
             yield
         except BaseException as error:
             if self.master and self.info["status"] == "running":
-                self.save(status="failed", error=f"{type(error).__name__}: {error}")
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                self.save(status=status, error=f"{type(error).__name__}: {error}")
             raise
 
     def describe(self, tried: list[str]):
@@ -2390,15 +2356,12 @@ class Run:
                    + "; the optimizer's moments of tables are in host memory" * cfg.host_state)
         self.print("\n".join([self.data.summary, *tried, *self.notes]))
 
-    def timed_warm_up(self, backward: Backward, compiler) -> int:
-        """What warm_up does and returns, with the seconds noted; without compilation there is nothing to warm up.
-
-        compiler: the process of compile_ahead or None.
-        """
+    def timed_warm_up(self, backward: Backward) -> int:
+        """What warm_up does and returns, with the seconds noted; without compilation there is nothing to warm up."""
         clock = Clock(self.machine)
         clock.start()
         if self.cfg.compile:
-            micro_packs = warm_up(backward, self.optimizer, self.machine, self, compiler)
+            micro_packs = warm_up(backward, self.optimizer, self.machine, self)
         else:
             micro_packs = largest_micro_batch(backward, self.optimizer, self.machine)
         clock.stop()
@@ -2477,7 +2440,10 @@ class Run:
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.machine.device.type == "cuda" else 0
         shards = self.data.train + self.data.val
         self.save(status=status, peak_memory_gib=round(memory, 2), data={s.path: s.num_tokens for s in shards})
-        self.plot()
+        try:
+            self.plot()
+        except Exception as error:       # whatever drawing comes up with: the run is over and well
+            self.print(f"no curve.svg ({type(error).__name__}: {error})")
         self.print(f"{status}: {step} steps, {self.tokens_seen:,} tokens in {clock.seconds:.1f} s of training "
                    f"({self.tokens_seen / clock.seconds:,.0f} tokens/s), "
                    f"compilation {self.info['compile_seconds']} s, {self.info['recompiles']} recompiles"
@@ -2504,8 +2470,6 @@ class Run:
         try:
             from matplotlib.backends.backend_svg import FigureCanvasSVG
             from matplotlib.figure import Figure
-        except ImportError:
-            return self.print("no curve.svg: matplotlib is not installed (pip install matplotlib)")
         finally:
             if backend is not None:
                 os.environ["MPLBACKEND"] = backend
@@ -2521,7 +2485,8 @@ class Run:
             axis.yaxis.set_minor_formatter("{x:g}")
             axis.grid(alpha=0.3, which="both")
             axis.legend()
-        figure.suptitle(f"{SCRIPT.stem}: validation loss {val[-1, 2]:.4f} after {val[-1, 0]:.0f} steps")
+        name = SCRIPT.stem.encode("utf-8", "replace").decode()      # names of files may be no text
+        figure.suptitle(f"{name}: validation loss {val[-1, 2]:.4f} after {val[-1, 0]:.0f} steps")
         FigureCanvasSVG(figure).print_svg(self.folder / "curve.svg")
 
     def restore(self, clock: Clock):
@@ -2648,8 +2613,10 @@ def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]]
         if tokenizer:
             write_atomically(temporary / "tokenizer.json", tokenizer)
         for name, tensors in files.items():
+            (temporary / name).touch()
+            mode = (temporary / name).stat().st_mode
             save_file(tensors, temporary / name)
-            os.chmod(temporary / name, (root / "..").stat().st_mode & 0o666)    # safetensors' own are for the owner
+            os.chmod(temporary / name, mode)                        # safetensors' own are for the owner alone
             with open(temporary / name, "rb+") as file:
                 os.fsync(file.fileno())
         sums = {name: file_sha256(temporary / name) for name in files}
@@ -2658,7 +2625,9 @@ def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]]
             os.replace(final, root / f".{final.name}.old")
         os.replace(temporary, final)
         write_atomically(root / "latest", final.name.encode())
-        for path in sorted(root.glob("step_*"), key=lambda path: path.stat().st_mtime_ns)[:-keep]:
+        # the one just written is the newest, whatever a coarse or wrong clock says
+        by_age = sorted(root.glob("step_*"), key=lambda path: (path == final, path.stat().st_mtime_ns, path.name))
+        for path in by_age[:-keep]:
             os.replace(path, root / f".{path.name}.old")
     finally:
         clear()
@@ -2666,7 +2635,7 @@ def write_checkpoint(root: Path, meta: dict, files: dict[str, dict[str, Tensor]]
 
 def newest_checkpoint(path: Path) -> list[Path]:
     """Checkpoint folders that a run, its folder `checkpoint` or one of the folders in it means, the best first."""
-    if (path / "meta.json").exists():
+    if path.parent.name == "checkpoint" or (path / "meta.json").exists():
         return [path]
     root = path if path.name == "checkpoint" else path / "checkpoint"
     newest = read_small(root / "latest").decode(errors="replace") or "step_~"   # comes after all numbers
@@ -2776,10 +2745,12 @@ def run_main(train) -> int:
         return 0
     def say(text):
         print(f"{SCRIPT.name}: {text}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # until training starts it is as Ctrl-C
     try:
         return train(parse_config(argv), argv)
     except (UserError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") in ("0", "") or isinstance(error, RankError):
+        rank = os.environ.get("RANK") or "0"
+        if rank == "0" or not rank.isdecimal() or isinstance(error, RankError):
             say(error)
         return 2 if isinstance(error, UserError) else 3
     except torch.OutOfMemoryError as error:

@@ -1,8 +1,21 @@
-"""Triton kernels of the training scripts, and the operators built on them. Used on CUDA only; optional.
+"""Triton kernels of the training scripts, and the operators built on them.
 
-Every operator has a plain PyTorch twin with the same arguments in the scripts or here under the name `_ref`, and is
-tested against float64 (tests/test_kernels.py). Shapes: T tokens, C residual channels, V vocabulary, K targets.
+This is a module, not a program. The training scripts import it if it is beside them and Triton is installed, and use it
+on CUDA. Their flag --kernels=false turns it off. Each operator has a plain PyTorch twin, which computes the same up to
+rounding:
+
+    head_loss           head_loss of the training script
+    float8_linear       torch.nn.functional.linear
+    float8_mlp          mlp of the training script
+    decode_attention    the attention of GPT.decode in the training script, without kernels
+
+tests/test_kernels.py compares them with float64, and dev/bench_kernels.py measures their speed.
+Shapes: T tokens, C residual channels, V vocabulary, K targets.
 """
+if __name__ == "__main__":               # before the imports, so that the text comes at once and on every machine
+    print(__doc__.strip())
+    raise SystemExit
+
 import torch
 import triton
 import triton.language as tl
@@ -361,7 +374,7 @@ def decode_attention(q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor, keys_BRHD: Ten
 
 # how much the loss and each gradient may differ: float8 keeps two or three bits, but its rounding averages out
 LARGEST_ERROR = 0.25                     # norm of the difference, relative to the norm of the plain one
-LARGEST_SCALE_ERROR = 0.03               # length along the plain one, less one
+LARGEST_SCALE_ERROR = 0.05               # length along the plain one, less one
 
 def compare_with_plain(model, names: list[str], tokens: Tensor, targets: Tensor,
                        loss_weights: Tensor) -> tuple[dict, list[str]]:

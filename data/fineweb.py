@@ -36,7 +36,6 @@ import threading
 import time
 from collections import namedtuple
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -298,19 +297,19 @@ def request_error(error, url):
     wrong_address = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
                      requests.exceptions.MissingSchema)
     proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url)) or ""
-    parts = urlsplit(proxy)
-    shown_proxy = f"{parts.scheme}://{parts.hostname}" if parts.hostname else "that is set"  # without a password
+    parts = re.match(r"(\w+)://(?:.*@)?([^/:@]+)", proxy)
+    shown_proxy = f"{parts[1]}://{parts[2]}" if parts else "that is set"  # without a password
     variables = "HTTPS_PROXY, HTTP_PROXY and ALL_PROXY"
     if "dependencies for SOCKS" in str(error):  # requests does not name the package
         return Refused(f"the proxy {shown_proxy} is a SOCKS proxy, which needs the Python package PySocks: pip install "
                        f"pysocks, or unset {variables}")
-    if proxy and isinstance(error, wrong_address) and "proxy" in str(error).lower():
+    if proxy and isinstance(error, wrong_address) and re.match(r"https?://\w", url):  # then it is not the url
         return Refused(f"the proxy {shown_proxy} is not the address of an http proxy; correct or unset {variables}")
     if isinstance(error, wrong_address):
         return Refused(f"{url} is not an http(s) address; check HF_ENDPOINT or --from")
     if isinstance(error, requests.RequestException):
         return Transient(network_reason(error))
-    return Refused(f"{url} cannot be asked for ({error}); check REQUESTS_CA_BUNDLE, SSL_CERT_FILE, {variables}")
+    return Refused(f"{url} cannot be asked for ({error}); check REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, {variables}")
 
 
 def network_reason(error):
@@ -586,9 +585,9 @@ def manifest_tokenizer(manifest):
     """The Tokenizer of a manifest; KeyError, TypeError or ValueError when there is none."""
     about = manifest["tokenizer"]
     vocab_size, bos_id = about.get("vocab_size", 0), about.get("bos_id", 0)
-    if type(vocab_size) is not int or type(bos_id) is not int:
+    if type(vocab_size) is not int or type(bos_id) is not int or not re.fullmatch(r"\w{1,64}", about["sha256"]):
         raise ValueError
-    return Tokenizer(f"{about['name']!s:.40}", vocab_size, bos_id, str(about["sha256"]))
+    return Tokenizer(f"{about['name']!s:.40}", vocab_size, bos_id, about["sha256"])
 
 
 def small_file(source, name, limit=SMALL_BYTES):
@@ -615,27 +614,25 @@ def source_pins(source):
         return {}
 
 
-def check_vocab_dir(vocab_dir):
-    """Refused unless the folder holds GPT-2's encoder.json and vocab.bpe."""
+def read_vocab_dir(vocab_dir):
+    """tokenizer.json of GPT-2 from the folder of --vocab_dir; Refused unless it has encoder.json and vocab.bpe."""
     import text
 
     try:
-        text.gpt2_tokenizer_json(vocab_dir)
+        return text.gpt2_tokenizer_json(vocab_dir)
     except LookupError as error:
         raise Refused(f"--vocab_dir={vocab_dir}: {error}; name a folder with GPT-2's encoder.json and "
                       "vocab.bpe") from error
 
 
-def gpt2_tokenizer(scratch, vocab_dir=None):
-    """(tokenizer.json of GPT-2, folder with its vocabulary; None for tiktoken's cache).
+def gpt2_tokenizer(scratch):
+    """(tokenizer.json of GPT-2, folder with its vocabulary, which is None for tiktoken's cache).
 
-    Looks in vocab_dir, in tiktoken's cache, and then in the network. scratch: an empty folder for downloads. Raises
-    LookupError with all reasons when the vocabulary is nowhere.
+    Looks in tiktoken's cache, and then in the network. scratch: an empty folder for downloads. Raises LookupError with
+    all reasons when the vocabulary is nowhere.
     """
     import text
 
-    if vocab_dir:
-        return text.gpt2_tokenizer_json(vocab_dir), vocab_dir
     reasons = []
     try:
         return text.gpt2_tokenizer_json(), None
@@ -656,7 +653,7 @@ def is_gpt2_tokenizer(path):
     """Whether the file is the tokenizer.json of GPT-2."""
     if not path.is_file() or path.stat().st_size > SMALL_BYTES:
         return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == GPT2.sha256
+    return hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_TOKENIZER_SHA256
 
 
 def put_tokenizer(folder, given, vocab_dir):
@@ -667,14 +664,14 @@ def put_tokenizer(folder, given, vocab_dir):
     path = folder / "tokenizer.json"
     if is_gpt2_tokenizer(path):
         return True
-    data = b""
-    if given and not vocab_dir:
+    data = read_vocab_dir(vocab_dir) if vocab_dir else b""
+    if given and not data:
         with contextlib.suppress(FileNotFoundError, Refused):
             data = small_file(given, "tokenizer.json")
     try:
-        if hashlib.sha256(data).hexdigest() != GPT2.sha256:
+        if hashlib.sha256(data).hexdigest() != GPT2_TOKENIZER_SHA256:
             with tempfile.TemporaryDirectory() as scratch:
-                data, _ = gpt2_tokenizer(Path(scratch), vocab_dir)
+                data, _ = gpt2_tokenizer(Path(scratch))
     except (LookupError, ImportError) as error:
         reason = one_line(error)[:400]
         if path.exists():
@@ -701,7 +698,7 @@ def get_shards(args, out, variant):
     names = [f"{variant.prefix}_val_000000.bin"]
     names += [f"{variant.prefix}_train_{i:06d}.bin" for i in range(1, args.shards + 1)]
     if args.vocab_dir:
-        check_vocab_dir(args.vocab_dir)
+        read_vocab_dir(args.vocab_dir)  # a wrong one is refused before the download
     given = given_source(args.source) if args.source else None
     manifest = read_manifest(out)
     if (tokenizer := manifest_tokenizer(manifest)).sha256 != GPT2.sha256:
@@ -776,10 +773,10 @@ def finished_shards(args, out, wish):
     return entries if whole else None
 
 
-def vocabulary_folder(scratch, vocab_dir):
+def vocabulary_folder(scratch):
     """Folder with GPT-2's vocabulary, None for tiktoken's cache; Refused when the vocabulary is nowhere."""
     try:
-        return gpt2_tokenizer(scratch, vocab_dir)[1]
+        return gpt2_tokenizer(scratch)[1]
     except LookupError as error:
         raise Refused(f"GPT-2's vocabulary was not found ({error}); pass --vocab_dir=FOLDER with encoder.json and "
                       "vocab.bpe, or another tokenizer with --tokenizer=FILE") from error
@@ -793,11 +790,13 @@ def tokenize(args, out, variant):
     if args.tokenizer != "gpt2":
         wish["tokenizer"] = tokenizer_identity(args.tokenizer)
     if args.vocab_dir:
-        check_vocab_dir(args.vocab_dir)
+        read_vocab_dir(args.vocab_dir)
     if entries := finished_shards(args, out, wish):
         return Result(entries, None, "", True)
     with tempfile.TemporaryDirectory() as scratch:
-        vocab_dir = vocabulary_folder(Path(scratch), args.vocab_dir) if args.tokenizer == "gpt2" else None
+        vocab_dir = args.vocab_dir
+        if args.tokenizer == "gpt2" and not vocab_dir:
+            vocab_dir = vocabulary_folder(Path(scratch))
         paths, received = get_parquet(args, out, variant)
         print(f"tokenising {len(paths)} parquet files on {os.cpu_count()} cores", flush=True)
         try:
@@ -909,8 +908,11 @@ def parse_arguments(argv):
             kind += f"_{args.tokenizer if args.tokenizer == 'bytes' else args.tokenizer.resolve().parent.name}"
         args.out = HERE / (variant.folder + kind)
     if args.source and "://" not in args.source:
-        source = user_path(args.source)
-        if args.out.exists() and source.exists() and args.out.samefile(source):
+        try:
+            same = args.out.samefile(user_path(args.source))
+        except OSError:                  # one of them is not there
+            same = False
+        if same:
             fail(f"--from and --out are the same folder: {args.source}; to check it, leave out --from")
     return args
 

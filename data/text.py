@@ -81,7 +81,17 @@ MIN_VAL_SHARE, MAX_VAL_SHARE = 0.005, 0.1  # of the text, when --val_fraction do
 
 MAGIC, VERSION = 20240520, 1
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-PATTERNS = ("", GPT2_PATTERN)  # how a tokenizer may split text; a hostile pattern could run for ever
+
+
+def gpt4_pattern(digits, joined=False):
+    """GPT-4's pattern with at most `digits` digits in a piece. joined: words with one space between are one piece."""
+    words = r"[^\r\n\p{L}\p{N}]?+\p{L}++" + r"(?: \p{L}++)*+" * joined
+    return (r"'(?:[sdmtSDMT]|[lL]{2}|[vV][eE]|[rR][eE])|" + words + rf"|\p{{N}}{{1,{digits}}}"
+            r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+
+
+# How a tokenizer may split text, as in sample.py. Other patterns are refused: a hostile one could run for ever.
+PATTERNS = ("", GPT2_PATTERN, *(gpt4_pattern(digits, joined) for joined in (False, True) for digits in (1, 2, 3)))
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
 # tiktoken names the files in its cache after the address they came from.
 ENCODER_JSON_URL = b"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
@@ -198,7 +208,7 @@ def tokenizer_file_json(path):
     types = {"name": str, "pattern": str, "ranks": list, "special_tokens": dict, "bos_id": int}
     for field, kind in types.items():
         need(isinstance(spec, dict) and type(spec.get(field)) is kind, f"{field} is missing or not a {kind.__name__}")
-    need(spec["pattern"] in PATTERNS, "its pattern is not one of those allowed (GPT-2's, or none for single bytes)")
+    need(spec["pattern"] in PATTERNS, "its pattern is not one of those allowed, which data/tokenizer.py uses")
     try:
         tokens = [base64.b64decode(rank, validate=True) for rank in spec["ranks"]]
     except (TypeError, ValueError, binascii.Error):

@@ -1,25 +1,46 @@
-"""How fast the kernels are: a Markdown table, each against the plain PyTorch version compiled with torch.compile.
+"""Prints how fast the kernels are: a Markdown table, each beside plain PyTorch compiled with torch.compile.
 
     python dev/bench_kernels.py
 
-Needs a CUDA GPU with 60 GB and Triton; takes a few minutes, most of it compilation. Rows in float8 appear from compute
-capability 8.9 on. Times are medians of triton.testing.do_bench. The ceilings come first: GB/s of a copy on the device,
-TFLOP/s of a bf16 product of 8192 x 8192 matrices. Bytes and operations are the least that the task needs (of attention:
-the keys that documents and window let a token see), so what a kernel reads, computes or skips beyond that lowers its
-share; float8 rows can pass 100 % of the bf16 ceiling.
+Needs Triton and a CUDA GPU with 60 GB. Takes a few minutes, mostly for compilation. Rows in float8 need compute
+capability 8.9 or more.
+
+Times are medians of triton.testing.do_bench. The first line has the ceilings: GB/s of a copy on the device, and TFLOP/s
+of a bf16 product of 8192 x 8192 matrices. Bytes and operations are the fewest that the task needs; for attention they
+count only the keys that a token sees. So whatever a kernel reads or computes beyond that lowers its share. Float8 rows
+can exceed 100 % of the bf16 ceiling.
 """
+import argparse
 import sys
 from pathlib import Path
 
-import torch
-import torch._functorch.config
-import torch.nn.functional as F
+
+def parse_args(argv: list[str] | None = None):
+    """Ends with the help or with one line for a bad flag; there are no others."""
+    parser = argparse.ArgumentParser(prog="bench_kernels.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.parse_args(argv)
+
+
+def fail(message: str):
+    print(f"bench_kernels.py: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    parse_args()                         # before PyTorch is imported, so that --help answers at once
+
+import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
 
 kernels = train_gpt.triton_kernels
-T, C, HIDDEN, V, H = 131_072, 768, 3072, 50_304, 6
+T, C, HIDDEN, V, H = 131_072, 768, 3072, 50_304, 6       # tokens, channels, MLP channels, vocabulary, heads
+WINDOWS = (128, 384, 896, 1408)
 
 
 def milliseconds(function) -> float:
@@ -33,11 +54,13 @@ def randn(*shape, std=1.0) -> torch.Tensor:
 
 
 class Table:
-    """Prints rows as they are measured; the constructor measures the ceilings."""
+    """Prints each row when it is measured. The constructor measures the ceilings."""
 
     def __init__(self):
-        buffer, a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda"), randn(8192, 8192)
-        copy, product = milliseconds(buffer.clone), milliseconds(lambda: a @ a)
+        buffer = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        a = randn(8192, 8192)
+        copy = milliseconds(buffer.clone)
+        product = milliseconds(lambda: a @ a)
         self.ceilings = {"GB/s": 2 * buffer.numel() / copy / 1e6, "TFLOP/s": 2 * 8192 ** 3 / product / 1e9}
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: copy {self.ceilings['GB/s']:.0f} GB/s, "
               f"bf16 product {self.ceilings['TFLOP/s']:.0f} TFLOP/s\n")
@@ -45,7 +68,7 @@ class Table:
         print("| --- | --- | --: | --: | --: | --: | --: |", flush=True)
 
     def row(self, operation: str, size: str, ms: float, work: float, unit: str, plain: float | None = None):
-        """One row: `work` is bytes for GB/s, operations for TFLOP/s; plain the time of the PyTorch version, if any."""
+        """Prints a row. work: bytes for GB/s, operations for TFLOP/s; plain: milliseconds of the plain version."""
         rate = work / ms / (1e6 if unit == "GB/s" else 1e9)
         versus = f"{plain:.3f} | {plain / ms:.2f}" if plain else "- | -"
         share = f"{100 * rate / self.ceilings[unit]:.0f} %"
@@ -94,47 +117,54 @@ def products(table: Table):
         table.row(f"{name} forward + backward", size, both[1], 3 * operations, "TFLOP/s", both[0])
 
 
+def document_starts() -> torch.Tensor:
+    """Where the document of each of T tokens starts, (T,) int32, for documents of the lengths of web pages."""
+    lengths = torch.empty(T // 16, device="cuda").log_normal_(6.09, 0.8).clamp(32, 2048).long()  # median 440
+    borders = lengths.cumsum(0)
+    borders = borders[borders < T]
+    starts = torch.zeros(T, device="cuda", dtype=torch.int32)
+    starts[borders] = borders.int()
+    return starts.cummax(0).values.int()
+
+
 def attention(table: Table):
     """FlexAttention with documents of web-like length; the block mask is built in the forward."""
-    lengths = torch.empty(T // 16, device="cuda").log_normal_(6.09, 0.8).clamp(32, 2048).long()  # median 440
-    borders, index = lengths.cumsum(0), torch.arange(T, device="cuda", dtype=torch.int32)
-    starts, borders = torch.zeros_like(index), borders[borders < T]
-    starts[borders] = borders.int()
-    starts = starts.cummax(0).values.int()
+    starts = document_starts()
+    index = torch.arange(T, device="cuda", dtype=torch.int32)
     q, k, v, dy = randn(T, H, C // H, std=0.1), *(randn(T, H, C // H) for _ in range(3))
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
-    def attend(q, k, v, first):
-        return train_gpt.flex(q, k, v, train_gpt.block_mask(first, 1408 // train_gpt.BLOCK + 2))
-    flex = torch.compile(attend, dynamic=False, fullgraph=True)
-    for window in (128, 384, 896, 1408):
+    def attend_with(name):               # the mask is part of what is compiled, as in the model
+        def attend(q, k, v, starts, window):
+            return train_gpt.ATTENTION[name](starts, window, WINDOWS[-1])(q, k, v)
+        return attend
+    flex = torch.compile(attend_with("flex"), dynamic=False, fullgraph=True)
+    for window in WINDOWS:
         first = torch.maximum(starts, index - window)
         operations = 4 * C * (index - first + 1).sum().item()       # q k and p v, each of 2 C a visible key
-        plain = torch.compile(train_gpt.plain_attention, dynamic=False)
-        pairs = [(flex(*leaves, first), lambda: flex(*leaves, first)),
-                 (plain(*leaves, first, window), lambda: plain(*leaves, first, window))]
-        forward = [milliseconds(call) for _, call in pairs]
-        backward = [milliseconds(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)) for y, _ in pairs]
+        plain = torch.compile(attend_with("plain"), dynamic=False)
+        size = torch.tensor(window, device="cuda")                  # a number would be compiled anew for each window
+        calls = [lambda: flex(*leaves, starts, size), lambda: plain(*leaves, starts, window)]
+        forward = [milliseconds(call) for call in calls]
+        outputs = [call() for call in calls]
+        backward = [milliseconds(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)) for y in outputs]
         for name, (ours, other), factor in (("forward", forward, 1), ("backward", backward, 2.5)):
-            size = f"{T} x {H} x {C // H}"
-            table.row(f"flex {name}, window {window}", size, ours, factor * operations, "TFLOP/s", other)
+            shape = f"{T} x {H} x {C // H}"
+            table.row(f"flex {name}, window {window}", shape, ours, factor * operations, "TFLOP/s", other)
 
 
-def main() -> int:
-    """Prints the table; returns the exit code."""
+def main():
     if not torch.cuda.is_available() or kernels is None:
-        print("bench_kernels.py: needs a CUDA GPU and Triton, and one is missing here; run it on such a machine",
-              file=sys.stderr)
-        return 2
+        fail("this needs a CUDA GPU and Triton, and one of them is missing here; run it on such a machine")
     torch.manual_seed(0)
-    torch._functorch.config.donated_buffer = False       # the backward alone is timed many times on one forward
+    torch._functorch.config.donated_buffer = False       # the backward is timed many times after one forward
+    has_float8 = torch.cuda.get_device_capability() >= (8, 9)
     table = Table()
-    head(table, [False, True] if torch.cuda.get_device_capability() >= (8, 9) else [False])
-    if torch.cuda.get_device_capability() >= (8, 9):
+    head(table, [False, True] if has_float8 else [False])
+    if has_float8:
         products(table)
     attention(table)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

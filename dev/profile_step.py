@@ -1,23 +1,52 @@
-"""Where a training step spends its time on the GPU.
+"""Prints where a training step spends its time on the GPU.
 
-    python dev/profile_step.py --train_files=... --val_files=... [flags of train_gpt.py] [--stage=0]
+    python dev/profile_step.py --train_files=... --val_files=... [other flags of train_gpt.py] [--stage=0]
 
-Compiles as the script does, runs a few steps of a stage on real tokens under PyTorch's profiler and prints milliseconds
-per step: of the whole step by kind of kernel, of the head with its loss and of the optimizer, each run alone, what the
-others of the step have by subtraction, and the loader's time on the CPU, where it works ahead; last the 30 longest
-kernels.
+Compiles as the script does, and runs a few steps of one stage on real tokens under PyTorch's profiler. Prints
+milliseconds per step, by kind of kernel:
+
+* the whole step;
+* the head with its loss, and the optimizer, each run alone;
+* the rest of the step, which is the difference;
+* the loader on the CPU, which works ahead of the GPU;
+* the 30 kernels that take longest.
+
+The kernels are launched one by one here. A training run may replay them as CUDA graphs, with fewer gaps between them.
 """
+import argparse
 import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
-import torch
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this script, and those for the training script."""
+    parser = argparse.ArgumentParser(prog="profile_step.py", usage="python dev/profile_step.py [-h] [--stage=N] "
+                                     "[flags of train_gpt.py]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--stage", type=int, default=0, metavar="N", help="row of the stage table (default: 0). All "
+                        "other flags go to train_gpt.py, see its --help")
+    return parser.parse_known_args(argv)
+
+
+def fail(message: str):
+    print(f"profile_step.py: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    ARGS, FLAGS = parse_args()           # before PyTorch is imported, so that --help answers at once
+
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt  # noqa: E402
 
-STEPS = 4
+STEPS = 4                                # steps that are measured; Adam works in every other one
 KINDS = (("attention", ("flex", "tem_fused")),
          ("matrix products", ("gemm", "cutlass", "nvjet", "cublas", "xmma", "relu2")),
          ("cross-entropy", ("cross_entropy", "target_grad")), ("copies", ("memcpy", "memset", "direct_copy")),
@@ -25,7 +54,7 @@ KINDS = (("attention", ("flex", "tem_fused")),
 
 
 def kind_of(name: str) -> str:
-    """The first kind one of whose words occurs in the kernel's name."""
+    """The first of KINDS that has a word which occurs in the kernel's name, else "other"."""
     return next((kind for kind, words in KINDS if any(word in name.lower() for word in words)), "other")
 
 
@@ -47,72 +76,112 @@ def profile(function) -> tuple[dict, dict]:
 
 
 def show(title: str, kinds: dict):
-    print(f"{sum(kinds.values()):9.2f} ms  {title}: " + ", ".join(
-        f"{kind} {ms:.2f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])))
+    parts = [f"{kind} {ms:.2f}" for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])]
+    print(f"{sum(kinds.values()):9.2f} ms  {title}: {', '.join(parts)}")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model ready to train, and the batches of one step late in the stage."""
+    cfg: "train_gpt.Hyperparameters"
+    machine: "train_gpt.Machine"
+    backward: "train_gpt.Backward"
+    optimizer: "train_gpt.Optimizer"
+    micro_packs: int
+    step: int
+    batches: list
+    loader_ms: float                     # on the CPU, for one step
+
+    def train(self, i: int):
+        """Trains on the batches, as step number `step + i`."""
+        step = self.step + i
+        plan = train_gpt.schedule(self.cfg, step)
+        train_gpt.training_step(self.backward, self.optimizer, self.batches, step, plan, self.machine)
+
+
+def set_up(stage: int, flags: list[str]) -> Setup:
+    """Does what train() of the script does before its first step; raises train_gpt.UserError."""
+    cfg = train_gpt.parse_config(flags)
+    if not 0 <= stage < len(cfg.stages):
+        fail(f"--stage={stage}: the stage table has the rows 0 to {len(cfg.stages) - 1}")
+    machine = train_gpt.setup_machine(cfg)
+    cfg, data = train_gpt.load_data(cfg, machine)
+    cfg, tried = train_gpt.choose_attention(cfg, machine)
+    backward, optimizer = train_gpt.build(cfg, machine)
+    model, cfg = optimizer.model, optimizer.model.cfg
+    if model.kernels:
+        tried.append(train_gpt.check_kernels(model, machine))
+    print("\n".join(tried))
+    micro_packs = train_gpt.largest_micro_batch(backward, optimizer, machine)
+    train_gpt.initialize(model, optimizer, machine)
+    model.set_stage(stage)
+    step = max(round(cfg.stages[stage].until * cfg.num_iterations) - 8, 0) // 2 * 2     # even: Adam rests at first
+    started = time.perf_counter()
+    loader = train_gpt.training_batches(cfg, data.train, 0, 1, micro_packs, step)
+    batches = [next(loader)[0] for _ in range(4)]
+    loader_ms = 1000 * (time.perf_counter() - started) / len(batches)
+    return Setup(cfg, machine, backward, optimizer, micro_packs, step, batches[0], loader_ms)
+
+
+def seconds_of(run: Setup, steps: int) -> float:
+    """Wall time of this many steps, without the profiler."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for i in range(steps):
+        run.train(i)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def head_kinds(run: Setup) -> dict:
+    """Milliseconds of a step by kind of kernel in the head and its loss, with gradients; empty without the kernel."""
+    cfg, model = run.cfg, run.optimizer.model
+    if "head_loss" not in model.kernels:
+        return {}
+    tokens, device = run.micro_packs * cfg.pack_tokens, run.machine.device
+    weights = torch.tensor(train_gpt.schedule(cfg, run.step).loss_weights, device=device)
+    targets = torch.randint(0, cfg.vocab_size, (tokens, len(weights)), device=device)
+    x = train_gpt.norm(torch.randn(tokens, cfg.model_dim, device=device)).bfloat16().requires_grad_()
+    kinds, _ = profile(lambda: model.kernels["head_loss"](x, model.lm_head, targets, weights, None).backward())
+    return {kind: ms * len(run.batches) for kind, ms in kinds.items()}
+
+
+def optimizer_kinds(run: Setup) -> dict:
+    """Milliseconds of a step by kind of kernel in the optimizer, on gradients of zero."""
+    params = list(run.optimizer.model.parameters())
+    zeros = [torch.zeros_like(param) for param in params]
+    numbers = cycle(range(STEPS))
+
+    def update():
+        for param, zero in zip(params, zeros):
+            param.grad = zero
+        step = run.step + next(numbers)
+        run.optimizer.step(step, train_gpt.schedule(run.cfg, step))
+    return profile(update)[0]
 
 
 def main():
-    argv = [arg for arg in sys.argv[1:] if not arg.startswith("--stage=")]
-    stage = int(next((arg.split("=")[1] for arg in sys.argv[1:] if arg.startswith("--stage=")), 0))
-    cfg = train_gpt.parse_config(argv)
-    machine = train_gpt.setup_machine(cfg)
-    shards, _ = train_gpt.open_shards(cfg.train_files, cfg.val_files)
-    cfg = train_gpt.resolve_config(cfg, machine, shards[0], train_gpt.triton_kernels is not None)
-    cfg, _ = train_gpt.choose_backends(train_gpt.SCRIPT, cfg, machine)
-    head_chunk = (train_gpt.triton_kernels if cfg.kernels else train_gpt).HEAD_CHUNK
-    cfg, slots, _, plan = train_gpt.memory_plan(cfg, machine, head_chunk)
-    print(plan)
-    with torch.device(machine.device):
-        model = train_gpt.GPT(cfg)
-    optimizer = train_gpt.Optimizer(model)
-    backward = train_gpt.Backward(torch.compile(model, dynamic=False, fullgraph=True))
-    model.set_stage(stage)
-    step = (round(cfg.stages[stage].until * cfg.num_iterations) - 8) // 2 * 2
-    started = time.perf_counter()
-    loader = train_gpt.training_batches(cfg, shards, 0, 1, slots)
-    batches = [next(loader) for _ in range(4)]
-    loader_ms = 1000 * (time.perf_counter() - started) / 4          # of first-stage batches
-    batches = (batches[0][0] * 16)[:train_gpt.micro_steps(cfg, cfg.stages[stage], 1, slots)]
-
-    def train(i):                        # Adam works at odd steps
-        train_gpt.training_step(backward, optimizer, batches, step + i, machine)
-    started = time.perf_counter()
-    for i in range(4):
-        train(i)
-    torch.cuda.synchronize()
-    print(f"compiled in {time.perf_counter() - started:.1f} s")
-    started = time.perf_counter()
-    for i in range(STEPS):
-        train(i)
-    torch.cuda.synchronize()
-    step_ms = 1000 * (time.perf_counter() - started) / STEPS
-    count = iter(range(1 << 20))
-    whole, kernels = profile(lambda: train(next(count) % 4))
+    if not torch.cuda.is_available():
+        fail("PyTorch finds no CUDA GPU, and this profiles one; run it on such a machine")
+    try:
+        run = set_up(ARGS.stage, FLAGS)
+    except train_gpt.UserError as error:
+        fail(str(error))
+    print(f"compiled in {seconds_of(run, STEPS):.1f} s")
+    step_ms = 1000 * seconds_of(run, STEPS) / STEPS
+    numbers = cycle(range(STEPS))
+    whole, kernels = profile(lambda: run.train(next(numbers)))
     show("the whole step", whole)
-
-    targets = torch.randint(0, cfg.vocab_size, (slots * cfg.slot_tokens, 4), device="cuda")
-    weights = torch.tensor(train_gpt.loss_weights(cfg, step), device="cuda")
-    x = train_gpt.norm(torch.randn(len(targets), cfg.model_dim, device="cuda")).bfloat16().requires_grad_()
-
-    def head():
-        train_gpt.triton_kernels.head_loss(x, model.lm_head, targets, weights, None, cfg.float8).backward()
-    head_kinds = {}
-    if cfg.kernels:
-        head_kinds = {kind: ms * len(batches) for kind, ms in profile(head)[0].items()}
-        show("head and loss over the whole vocabulary, forward and backward", head_kinds)
-    zeros = [torch.zeros_like(param) for param in model.parameters()]
-
-    def update():
-        for param, zero in zip(model.parameters(), zeros):
-            param.grad = zero
-        optimizer.step(step + next(count) % 4)
-    update_kinds, _ = profile(update)
-    show("optimizer", update_kinds)
-    body = {kind: ms - head_kinds.get(kind, 0) - update_kinds.get(kind, 0) for kind, ms in whole.items()}
-    show("the others", body)
-    print(f"{step_ms:9.2f} ms  stage {stage}, a step of {cfg.stages[stage].batch_tokens} tokens without the profiler, "
-          f"{step_ms - sum(whole.values()):.2f} of them without a kernel")
-    print(f"{loader_ms:9.2f} ms  loader, for a batch of {cfg.stages[0].batch_tokens} tokens, ahead on the CPU")
+    head = head_kinds(run)
+    if head:
+        show("head and loss over the whole vocabulary, forward and backward", head)
+    update = optimizer_kinds(run)
+    show("optimizer", update)
+    show("the rest", {kind: ms - head.get(kind, 0) - update.get(kind, 0) for kind, ms in whole.items()})
+    batch_tokens = run.cfg.stages[ARGS.stage].batch_tokens
+    print(f"{step_ms:9.2f} ms  a step of stage {ARGS.stage}, {batch_tokens} tokens, without the profiler; for "
+          f"{step_ms - sum(whole.values()):.2f} ms of it no kernel runs")
+    print(f"{run.loader_ms:9.2f} ms  loader on the CPU, for the batch of a step")
     for name, (ms, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:30]:
         print(f"{ms:9.3f} ms  {launches:6.1f} x  {name[:110]}")
 

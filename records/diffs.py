@@ -4,7 +4,6 @@ This is a module of records.py, not a command: records.py new writes changes.dif
 """
 import ast
 import difflib
-from pathlib import Path
 
 from runs import MAX_JSON, Record, read_text, source_files, unix_lines
 

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from checks import check_record, track_problem
-from comparison import compare, comparison_plan, save_ledger
+from comparison import compare, save_ledger
 from diffs import script_diff
 from launcher import keep_run, log_hashes
 from pictures import history, plot

@@ -321,7 +321,7 @@ def test_tests_run_in_the_environment_that_run_sh_makes(machine, script):
         "python: -c import torch._inductor.compile_fx",
         "python: -m pip install --no-input --quiet --no-compile -r tests/requirements.txt"]
     more = ["python: records/records.py check --all"] if script == ".ci/run" else []
-    assert done.calls[5:] == [" ".join(("python: -m pytest -q -p xdist -n 3", *arguments)), *more]
+    assert done.calls[5:] == [" ".join(("python: -m pytest -q -p xdist -n 3 -o testpaths=tests", *arguments)), *more]
 
 
 # -----------------------------------------------------------------------------
@@ -333,7 +333,7 @@ HELPFUL = sorted(path.relative_to(ROOT).as_posix() for folder in (".", "data", "
 
 def test_the_list_of_scripts_is_complete():
     assert {"train_gpt.py", "train_gpt_medium.py", "sample.py", "evaluate.py", "gpt2.py", "triton_kernels.py",
-            "data/text.py", "data/fineweb.py", "data/evals.py", "records/records.py"} <= set(HELPFUL)
+            "data/text.py", "data/fineweb.py", "data/evals.py", "data/tokenizer.py", "records/records.py"} <= set(HELPFUL)
 
 
 @pytest.mark.parametrize("name", HELPFUL)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, SMALL_STAGES, as_flags, only_folder, small_flags
+from conftest import ROOT, SCRIPTS, as_flags, only_folder, small_flags
 
 import train_gpt
 from train_gpt import PRESETS, Layer, Stage, parse_config

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import BOS, ROOT, SCRIPTS, VOCAB, make_data, make_text, small_flags, tokenizer_json, write_shard
 
+import train_gpt
 
 GPT2_BPE = ROOT.parent / "shared" / "data" / "gpt2_bpe"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -117,7 +118,7 @@ def test_shards_of_different_tokenizers_are_refused(refused, tmp_path, words, na
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, ["missing", "data/text.py"]), (b"", ["not the tokenizer"]),
+    (None, ["missing", "copy it"]), (b"", ["not the tokenizer"]),
     (tokenizer_json() + b" ", ["not the tokenizer"])])
 def test_the_tokenizer_must_be_the_one_of_the_shards(refused, tmp_path, content, words):
     folder = make_data(tmp_path / "shards")
@@ -134,8 +135,8 @@ def test_the_tokenizer_is_read_and_checked(script, data):
 
 @pytest.mark.parametrize("name, position", [("train_000000.bin", 20), ("val_000000.bin", 1000)])
 def test_an_id_outside_the_vocabulary_is_refused(run_main, tmp_path, name, position):
-    folder = make_data(tmp_path / "shards")
-    tokens = make_text(40_000, 0)
+    folder = make_data(tmp_path / "shards", train_tokens=100_000)
+    tokens = make_text(100_000, 0)
     tokens[position] = VOCAB
     write_shard(folder / name, tokens)
     done = run_main(*small_flags(folder, out_dir=tmp_path / "logs"))
@@ -151,7 +152,7 @@ def test_ids_too_large_for_a_signed_number_are_refused(script, tmp_path):
 
 def test_too_few_tokens_for_the_schedule_are_noticed_at_the_start(refused, tmp_path):
     folder = make_data(tmp_path / "shards", train_tokens=10_000)
-    refused(*small_flags(folder), words=["train_files", 6 * 512 + 14 * 1024, "num_iterations"][::2])
+    refused(*small_flags(folder), words=["train_files", 7 * 512 + 13 * 1024, "num_iterations"])
 
 
 def test_too_few_validation_tokens(refused, data):
@@ -159,7 +160,7 @@ def test_too_few_validation_tokens(refused, data):
 
 
 def test_a_validation_shard_that_does_not_begin_with_a_document(run_main, tmp_path):
-    folder = make_data(tmp_path / "shards", val_tokens=1400)
+    folder = make_data(tmp_path / "shards", train_tokens=100_000, val_tokens=1400)
     tokens = np.concatenate([np.full(200, 97), make_text(1400, 9)[:1400]])
     write_shard(folder / "val_000000.bin", tokens)
     done = run_main(*small_flags(folder, out_dir=tmp_path / "logs"))
@@ -173,7 +174,7 @@ def test_running_out_during_training(run_main, tmp_path):
         write_shard(folder / f"train_{i:06d}.bin", np.concatenate([[BOS], np.full(10_000, 97)]))
     done = run_main(*small_flags(folder, out_dir=tmp_path / "logs"))
     assert done.code == 2 and done.err.count("\n") == 1
-    assert "ran out at step 0" in done.err and "num_iterations" in done.err
+    assert "ends at step 0 of 20" in done.err and "--epochs=2" in done.err
 
 
 # -----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
 import evals  # noqa: E402
 
+ACCENTS = os.fsdecode("\u00e9t\u00e9".encode())   # as Python has this name in the locale of the tests
 URIS = ["commonsense_reasoning/copa.jsonl", "world_knowledge/arc_easy.jsonl"]
 YAML = "icl_tasks:\n" + "".join(f"-\n  label: x\n  dataset_uri: {uri}\n" for uri in URIS)
 ROWS = b'{"query": "q", "choices": ["a", "b"], "gold": 0}\n' * 3
@@ -189,7 +190,7 @@ def test_only_hellaswag_is_a_source_too(tmp_path, fetch):
 # -----------------------------------------------------------------------------
 # Paths, modes and locales
 
-@pytest.mark.parametrize("name", ["a [b]  c", "it's", "bell\x1b[31m", "new\nline", "-x", "\u00e9"])
+@pytest.mark.parametrize("name", ["a [b]  c", "it's", "bell\x1b[31m", "new\nline", "-x", ACCENTS], ids=ascii)
 def test_odd_paths_work_and_the_printed_command_is_quoted(tmp_path, name, capsys):
     source, out = write(tmp_path / f"from {name}", HELLASWAG), tmp_path / name
     evals.main([f"--from={source}", f"--out={out}"])
@@ -222,7 +223,7 @@ def test_files_and_folders_have_the_mode_that_the_umask_asks_for(tmp_path, fetch
 
 
 def test_a_locale_without_the_letters_of_a_path_does_not_end_the_run(tmp_path):
-    source = write(tmp_path / "\u00e9", HELLASWAG)
+    source = write(tmp_path / ACCENTS, HELLASWAG)
     done = subprocess.run([sys.executable, ROOT / "data" / "evals.py", f"--from={source}", f"--out={source}2"],
                           capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
                                                                "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"})

@@ -17,7 +17,7 @@ import re
 import shutil
 import signal
 import sys
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -287,6 +287,30 @@ def test_an_answer_that_is_no_suffix_of_tokens_is_an_error():
         documents_of("lm", [("the",)], ("th",))
 
 
+@pytest.mark.parametrize("label, row, answers", [
+    ("lambada_openai", {"context": "it is", "continuation": "done"}, [" done"]),
+    ("jeopardy", {"context": "Who? ", "continuation": "me "}, [" me "]),
+    ("copa", {"query": "it is", "choices": ["done", "so", "do"], "gold": 1}, [" done", " so", " do"]),
+    ("winograd", {"context_options": ["it is", "that was"], "continuation": "done so", "gold": 0}, [" done so"] * 2)])
+def test_question_and_answer_are_encoded_apart_for_a_tokenizer_that_joins_words(label, row, answers):
+    """The same text; without this a token such as `is done` would belong to both."""
+    task = replace(next(task for task in evaluate.TASKS if task.label == label), shots=0)
+    joined, = evaluate.render(task, [(0, row)], False)
+    item, = evaluate.render(task, [(0, row)], False, apart=True)
+    assert ["".join(prompt) for prompt in item.prompts] == ["".join(prompt) for prompt in joined.prompts]
+    assert [prompt[-1] for prompt in item.prompts] == answers
+    assert "".join(item.before) == "".join(joined.before)
+    merges = [b"is done", b"is so", b"is do", b"s d", b": m", b"do", b"done"]
+    tokenizer = sample.Tokenizer(bpe_spec([b"is", b" d", b"on", b"is d", *merges])
+                                 | {"pattern": sample.gpt4_pattern(2, joined=True)})
+    encoded = {piece: np.array(tokenizer.encode(piece), np.int32)
+               for prompt in [*item.prompts, item.before] for piece in prompt}
+    documents = evaluate.item_documents(item, encoded, np.array([tokenizer.bos_id], np.int32))
+    scored = [b"".join(map(tokenizer.token_bytes, tokens[start:end])).decode() for tokens, start, end in documents]
+    assert all(map(str.endswith, answers, scored)) and all(scored)
+    assert task.kind != "lm" or scored == answers
+
+
 def test_a_long_document_keeps_its_first_and_its_last_tokens():
     tokens, start, end = evaluate.cut((np.arange(10), 7, 10), 6)
     assert (tokens.tolist(), start, end) == ([0, 5, 6, 7, 8, 9], 3, 6)
@@ -345,6 +369,7 @@ def test_there_is_no_standard_error_of_one():
     core = evaluate.core_score({"copa": score, "winograd": {"accuracy": 0.5, "se": 0.1}})
     assert (score["accuracy"], score["se"], core["se"], core["core"]) == (1, None, None, 0.5)
     result = {"scores": {"val": {"loss": 1.25, "se": None, "n": 1, "tokens": 7}}, "max_items": 0, "cut_documents": 0,
+              "answers_apart": False,
               "tokens": 7, "score_seconds": 0.0042, "seconds": 1.5, "compile_seconds": 0.0, "model": "m\x1b",
               "script": "s", "step": 3}
     assert [line.split() for line in evaluate.table(result).splitlines()[2:]] == [

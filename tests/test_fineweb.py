@@ -39,6 +39,7 @@ import fineweb  # noqa: E402
 
 REPO = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 VAL, ONE, TWO = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
+ACCENTS = os.fsdecode("\u00e9t\u00e9".encode())  # as Python has this name in the locale of the tests
 NOWHERE = "http://127.0.0.1:9"  # a port where nothing listens
 
 
@@ -670,8 +671,8 @@ def test_tokenize_without_a_vocabulary_names_the_remedy(hub, tmp_path):
 # Paths, proxies, locales, and the printed command
 
 
-@pytest.mark.parametrize("name", ["a [b] c", "two  blanks", "it's", "back\\slash", "st*r", "-x", "~", "\u00e9t\u00e9",
-                                  "bell\a\x1b[31m", "new\nline", "not-utf8-\udcff"])
+@pytest.mark.parametrize("name", ["a [b] c", "two  blanks", "it's", "back\\slash", "st*r", "-x", "~", ACCENTS,
+                                  "bell\a\x1b[31m", "new\nline", os.fsdecode(b"not-utf8-\xff")], ids=ascii)
 def test_odd_paths_work_and_the_printed_command_finds_the_shards(disk, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     source, out = tmp_path / f"from {name}", tmp_path / name
@@ -721,7 +722,7 @@ def test_files_have_the_mode_that_the_umask_asks_for(hub, tmp_path, umask):
     ("socks5://me:secret@127.0.0.1:9", "the proxy socks5://127.0.0.1 is a SOCKS proxy, which needs the Python package "
                                        "PySocks: pip install pysocks, or unset HTTPS_PROXY"),
     ("gopher://me:secret@127.0.0.1:9", "the proxy gopher://127.0.0.1 is not the address of an http proxy"),
-    ("http://:80", "is not the address of an http proxy"),
+    ("http://:80", "is not the address of an http proxy"), ("http://[", "is not the address of an http proxy"),
 ])
 def test_a_proxy_that_cannot_work_is_one_line(tmp_path, monkeypatch, proxy, words):
     def without_the_package(*args, **kwargs):
@@ -738,9 +739,9 @@ def test_a_missing_certificate_file_is_one_line(tmp_path):
 
 
 def test_a_locale_without_the_letters_of_a_path_does_not_end_the_run(disk, tmp_path):
-    result = call(tmp_path, NOWHERE, "1", f"--from={disk}", f"--out={tmp_path}/\u00e9", process=True, LC_ALL="C",
+    result = call(tmp_path, NOWHERE, "1", f"--from={disk}", f"--out={tmp_path}/{ACCENTS}", process=True, LC_ALL="C",
                   PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
-    assert "next: python" in result.stdout and VAL in names_in(tmp_path / "\u00e9")
+    assert "next: python" in result.stdout and VAL in names_in(tmp_path / ACCENTS)
 
 
 def result_of(prefix="fineweb_", train=900_000_000, val=100_000_000, has_tokenizer=True):

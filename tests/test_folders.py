@@ -261,8 +261,6 @@ def test_the_printed_command_trains(number, tmp_path, fast_run):
         if line.startswith("next: "):
             break
     script, *flags = shlex.split(line.removeprefix("next: python "))
-    if "epochs:" not in (ROOT / "train_gpt.py").read_text():
-        flags = [flag for flag in flags if not flag.startswith("--epochs=")]  # three steps need no second epoch
     done = fast_run([sys.executable, str((case.root / script).resolve()), *flags, "--stop_after=3", "--val_every=0",
                      f"--out_dir={tmp_path / 'logs'}"], cwd=case.root, text=True, timeout=300)
     assert done.returncode == 0, (line, done.stdout, done.stderr)

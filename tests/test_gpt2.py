@@ -2,11 +2,13 @@
 
 Against: transformers' own GPT-2 with random weights, saved by it in the published layout, one document at a time (the
 test dependency; without it those tests skip). Choices on HellaSwag need the development data. What bad input gets is
-tested without either. Run: python -m pytest tests/test_gpt2.py
+tested without either, and so are the ways to save weights and the help texts. Run: python -m pytest tests/test_gpt2.py
 """
 import json
 import lzma
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -134,12 +136,12 @@ def test_a_cache_that_is_full_is_refused(ours):
 
 
 def test_a_cache_beyond_the_context_is_refused(ours):
-    with pytest.raises(ValueError, match=f"it reads {CONTEXT} tokens, not {CONTEXT + 1}"):
+    with pytest.raises(ValueError, match=f"GPT-2 reads {CONTEXT} tokens, not {CONTEXT + 1}"):
         ours.new_cache(1, CONTEXT + 1)
 
 
 def test_a_document_beyond_the_context_is_refused(ours):
-    with pytest.raises(gpt2.UserError, match=f"a document has {CONTEXT + 1} tokens, GPT-2 reads {CONTEXT}"):
+    with pytest.raises(gpt2.UserError, match=f"a document has {CONTEXT + 1} tokens, but GPT-2 reads {CONTEXT}"):
         ours(torch.cat(documents([20, CONTEXT + 1])))
 
 
@@ -163,7 +165,9 @@ def test_the_vocabulary_comes_from_the_folder(tmp_path, monkeypatch):
         read_tokenizer(tmp_path)
     shutil.copy(SHARED / "gpt2_bpe" / "encoder.json", tmp_path / "vocab.json")
     shutil.copy(SHARED / "gpt2_bpe" / "vocab.bpe", tmp_path / "merges.txt")
-    assert read_tokenizer(tmp_path) == text.gpt2_tokenizer_json(SHARED / "gpt2_bpe")
+    expected = text.gpt2_tokenizer_json(SHARED / "gpt2_bpe")
+    assert read_tokenizer(tmp_path) == expected
+    assert read_tokenizer(SHARED / "gpt2_bpe") == expected          # the names that OpenAI gave the files
 
 
 @needs_data
@@ -210,19 +214,95 @@ CONFIG = {"model_type": "gpt2", "vocab_size": BOS + 1, "bos_token_id": BOS, "n_p
           "n_embd": 2, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
 
 
+def small_state():
+    """Random weights of the model that CONFIG describes, as they are published: (in, out)."""
+    torch.manual_seed(0)
+    state = gpt2.GPT2(gpt2.Config(BOS + 1, 8, 1, 1, 2, 1e-5, BOS)).state_dict()
+    return {name: tensor.T.contiguous() if "c_" in name and tensor.dim() == 2 else tensor
+            for name, tensor in state.items()}
+
+
+def write_sharded(folder, state, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):
+    """The weights in two files with an index, as large models are published."""
+    files = {name: names[i % 2] for i, name in enumerate(sorted(state))}
+    for file in names:
+        save_file({name: tensor for name, tensor in state.items() if files[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def head_only(state):
+    return {"lm_head.weight" if name == "wte.weight" else name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("write", [lambda folder, state: save_file(state, folder / "model.safetensors"), write_sharded],
+                         ids=["one file", "sharded"])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("change", [dict, head_only, lambda state: {**state, **head_only(state)}],
+                         ids=["wte", "lm_head", "both"])
+def test_every_way_to_save_the_weights_gives_the_same_model(tmp_path, monkeypatch, write, prefix, change):
+    state = small_state()
+    named = {name if name.startswith("lm_head") else prefix + name: tensor for name, tensor in change(state).items()}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "a [b] c"
+    folder.mkdir()
+    write(folder, named)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    for name in (folder, "~/a [b] c"):
+        model = gpt2.load(name, "cpu", "fp32")[0]
+        assert torch.equal(model.wte.weight, state["wte.weight"])
+        assert torch.equal(model.h[0].attn["c_attn"].weight, state["h.0.attn.c_attn.weight"].T)
+
+
+@pytest.mark.parametrize("names, words", [
+    (("a.safetensors", "../b.safetensors"), "'../b.safetensors' is not the name of a safetensors file"),
+    (("a.safetensors", "b.bin"), "'b.bin' is not the name of a safetensors file"),
+    (("a.safetensors", "gone.safetensors"), "gone.safetensors cannot be read (no such file); --model= takes a folder"),
+])
+def test_an_index_with_odd_names_is_refused(tmp_path, names, words):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_sharded(folder, small_state(), names)
+    (folder / "gone.safetensors").unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(gpt2.UserError) as refused:
+        gpt2.load(folder, "cpu", "fp32")
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{}"])
+def test_a_damaged_index_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(gpt2.UserError, match="model.safetensors.index.json cannot be read"):
+        gpt2.load(tmp_path, "cpu", "fp32")
+
+
+@pytest.mark.parametrize("more, words", [
+    ({"lm_head.weight": torch.ones(BOS + 1, 2)}, "has an lm_head.weight that is not wte.weight"),
+    ({"transformer.wte.weight": torch.ones(BOS + 1, 2)}, "holds wte.weight, which is in the files of"),
+    ({"ln_f.weight": torch.ones(2, dtype=torch.int32)}, "do not fit its config.json: ln_f.weight; "),
+    ({"extra": torch.ones(2)}, "do not fit its config.json: extra; "),
+])
+def test_weights_that_are_not_all_used_are_refused(tmp_path, more, words):
+    save_file(small_state() | more, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(gpt2.UserError) as refused:
+        gpt2.load(tmp_path, "cpu", "fp32")
+    assert words in str(refused.value)
+
+
 @pytest.mark.parametrize("changes, words", [
-    ({"model_type": "llama"}, "config.json is not GPT-2's (model_type=llama)"),
+    ({"model_type": "llama"}, "config.json is not that of a GPT-2 (model_type=llama)"),
     ({"activation_function": "relu"}, "(activation_function=relu)"),
-    ({"n_layer": None}, "does not fit its config.json: "),
+    ({"n_layer": None}, "do not fit its config.json: ln_f.weight; "),
     ({"vocab_size": 100}, "vocab_size=100, "),
     ({"bos_token_id": 0}, "has vocab_size=1025 and bos_token_id=0, but GPT-2 begins documents with 1024"),
-    ({"n_layer": 2}, "does not fit its config.json: h.1.attn.c_attn.bias, "),
+    ({"n_layer": 2}, "do not fit its config.json: h.1.attn.c_attn.bias, "),
 ], ids=str)
 def test_weights_of_another_kind_are_refused(tmp_path, changes, words):
     layers = changes.pop("n_layer", 1)
-    cfg = gpt2.Config(BOS + 1, 8, 1, 1, 2, 1e-5, BOS)
-    state = {name: tensor.T.contiguous() if "c_" in name and tensor.dim() == 2 else tensor
-             for name, tensor in gpt2.GPT2(cfg).state_dict().items()}
+    state = small_state()
     if layers is None:
         del state["ln_f.weight"]
     save_file(state, tmp_path / "model.safetensors")
@@ -235,8 +315,9 @@ def test_weights_of_another_kind_are_refused(tmp_path, changes, words):
 def test_a_folder_or_name_that_is_no_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(gpt2.UserError, match="config.json cannot be read .FileNotFoundError"):
         gpt2.load(tmp_path, "cpu", "fp32")
-    with pytest.raises(gpt2.UserError, match="--model=gpt3 is neither a folder nor one of gpt2, gpt2-medium"):
-        gpt2.load("gpt3", "cpu", "fp32")
+    for name in ("gpt3", "", "~/nothing"):
+        with pytest.raises(gpt2.UserError, match=f"--model={name} is neither a folder nor one of gpt2, gpt2-medium"):
+            gpt2.load(name, "cpu", "fp32")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(gpt2.UserError, match="model.safetensors cannot be read"):
@@ -250,4 +331,69 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(gpt2.UserError) as refused:
         gpt2.load("gpt2", "cpu", "fp32")
-    assert "--model=gpt2 cannot be fetched (" in str(refused.value) and "\n" not in str(refused.value)
+    assert "--model=gpt2 cannot be downloaded (" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_socks_proxy_without_its_package_is_named(monkeypatch):
+    import huggingface_hub
+
+    def without_the_package(*args, **kwargs):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", without_the_package)
+    with pytest.raises(gpt2.UserError, match="a SOCKS proxy is set and its Python package is missing: pip install"):
+        gpt2.load("gpt2", "cpu", "fp32")
+
+
+# -----------------------------------------------------------------------------
+# Help of the programs and modules around the training scripts
+
+@pytest.mark.parametrize("flags", [(), ("--help",)], ids=["no flags", "--help"])
+@pytest.mark.parametrize("script", ["gpt2.py", "triton_kernels.py"])
+def test_a_module_that_is_run_says_what_it_is_for(script, flags, tmp_path):
+    out = helped([ROOT / script, *flags], tmp_path)
+    assert "This is a module, not a program." in out and len(out.splitlines()) > 8
+
+
+@pytest.mark.parametrize("script", ["data/fineweb.py", "data/evals.py", "dev/bench_kernels.py", "dev/profile_step.py",
+                                    "dev/cap_memory.py"])
+def test_help_of_a_program_shows_how_to_use_it(script, tmp_path):
+    out = helped([ROOT / script, "--help"], tmp_path)
+    assert out.startswith("usage: ") and f"python {script}" in out
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("cap_memory.py", ["much", "train_gpt.py"], "invalid float value: 'much'"),
+    ("cap_memory.py", ["-1", "train_gpt.py"], "GIB=-1.0 must be more than 0"),
+    ("cap_memory.py", ["nan", "train_gpt.py"], "GIB=nan must be more than 0"),
+    ("cap_memory.py", ["20"], "the following arguments are required: SCRIPT"),
+    ("cap_memory.py", ["20", "gone.py"], "SCRIPT=gone.py is not a file; name a training script"),
+    ("profile_step.py", ["--stage=first"], "invalid int value: 'first'"),
+    ("bench_kernels.py", ["--fast"], "unrecognized arguments: --fast"),
+])
+def test_a_bad_command_line_of_a_dev_script_is_one_line(script, flags, words, tmp_path):
+    done = without_torch([ROOT / "dev" / script, *flags], tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"{script}: ") and words in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script, flags", [("bench_kernels", []), ("profile_step", [])])
+def test_a_dev_script_without_a_gpu_is_one_line(script, flags, fast_run):
+    done = fast_run([sys.executable, ROOT / "dev" / f"{script}.py", *flags], text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"{script}.py: ") and done.stderr.count("\n") == 1
+    assert "CUDA GPU" in done.stderr and "run it on such a machine" in done.stderr
+
+
+def helped(words, tmp_path):
+    """What a program prints, and nothing went wrong."""
+    done = without_torch(words, tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def without_torch(words, tmp_path):
+    """A program where PyTorch and Triton cannot be imported, since that takes seconds."""
+    for name in ("torch", "triton"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported for a help text')")
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})

@@ -1,11 +1,16 @@
 """The kernels of triton_kernels.py and FlexAttention as train_gpt.py calls it, on a GPU: values and gradients.
 
 Against: the same formulas in float64 with autograd, and the plain PyTorch versions in bf16, whose error sets the
-bounds; a training step with kernels and float8 against one without. Skipped without CUDA or Triton; float8 also below
-compute capability 8.9. Run: python -m pytest tests/test_kernels.py
+bounds; a training step with kernels and float8 against one without; and what the warm-up finds out about kernels,
+attention and memory. Skipped without CUDA or Triton; float8 also below compute capability 8.9.
+
+Run: python -m pytest tests/test_kernels.py; with -s it prints how far each kernel is from plain PyTorch in whole models
 """
+import gc
+import importlib
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import GPT, PRESETS, block_mask, flex, head_loss, plain_attention
+from train_gpt import GPT, PRESETS, head_loss, plain_attention
 
 kernels = train_gpt.triton_kernels
 DEVICE, CUDA = "cuda", torch.cuda.is_available()
@@ -24,6 +29,7 @@ pytestmark = [pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU"),
 needs_float8 = pytest.mark.skipif(not FLOAT8, reason="needs a GPU of compute capability 8.9 or above, for float8")
 number_formats = pytest.mark.parametrize("float8", [False, pytest.param(True, marks=needs_float8)],
                                          ids=["bf16", "float8"])
+MACHINE = train_gpt.Machine(torch.device(DEVICE, 0), 0, 1, DEVICE)
 eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
 TANH_ERROR = 0.02  # bound on what the approximate tanh, 2^-11, becomes in one entry of the logit gradient, relative
@@ -309,11 +315,11 @@ T, H, D, WINDOWS = 4096, 6, 128, (128, 384, 1408)
 
 @pytest.fixture(scope="module")
 def compiled_flex():
-    """flex and block_mask compiled together once for all windows, as in the model."""
+    """FlexAttention and its mask compiled together, once for all windows, as in the model."""
     torch._dynamo.reset()
 
-    def attend(q, k, v, first):
-        return flex(q, k, v, block_mask(first, max(WINDOWS) // train_gpt.BLOCK + 2))
+    def attend(q, k, v, doc_start, window):
+        return train_gpt.ATTENTION["flex"](doc_start, window, max(WINDOWS))(q, k, v)
     return torch.compile(attend, dynamic=False, fullgraph=True)
 
 
@@ -322,13 +328,17 @@ def test_flex_attention_is_as_good_as_plain_attention(window, compiled_flex):
     starts = torch.zeros(T, dtype=torch.int32, device=DEVICE)
     borders = torch.cat([torch.randint(1, T, (14,), device=DEVICE), torch.tensor([1024, 1025, T - 1], device=DEVICE)])
     starts[borders] = borders.int()
-    index = torch.arange(T, device=DEVICE, dtype=torch.int32)
-    first = torch.maximum(starts.cummax(0).values.int(), index - window)
+    starts = starts.cummax(0).values.int()
+    first = torch.maximum(starts, torch.arange(T, device=DEVICE, dtype=torch.int32) - window)
+    size = torch.tensor(window, device=DEVICE, dtype=torch.int32)
     q, k, v = train_gpt.norm(randn(T, H, D)) * 0.1, train_gpt.norm(randn(T, H, D)), randn(T, H, D)
     grad, results = randn(T, H, D), {}
     for name, dtype in (("exact", torch.float64), ("plain", torch.bfloat16), ("flex", torch.bfloat16)):
         inputs = as_leaves(q, k, v, dtype=dtype)
-        y = compiled_flex(*inputs, first) if name == "flex" else plain_attention(*inputs, first, window)
+        if name == "flex":
+            y = compiled_flex(*inputs, starts, size)
+        else:
+            y = plain_attention(*inputs, first, window)
         y.backward(grad.to(dtype))
         results[name] = [y.detach()] + [tensor.grad for tensor in inputs]
     for name, exact, plain, ours in zip(("y", "dq", "dk", "dv"), *results.values()):
@@ -338,8 +348,9 @@ def test_flex_attention_is_as_good_as_plain_attention(window, compiled_flex):
 # -----------------------------------------------------------------------------
 # The training step
 
-CONFIG = replace(PRESETS["speedrun"], layers=train_gpt.TINY_LAYERS, model_dim=256, head_dim=64, mlp_dim=512,
-                 bigram_rows=1024, vocab_size=1024, bos_id=1023, attention="flex", compile=False)
+SMALL = {"layers": train_gpt.TINY_LAYERS, "model_dim": 256, "head_dim": 64, "mlp_dim": 512, "bigram_rows": 1024,
+         "vocab_size": 1024, "bos_id": 1023, "attention": "flex", "compile": False}
+CONFIG = replace(PRESETS["speedrun"], **SMALL)
 STEP = 1                                 # the first at which Adam moves too
 
 
@@ -358,8 +369,8 @@ def training_losses(compiled, **changes):
     batch = tokens, np.roll(tokens, -1).astype(np.int64)
     # the optimizer stays as it is: only the model is compiled, to save the time
     optimizer, backward = train_gpt.Optimizer(model), train_gpt.Backward(maybe_compiled(model, compiled))
-    machine = train_gpt.Machine(torch.device(DEVICE), 0, 1, DEVICE)
-    totals = [train_gpt.training_step(backward, optimizer, [batch], STEP, machine) for _ in range(2)]
+    plan = train_gpt.schedule(model.cfg, STEP)
+    totals = [train_gpt.training_step(backward, optimizer, [batch], STEP, plan, MACHINE) for _ in range(2)]
     return [total[0].item() / len(tokens) for total in totals]
 
 
@@ -382,26 +393,215 @@ def test_a_training_step(compiled, with_kernels, float8, plain_losses):
 
 def test_replayed_micro_steps_are_the_micro_steps():
     """Two micro-batches a step, over stages, and steps at which Adam moves or rests and the head is tied or not."""
-    cfg = replace(CONFIG, num_iterations=8, compile=True, kernels=FLOAT8, float8=FLOAT8)
-    machine, rng = train_gpt.Machine(torch.device(DEVICE), 0, 1, DEVICE), np.random.default_rng(0)
+    cfg = replace(CONFIG, num_iterations=8, compile=True, kernels=True, float8=FLOAT8,
+                  micro_batch_tokens=CONFIG.pack_tokens, val_stream_tokens=CONFIG.pack_tokens)
+    rng = np.random.default_rng(0)
     tokens = rng.integers(0, 32, (2, cfg.pack_tokens), dtype=np.int32)
     tokens[:, ::700] = cfg.bos_id
     batches, losses = [(row, np.roll(row, -1).astype(np.int64)) for row in tokens], {}
     with torch.device(DEVICE):
         model = GPT(cfg)
     optimizer, forward = train_gpt.Optimizer(model), maybe_compiled(model, True)
+    torch.cuda.reset_peak_memory_stats()                    # graphs depend on it
     for replays in (False, True):
-        model.init_parameters()
-        optimizer.reset()
-        model.set_stage(0)
+        model.cfg = replace(cfg, graph_tokens=cfg.pack_tokens if replays else 0)
+        train_gpt.initialize(model, optimizer, MACHINE)
         backward = train_gpt.Backward(forward)
-        train_gpt.warm_up(backward, optimizer, machine, 1, replays)
+        assert train_gpt.warm_up(backward, optimizer, MACHINE, SimpleNamespace(print=print)) == 1
         graphs, losses[replays] = dict(backward.graphs), []
-        assert bool(graphs) == replays
+        assert backward.replays == bool(graphs) == replays
         for step in range(8):
             model.set_stage(train_gpt.stage_index(cfg, step))
-            total = train_gpt.training_step(backward, optimizer, batches, step, machine)[0].item()
-            losses[replays].append(total / tokens.size / sum(train_gpt.loss_weights(cfg, step)))
+            plan = train_gpt.schedule(cfg, step)
+            total = train_gpt.training_step(backward, optimizer, batches, step, plan, MACHINE)[0].item()
+            losses[replays].append(total / tokens.size / sum(plan.loss_weights))
         assert backward.graphs == graphs, "a graph was captured after the warm-up"
     assert losses[True] == pytest.approx(losses[False], rel=1e-2)
     assert losses[False][-1] < 0.8 * losses[False][0], "the steps must change the loss"
+
+
+# -----------------------------------------------------------------------------
+# What the warm-up finds out: kernels
+
+# name -> script, preset and changes; all but the small one are as large as they are trained
+FULL = {"vocab_size": 50_304, "bos_id": 50_256, "compile": False}
+MODELS = {"small": ("train_gpt", "speedrun", SMALL), "speedrun": ("train_gpt", "speedrun", FULL),
+          "single": ("train_gpt", "single", FULL), "medium": ("train_gpt_medium", "speedrun", FULL)}
+
+
+def build(name, float8=FLOAT8):
+    """(the script, a model of it with its kernels, uncompiled, in its initial state)."""
+    script, preset, changes = MODELS[name]
+    script = importlib.import_module(script)
+    cfg = replace(script.PRESETS[preset], **changes, kernels=True, float8=float8)
+    with torch.device(DEVICE):
+        model = script.GPT(cfg)
+    assert list(model.kernels) == ["head_loss", *["linear", "mlp"] * float8]
+    return script, model
+
+
+@pytest.mark.parametrize("name, float8", [("small", False), *(
+    pytest.param(name, True, marks=needs_float8) for name in MODELS)])
+def test_the_kernels_are_right_in_each_model(name, float8):
+    script, model = build(name, float8)
+    cfg, own = model.cfg, dict(model.kernels)
+    said = script.check_kernels(model, MACHINE)
+    assert said == "kernels that are right on this device: " + ", ".join(own)
+    assert model.kernels == own and model.cfg == cfg
+    assert all(param.grad is None for param in model.parameters())
+
+
+def distance(have, wanted):
+    """(norm of the difference in units of the norm of `wanted`, length along `wanted` in units of it less one)."""
+    have, wanted = have.double(), wanted.double()
+    square = wanted.square().sum().clamp(min=1e-20)
+    return ((have - wanted).square().sum() / square).sqrt().item(), ((have * wanted).sum() / square).item() - 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_how_far_the_kernels_are_from_plain_pytorch(name):
+    """Prints, for each kernel and some random weights, what LARGEST_ERROR and LARGEST_SCALE_ERROR bound."""
+    script, model = build(name)
+    model.cfg = replace(model.cfg, attention="plain")
+    batch = script.to_device(script.synthetic_batch(model.cfg, 4096), MACHINE.device)
+    weights, own, found = torch.ones(4, device=DEVICE), model.kernels, {}
+    large = [name for name, config in script.PARAMETERS.items() if config.comms == "sharded"]
+    for number in range(3):
+        model.init_parameters()
+        generator = torch.Generator(DEVICE).manual_seed(number)
+        for param in model.parameters():
+            param.data += torch.empty_like(param).normal_(0, 0.02, generator=generator)
+        model.kernels = {}
+        plain = kernels.loss_and_gradients(model, large, *batch, weights)
+        for kernel, function in own.items():
+            model.kernels = {kernel: function}
+            for part, have in kernels.loss_and_gradients(model, large, *batch, weights).items():
+                error, scale = distance(have, plain[part])
+                assert math.isfinite(error) and math.isfinite(scale), (kernel, part)
+                worst = found.setdefault((kernel, part), (0.0, 0.0))
+                found[kernel, part] = max(worst[0], error), max(worst[1], scale, key=abs)
+    entries = {part: plain[part].numel() for part in plain}
+    for kernel in own:
+        print(f"\n{name}, kernel of {kernel}: the largest error and scale - 1 with 3 seeds")
+        for (other, part), (error, scale) in found.items():
+            if other == kernel:
+                print(f"    {part:26} {entries[part]:>11,}   error {error:.4f}   scale - 1 {scale:+.4f}")
+    assert {"loss", "gradient of mlp", "gradient of attn_qk", "gradient of embed", "gradient of lm_head"} <= plain.keys()
+    assert max(error for error, _ in found.values()) <= kernels.LARGEST_ERROR
+    assert max(abs(scale) for _, scale in found.values()) <= kernels.LARGEST_SCALE_ERROR
+
+
+
+def relu_mlp(u, up, down):
+    return F.linear(u, up).relu() @ down
+
+
+def gelu_mlp(u, up, down):
+    return F.gelu(F.linear(u, up)) @ down
+
+
+def without_down(u, up, down):
+    return F.linear(u, up).relu().square() @ up
+
+
+@needs_float8
+@pytest.mark.parametrize("other", [relu_mlp, gelu_mlp, without_down])
+def test_an_mlp_that_somebody_has_changed_is_noticed(other, monkeypatch):
+    """The kernel would go on computing the old one."""
+    _, model = build("small")
+    monkeypatch.setattr(train_gpt, "mlp", other)
+    with pytest.raises(train_gpt.UserError, match="the kernel of mlp .*if you have changed train_gpt.py .*"
+                                                  "--kernels=false"):
+        train_gpt.check_kernels(model, MACHINE)
+
+
+def test_a_loss_that_somebody_has_changed_is_noticed(monkeypatch):
+    _, model = build("small")
+    monkeypatch.setattr(train_gpt, "LOGIT_SCALE", 30.0)
+    with pytest.raises(train_gpt.UserError, match="the kernel of head_loss .*--kernels=false"):
+        train_gpt.check_kernels(model, MACHINE)
+
+
+def test_a_kernel_that_does_not_run_is_left_out_and_said_so():
+    _, model = build("small")
+
+    def broken(*_):
+        raise RuntimeError("no such\ninstruction")
+    others = [name for name in model.kernels if name != "head_loss"]
+    model.kernels["head_loss"] = broken
+    said = train_gpt.check_kernels(model, MACHINE)
+    assert list(model.kernels) == others
+    assert said == (f"kernels that are right on this device: {', '.join(others) or 'none'}; head_loss does not run here "
+                    "(RuntimeError: no such instruction)")
+
+
+# -----------------------------------------------------------------------------
+# What the warm-up finds out: attention and memory
+
+@pytest.mark.parametrize("preset", ["speedrun", "single"])      # the keys of the latter are narrower than its values
+def test_flex_attention_is_chosen(preset):
+    torch._dynamo.reset()
+    cfg, lines = train_gpt.choose_attention(PRESETS[preset], MACHINE)
+    assert cfg.attention == "flex" and lines == ["flex attention is right on this device"]
+
+
+def test_flex_attention_with_small_tiles_is_right():
+    torch._dynamo.reset()
+    assert train_gpt.try_attention(PRESETS["speedrun"], "flex_small", MACHINE.device) == ""
+
+
+def test_attention_that_is_wrong_is_noticed(monkeypatch):
+    """Windows half as long: the next backend is tried, and a flag that names a wrong one is refused."""
+    for name in ("flex", "flex_small"):
+        monkeypatch.setitem(train_gpt.ATTENTION, name, lambda doc_start, window, longest: train_gpt.with_plain(
+            doc_start, longest // 2, longest))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    cfg, lines = train_gpt.choose_attention(PRESETS["speedrun"], MACHINE)
+    assert cfg.attention == "plain" and lines[2] == "used: plain attention"
+    for name, line in zip(("flex", "flex_small"), lines):
+        assert line.startswith(f"{name} attention does not work here: wrong by ")
+    with pytest.raises(train_gpt.UserError, match="--attention=flex does not work here .wrong by .*auto"):
+        train_gpt.choose_attention(replace(PRESETS["speedrun"], attention="flex"), MACHINE)
+
+
+@pytest.fixture
+def gpu_memory():
+    """Function that lets PyTorch have only so many bytes until the end of the test."""
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def limit(size):
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(size / total, 1.0), 0)
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    torch.cuda.empty_cache()
+
+
+def test_the_largest_micro_batch_that_fits_is_used(gpu_memory):
+    """All eight packs of a small model; with memory for about five: four, which leave no padding; then none at all."""
+    torch._dynamo.reset()                # what other tests have left in memory
+    gc.collect()
+    cfg = replace(CONFIG, attention="plain", kernels=True, float8=FLOAT8)
+    backward, optimizer = train_gpt.build(cfg, MACHINE)
+    assert train_gpt.largest_micro_batch(backward, optimizer, MACHINE) == 8
+    batch = train_gpt.to_device(train_gpt.synthetic_batch(cfg, 8 * cfg.pack_tokens), MACHINE.device)
+    weights = torch.tensor(train_gpt.loss_weights(cfg, 0), device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        backward(*batch, weights)
+    peak = torch.cuda.max_memory_allocated()
+    optimizer.reset()
+    del batch
+    gpu_memory(0.7 * peak)
+    before = {name: param.detach().clone() for name, param in optimizer.params.items()}
+    assert train_gpt.largest_micro_batch(backward, optimizer, MACHINE) == 4
+    assert all(torch.equal(param, before[name]) and param.grad is None for name, param in optimizer.params.items())
+    gpu_memory(0.05 * peak)
+    with pytest.raises(train_gpt.UserError, match="one pack of --pack_tokens=16384 needs more.*--pack_tokens=8192"):
+        train_gpt.largest_micro_batch(backward, optimizer, MACHINE)
+
+
+def test_a_micro_batch_that_a_flag_names_is_not_tried():
+    cfg = replace(CONFIG, attention="plain", kernels=False, float8=False, micro_batch_tokens=2 * CONFIG.pack_tokens)
+    _, optimizer = train_gpt.build(cfg, MACHINE)
+    assert train_gpt.largest_micro_batch(None, optimizer, MACHINE) == 2

@@ -714,11 +714,11 @@ def test_an_arm_that_fails_is_left_out_of_later_rounds(toy, tool):
 
 def test_a_run_that_takes_too_long_is_stopped_and_listed(toy, tool):
     toy("train_a.py")
-    command = ["compare", "train_a.py", "--b_flags=--lr=1.1", "--n=1", toy.state, "--wait_at=1", "--limit=0.5",
+    command = ["compare", "train_a.py", "--b_flags=--lr=1.1", "--n=1", toy.state, "--wait_at=1", "--limit=3",
                "--out=here"]
     code, out, errors = tool(*command)
-    assert (code, errors) == (0, []) and "round 1/1, B: stopped after 0.5 s (--limit)" in out
-    assert "| stopped after 0.5 s (--limit) |" in out
+    assert (code, errors) == (0, []) and "round 1/1, B: stopped after 3 s (--limit)" in out
+    assert "| stopped after 3 s (--limit) |" in out
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
     assert tool(*command)[0] == 0 and Path("count").read_text().count("x") == 2      # it is not tried again
 

@@ -787,8 +787,11 @@ def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path)
     first = run(tmp_path / "in", "--out", tmp_path / "out", "--tokenizer=bytes")
     assert first.returncode == 0 and first.stderr == ""
     last_line = first.stdout.splitlines()[-1]
-    patterns = f"--train_files='{tmp_path}/out/train_*.bin' --val_files='{tmp_path}/out/val_*.bin'"
-    assert last_line.startswith(f"next: python train_gpt.py --preset=tiny {patterns} --val_tokens=")
+    command, *words = shlex.split(last_line.removeprefix("next: python "))
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words)
+    assert command == "train_gpt.py" and flags["preset"] == "tiny" and int(flags["val_tokens"]) > 0
+    for split in ("train", "val"):       # relative where that is shorter
+        assert (ROOT / flags[f"{split}_files"]).resolve() == (tmp_path / "out" / f"{split}_*.bin").resolve()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     again = run(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes", "--processes=2")
     assert again.returncode == 0 and "nothing to do" in again.stdout and again.stdout.splitlines()[-1] == last_line

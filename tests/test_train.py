@@ -58,13 +58,13 @@ def finished(request, data, tmp_path_factory):
     """A finished run of each script: its folder, exit code, console output, and its model's logits on some tokens."""
     script, logs, patch = importlib.import_module(request.param), tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
     tokens = torch.cat([torch.tensor([256]), torch.arange(97, 122)]).repeat(4)
-    captured, save, console = {}, script.save_checkpoint, []
+    captured, save, console = {}, script.Run.save_checkpoint, []
 
-    def save_checkpoint(run, model, *rest, **more):
+    def save_checkpoint(run, *rest, **more):
         with torch.no_grad():
-            captured.update(logits=model(tokens), cfg=model.cfg)
-        return save(run, model, *rest, **more)
-    patch.setattr(script, "save_checkpoint", save_checkpoint)
+            captured.update(logits=run.model(tokens), cfg=run.model.cfg)
+        return save(run, *rest, **more)
+    patch.setattr(script.Run, "save_checkpoint", save_checkpoint)
     flags = small_flags(data, out_dir=logs, num_iterations=STEPS, val_every=20)
     patch.setattr(sys, "argv", [f"{request.param}.py", *flags])
     patch.setattr("builtins.print", lambda *args, **_: console.append(" ".join(map(str, args))))
@@ -99,9 +99,8 @@ def test_the_loss_falls(finished):
 
 
 def test_the_log_begins_with_the_source_and_has_a_line_for_each_step(finished):
-    source, harness, rest = finished.log.split("=" * 100 + "\n")
+    source, rest = finished.log.split("=" * 100 + "\n")
     assert source.strip() == finished.source.read_text().strip()
-    assert train_gpt.strip() == finished.source.with_name("harness.py").read_text().strip()
     steps = training_lines(rest)
     assert [(int(step), int(total)) for step, total, *_ in steps] == [(i, STEPS) for i in range(1, STEPS + 1)]
     validations = re.findall(VAL_LINE, rest, re.M)
@@ -124,7 +123,8 @@ def test_run_json_is_complete(finished):
     assert info["config"] == json.loads(json.dumps(asdict(finished.cfg)))
     assert f"--num_iterations={STEPS}" in info["argv"]
     assert info["seed"] == 0 and info["tokens_seen"] == 13 * 512 + 27 * 1024
-    assert re.fullmatch("[0-9a-f]{64}", info["source_sha256"])
+    assert info["source_sha256"] == hashlib.sha256(finished.source.read_bytes()).hexdigest()
+    assert info["sources"] == {finished.source.name: info["source_sha256"]}
     assert info["versions"]["torch"] == torch.__version__ and info["versions"]["python"]
     assert info["train_time_ms"] > 0 and info["recompiles"] == 0 and "compile_seconds" in info
     assert {"git", "gpu", "device", "started", "format", "peak_memory_gib", "data"} <= info.keys()
@@ -132,11 +132,10 @@ def test_run_json_is_complete(finished):
 
 
 def test_the_run_folder_holds_the_source_and_a_curve_and_nothing_unfinished(finished):
-    for name in (finished.source.name, "harness.py"):
-        assert (finished.folder / name).read_bytes() == finished.source.with_name(name).read_bytes()
+    assert (finished.folder / finished.source.name).read_bytes() == finished.source.read_bytes()
     assert xml.etree.ElementTree.parse(finished.folder / "curve.svg").getroot().tag.endswith("svg")
-    assert sorted(path.name for path in finished.folder.iterdir()) == ["checkpoint", "curve.svg", "harness.py",
-                                                                        "log.txt", "run.json", finished.source.name]
+    assert sorted(path.name for path in finished.folder.iterdir()) == ["checkpoint", "curve.svg", "log.txt",
+                                                                        "run.json", finished.source.name]
 
 
 def test_the_checkpoint_is_complete(finished):
@@ -179,12 +178,12 @@ def test_a_config_survives_the_way_through_json(name):
 
 @pytest.mark.parametrize("change", [
     lambda config: config.pop("seed"), lambda config: config.update(wings=2), lambda config: config.update(model_dim=7),
-    lambda config: config["stages"][0].update(wings=2), lambda config: config["layers"][0].pop("values"),
+    lambda config: config["stages"][0].update(wings=2), lambda config: config["layers"][0].pop("ve"),
     lambda config: config.update(stages=3)])
 def test_a_config_of_another_script_is_refused(change):
     config = json.loads(json.dumps(asdict(PRESETS["tiny"])))
-    if change(config) == 0 and "values" not in config["layers"][0]:
-        config["layers"][0]["values2"] = 0
+    if change(config) == 0 and "ve" not in config["layers"][0]:
+        config["layers"][0]["ve2"] = 0
     with pytest.raises(UserError):
         config_from_dict(config)
 
@@ -218,8 +217,8 @@ def test_runs_repeat_follow_the_seed_and_may_stop_early(run_main, data, tmp_path
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_parameter(run_main, data, tmp_path, monkeypatch):
     honest = train_gpt.Optimizer.step
 
-    def spoiled(self, step, apply):
-        honest(self, step, apply)
+    def spoiled(self, step, *rest):
+        honest(self, step, *rest)
         if step == 3:
             self.params["mlp"].data[1, 2, 3] = float("nan")
     monkeypatch.setattr(train_gpt.Optimizer, "step", spoiled)
@@ -236,8 +235,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_parameter(
 def test_a_nan_in_the_last_update_is_not_reported_as_success(run_main, data, tmp_path, monkeypatch):
     honest = train_gpt.Optimizer.step
 
-    def spoiled(self, step, apply):
-        honest(self, step, apply)
+    def spoiled(self, step, *rest):
+        honest(self, step, *rest)
         if step == 19:
             self.params["lm_head"].data.fill_(float("nan"))
     monkeypatch.setattr(train_gpt.Optimizer, "step", spoiled)
@@ -264,10 +263,10 @@ def test_a_full_disk(run_main, data, tmp_path, room):
     assert "--out_dir" in done.err
 
 
-def test_more_ranks_than_slots(refused, data, monkeypatch):
+def test_more_ranks_than_packs(refused, data, monkeypatch):
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 5)):
         monkeypatch.setenv(name, str(value))
-    refused(*small_flags(data), words=["5 ranks", "4", "pack_tokens"])
+    refused(*small_flags(data), words=["5 ranks", "4 packs", "pack_tokens"])
 
 
 # -----------------------------------------------------------------------------
@@ -362,7 +361,7 @@ def test_a_run_killed_at_any_time_leaves_a_readable_folder(start_ranks, data, tm
 
 def test_interrupted_before_the_first_step(start_ranks, tmp_path):
     """As soon as the run's folder is there."""
-    folder, logs = make_data(tmp_path / "shards"), tmp_path / "logs"
+    folder, logs = make_data(tmp_path / "shards", train_tokens=100_000), tmp_path / "logs"
     process, = start_ranks(1, main_of, small_flags(folder, out_dir=logs))
     deadline = time.monotonic() + 30
     while not list(logs.glob("*/run.json")) and time.monotonic() < deadline:
