@@ -43,7 +43,8 @@ PARTS = ("PRESETS", "GPT", "parse_config", "config_from_dict", "main")     # wha
 FROM_MACHINE = {"vocab_size", "bos_id", "attention", "compile", "kernels", "float8", "host_state"}
 # values of the small run; fields that a script lacks are skipped, some have one name in older scripts
 SMALL = {"val_tokens": VAL_TOKENS, "val_stream_tokens": STREAM, "pack_tokens": 128, "slot_tokens": 128,
-         "micro_batch_tokens": 0, "num_iterations": STEPS, "stop_after": 0, "final_windows": [24, 64], "vocab_size": 0,
+         "micro_batch_tokens": 0, "batch_tokens": 256, "windows": [24, 64],
+         "num_iterations": STEPS, "stop_after": 0, "final_windows": [24, 64], "vocab_size": 0,
          "vocab_multiple": 1, "vocab_dir": "", "bos_id": -1, "precision": "fp32", "attention": "auto", "kernels": False,
          "float8": False, "compile": False, "seed": 0, "resume": "", "init_from": "", "save_every": 0,
          "compile_cache": ""}

@@ -186,6 +186,8 @@ def own_flags(argv: list) -> list[str]:
 
 def tokens_after(config: dict, step: int) -> int:
     """Training tokens of the first `step` steps, by the stage table of a run."""
+    if "stages" not in config:           # a script with one batch size
+        return step * config.get("batch_tokens", 0)
     total, begin = 0, 0
     for row in config.get("stages", []):
         end = round(row["until"] * config["num_iterations"])

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (BOS, ROOT, SCRIPTS, VOCAB, make_data, make_text, only_folder, small_flags, tokenizer_json,
+from conftest import (ALL_SCRIPTS, BOS, ROOT, VOCAB, make_data, make_text, only_folder, small_flags, tokenizer_json,
                       write_shard)
 from safetensors.torch import save_file
 
@@ -282,7 +282,7 @@ def imported(path):
             yield "." * node.level + (node.module or "").partition(".")[0]
 
 
-@pytest.mark.parametrize("name", [*(f"{script}.py" for script in SCRIPTS), "triton_kernels.py"])
+@pytest.mark.parametrize("name", [*(f"{script}.py" for script in ALL_SCRIPTS), "triton_kernels.py"])
 def test_training_needs_few_packages_and_no_network(name):
     allowed = {"torch", "triton"} if name == "triton_kernels.py" else PACKAGES.keys()
     found = set(imported(ROOT / name))

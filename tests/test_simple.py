@@ -1,0 +1,397 @@
+"""train_gpt_simple.py: its model, its ideas to try, its dial, and the folder that it leaves behind.
+
+Against: documents run one by one, forward for decode, two ranks for one, the rules of nanochat's depth dial, and the
+tools that read a run: sample.py, evaluate.py, records.py compare. Run: python -m pytest tests/test_simple.py
+"""
+import ast
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, make_text, only_folder
+
+import evaluate
+import sample
+import train_gpt_simple as simple
+
+sys.path.insert(0, str(ROOT / "records"))
+import records  # noqa: E402
+
+SMALL = {"preset": "tiny", "depth": 3, "model_dim": 32, "head_dim": 8, "windows": (8, 24), "pack_tokens": 128,
+         "val_tokens": 1500, "val_stream_tokens": 512, "batch_tokens": 512, "num_iterations": 20, "val_every": 10,
+         "width_rule": "none", "device": "cpu"}
+IDEAS = {"mlp": "swiglu", "gate": "head", "value_residual": True, "norm_scaling": True, "softcap": 15.0, "z_loss": 1e-4,
+         "decay_rule": "independent", "schedule": "seesaw", "optimizer": "adamw", "epochs": 2, "width_rule": "mup"}
+
+
+def flags(data, **changes):
+    return as_flags(SMALL | {"train_files": f"{data}/train_*.bin", "val_files": f"{data}/val_*.bin"} | changes)
+
+
+def config(**changes):
+    """The small configuration with everything filled in."""
+    values = {name: value for name, value in SMALL.items() if name != "preset"}
+    cfg = replace(simple.PRESETS["tiny"], **values | changes)
+    return replace(cfg, vocab_size=VOCAB, bos_id=BOS, compile=False, attention=changes.get("attention", "plain"))
+
+
+def moved(cfg):
+    """A model with every parameter away from its initial value."""
+    model, generator = simple.GPT(cfg).requires_grad_(False), torch.Generator().manual_seed(1)
+    for param in model.parameters():
+        param += 0.1 * torch.randn(param.shape, generator=generator)
+    return model
+
+
+def stream(*lengths):
+    """Documents of random tokens, one after the other."""
+    rng = np.random.default_rng(0)
+    return torch.cat([torch.tensor([BOS, *rng.integers(0, 256, length - 1)]) for length in lengths])
+
+
+@pytest.fixture
+def script():
+    return simple
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+@pytest.mark.parametrize("changes", [{}, {"gate": "element", "value_residual": True, "norm_scaling": True},
+                                     {"mlp": "swiglu", "gate": "head", "softcap": 5.0, "windows": (0,)}], ids=str)
+def test_documents_do_not_see_each_other_or_what_comes_later(changes):
+    model, tokens = moved(config(**changes)), stream(70, 1, 600, 33)
+    together = model(tokens)
+    alone = torch.cat([model(document) for document in tokens.split([70, 1, 600, 33])])
+    assert_close(together, alone, 1e-3)
+    later = tokens.clone()
+    later[400:] = 5
+    assert_close(model(later)[:400], together[:400], 1e-3)
+
+
+def test_layers_look_back_as_far_as_their_windows():
+    model, tokens = moved(config(depth=1, windows=(8,))), stream(600)
+    changed = tokens.clone()
+    changed[500] = (changed[500] + 1) % 256
+    seen = (model(changed) - model(tokens)).abs().amax(1).nonzero().flatten().tolist()
+    assert seen == list(range(500, 509))
+
+
+@pytest.mark.parametrize("changes", [{}, {"value_residual": True, "gate": "head", "windows": (0, 5)}], ids=str)
+def test_decoding_equals_forward_past_window_borders(changes):
+    model, tokens = moved(config(**changes)), torch.stack([stream(70), stream(70).flip(0).roll(1)])
+    wanted = torch.stack([model(row) for row in tokens])
+    cache = model.new_cache(2, 70)
+    found = [model.decode(part, cache) for part in tokens.split([5, 1, 30, 1, 1, 32], 1)]
+    assert_close(torch.cat(found, 1), wanted, 1e-3)
+    with pytest.raises(ValueError, match="72 tokens"):
+        model.decode(tokens[:, :2], cache)
+
+
+def test_rows_of_other_lengths_and_copies_of_rows():
+    model, tokens = moved(config()), torch.stack([stream(40), stream(40)])
+    wanted, cache, lengths = model(tokens[0]), model.new_cache(2, 40), torch.tensor([40, 11])
+    last = model.decode(tokens, cache, lengths, last=True)
+    assert_close(last[:, 0], wanted[[39, 10]], 1e-3)
+    copy = model.new_cache(3, 64)
+    copy.fill(cache, torch.tensor([1, 0, 1]))
+    assert copy.length.tolist() == [11, 40, 11]
+    found = model.decode(tokens[[0, 0, 1], 11:12], copy)
+    assert_close(found[[0, 2], 0], wanted[[11, 11]], 1e-3)
+
+
+def test_flex_attention_sees_what_plain_attention_sees(monkeypatch):
+    """By its mask, whose blocks must hold all that is seen. The kernel itself is PyTorch's, and slow to load."""
+    def dense(q, k, v, block_mask):
+        index = torch.arange(q.size(2))
+        seen = block_mask.mask_mod(0, 0, index[:, None], index)
+        blocks = block_mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        assert (blocks[:len(index), :len(index)] | ~seen).all() and not blocks.all()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    monkeypatch.setattr(simple, "flex_attention", dense)
+    tokens, cfg = stream(100, 156), config(windows=(40, 0))
+    assert_close(moved(replace(cfg, attention="flex"))(tokens), moved(cfg)(tokens), 1e-3)
+
+
+def test_score_and_z_loss():
+    model, tokens = moved(config()), stream(50, 30)
+    targets = tokens.roll(-1)
+    targets[-1] = -1
+    logits = model(tokens)
+    losses, likeliest = model.score(tokens, targets)
+    assert losses[-1] == 0 and likeliest.equal(logits.argmax(1))
+    assert model(tokens, targets).item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits[:-1], targets[:-1], reduction="sum").item(), rel=1e-5)
+    extra = model(tokens, targets, 0.1) - model(tokens, targets)
+    assert extra.item() == pytest.approx(0.1 * logits[:-1].logsumexp(1).square().sum().item(), rel=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# The ideas
+
+def test_an_idea_that_is_off_has_no_parameters():
+    names = {name.rsplit("blocks.", 1)[-1][2:] for name, _ in simple.GPT(config()).named_parameters()}
+    assert not [name for name in names if "gate" in name or "lambda" in name]
+    found = {name for name, _ in simple.GPT(config(gate="head", value_residual=True)).named_parameters()}
+    assert "blocks.0.gate.weight" in found and "blocks.0.v_lambda" not in found and "blocks.1.v_lambda" in found
+
+
+@pytest.mark.parametrize("idea", [*IDEAS.items(), ("gate", "element"), ("schedule", "cosine"), ("schedule", "linear"),
+                                  ("width_rule", "nanochat")], ids=str)
+def test_each_idea_trains(idea, data, run_main, tmp_path):
+    done = run_main(*flags(data, out_dir=tmp_path, num_iterations=6, val_every=0, **dict([idea])))
+    assert done.code == 0, done.err
+    losses = json.loads((only_folder(tmp_path) / "run.json").read_text())["val_losses"]
+    assert losses[-1]["val_loss"] < losses[0]["val_loss"] - 0.01
+
+
+def test_an_idea_is_one_field_and_few_lines():
+    """At most three places outside the dataclass, its limits and the presets."""
+    tree = ast.parse((ROOT / "train_gpt_simple.py").read_text())
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    names = [node.attr for node in found if "cfg" in ast.unparse(node.value)]
+    assert {name: names.count(name) for name in IDEAS if not 1 <= names.count(name) <= 3} == {}
+
+
+def test_seesaw_reads_the_same_tokens_in_fewer_steps():
+    cfg = config(num_iterations=100, schedule="seesaw")
+    rows, cosine = simple.plan(cfg), simple.plan(replace(cfg, schedule="cosine"))
+    assert sum(tokens for _, tokens in rows) == sum(tokens for _, tokens in cosine) == 100 * 512
+    assert cfg.total_steps == len(rows) < 100 == len(cosine)
+    rates = [(rate, tokens // 512) for rate, tokens in rows[20:]]
+    assert all(rate == pytest.approx(batch ** -0.5) for rate, batch in rates[:-1])
+    assert {batch for _, batch in rates} >= {1, 2, 4}
+
+
+def test_schedules_end_at_the_floor():
+    for schedule in ("wsd", "cosine", "linear"):
+        rates = [rate for rate, _ in simple.plan(config(num_iterations=1000, schedule=schedule))]
+        assert max(rates) <= 1 and rates[-1] == pytest.approx(0.05, abs=0.01)
+        assert rates[19:] == sorted(rates[19:], reverse=True)
+
+
+def test_an_independent_decay_does_not_know_the_factors():
+    cfg = config(width_rule="nanochat", weight_decay=0.5)
+    decays = []
+    for rule in ("rate", "independent"):
+        group = simple.make_optimizers(simple.GPT(replace(cfg, decay_rule=rule)))[0].param_groups[0]
+        decays.append(group["base_lr"] * group["weight_decay"])
+    factor = simple.rate_factors(cfg)["muon_lr"]
+    assert factor < 0.1 and decays[0] == pytest.approx(factor * decays[1])
+
+
+def test_orthogonal_matrices():
+    x = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(0))
+    for matrix in (x, x.mT):
+        assert ((torch.linalg.svdvals(simple.orthogonalize(matrix)) - 1).abs() < 0.2).all()
+
+
+# -----------------------------------------------------------------------------
+# The dial
+
+def test_the_dial_gives_the_sizes_of_nanochat():
+    """Its table for a vocabulary of 32,768, without value embeddings and therefore with other token counts."""
+    for depth, width, batch in ((6, 384, 2**18), (12, 768, 2**19), (20, 1280, 2**20), (32, 2048, 2**21)):
+        cfg = simple.dial(replace(simple.parse_config([f"--depth={depth}"]), vocab_size=32_768))
+        assert (cfg.model_dim, cfg.batch_tokens) == (width, batch)
+        tokens = cfg.num_iterations * cfg.batch_tokens
+        assert tokens == pytest.approx(10.5 * (12 * depth * width**2 + 32_768 * width), rel=0.01)
+        factors = simple.rate_factors(cfg)
+        assert factors["muon_lr"] == pytest.approx((batch / 2**19) ** 0.5)
+        assert factors["head_lr"] == pytest.approx(factors["muon_lr"] * (width / 768) ** -0.5)
+    assert simple.rate_factors(simple.dial(replace(simple.parse_config(["--depth=12"]), vocab_size=32_768)))[
+        "weight_decay"] == pytest.approx(1, rel=0.01)
+
+
+def test_what_is_given_beside_the_depth_stays():
+    cfg = simple.parse_config(["--preset=tiny", "--depth=4", "--batch_tokens=8192", "--width_rule=mup"])
+    assert (cfg.model_dim, cfg.batch_tokens, cfg.num_iterations, cfg.width_rule) == (0, 8192, 0, "mup")
+    assert simple.parse_config(["--preset=tiny"]).model_dim == 192
+
+
+def sizes_after_training(width, rule):
+    """RMS of what each block adds to the stream, and of the logits, after ten steps on the same text."""
+    cfg = config(model_dim=width, head_dim=16, depth=2, width_rule=rule, num_iterations=10)
+    model, tokens = simple.GPT(cfg), torch.from_numpy(make_text(1024, 0)[:1024].astype(np.int64))
+    optimizers, machine = simple.make_optimizers(model), simple.Machine(torch.device("cpu"), 0, 1, "cpu")
+    for step in range(10):
+        pack = tokens.numpy().astype(np.int32), tokens.roll(-1).numpy()
+        simple.training_step(model, optimizers, [pack], step, cfg, machine, False)
+    added = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: added.append(output[0] - inputs[0]))
+    with torch.no_grad():
+        logits = model(tokens)
+    return np.array([x.square().mean().sqrt().item() for x in (*added, logits - logits.mean(1, keepdim=True))])
+
+
+@pytest.mark.parametrize("rule", ["mup", "none"])
+def test_activations_do_not_grow_with_the_width_under_mup_and_do_without(rule):
+    sizes = np.array([sizes_after_training(width, rule) for width in (64, 128, 256)])
+    spread = sizes.max(0) / sizes.min(0)
+    assert (spread < 1.2).all() if rule == "mup" else (spread > 1.2).all(), sizes
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+def test_training_reads_the_text_from_end_to_end(data):
+    cfg = replace(config(), train_files=f"{data}/train_*.bin", val_files=f"{data}/val_*.bin")
+    shards, _ = simple.open_shards(cfg.train_files, cfg.val_files)
+    packs = list(simple.streams(simple.training_documents(cfg, shards), 100, BOS, whole=False))
+    text = np.concatenate([shard.read() for shard in shards]).astype(np.int64)
+    read = np.concatenate([inputs for inputs, _ in packs])[:len(text)]
+    assert (read == text).all()
+    assert (np.concatenate([targets for _, targets in packs])[:len(text) - 1] == text[1:]).all()
+
+
+def test_later_epochs_have_the_same_documents_in_another_order(data):
+    cfg = config(epochs=3)
+    shards, _ = simple.open_shards(f"{data}/train_*.bin", f"{data}/val_*.bin")
+    docs = [tuple(doc[:-1]) for doc in simple.training_documents(cfg, shards[:1])]
+    first, second, third = (docs[i * len(docs) // 3:(i + 1) * len(docs) // 3] for i in range(3))
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third != first
+
+
+def test_validation_is_that_of_the_other_scripts(data):
+    import train_gpt
+    shards, _ = simple.open_shards(f"{data}/val_*.bin", f"{data}/val_*.bin")
+    for length in (40, 512, 4096):
+        cfg = config(val_tokens=1500, val_stream_tokens=length)
+        mine, theirs = (script.validation_streams(cfg, shards) for script in (simple, train_gpt))
+        assert len(mine) == len(theirs)
+        for (inputs, targets), (wanted, wanted_targets) in zip(mine, theirs):
+            counted = wanted_targets >= 0
+            assert (targets == wanted_targets).all() and (inputs[counted] == wanted[counted]).all()
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a finished run."""
+    logs, patch = tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["train_gpt_simple.py", *flags(data, out_dir=logs, num_iterations=40)])
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    assert simple.main() == 0
+    patch.undo()
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    return only_folder(logs)
+
+
+def test_what_a_run_leaves_behind(finished):
+    info, source = json.loads((finished / "run.json").read_text()), (ROOT / "train_gpt_simple.py").read_text()
+    losses = [point["val_loss"] for point in info["val_losses"]]
+    assert info["status"] == "finished" and len(losses) == 5 and losses[0] == pytest.approx(math.log(VOCAB), abs=0.02)
+    assert losses[-1] < 3.2
+    assert (finished / "train_gpt_simple.py").read_text() == source
+    log = (finished / "log.txt").read_text()
+    assert log.startswith(source) and len(re.findall(r"^step:\d+/40 train_loss:", log, re.M)) == 40
+    assert (finished / "curve.svg").stat().st_size > 1000
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_sample_reads_its_checkpoint(finished, capsys):
+    checkpoint = finished / "checkpoint" / "step_000040"
+    model, tokenizer, meta = sample.load_checkpoint(checkpoint, "cpu")
+    assert meta["val_loss"] == json.loads((finished / "run.json").read_text())["val_losses"][-1]["val_loss"]
+    prompt, engine = [BOS, *b"the old house "], sample.Engine(model, VOCAB, sample.Draw(0.0), 2, 64)
+    drawn = [tokens[0] for tokens, _ in engine.steps([prompt], [(0, 0), (0, 1)], 20)]
+    wanted = list(prompt)
+    for _ in drawn:
+        wanted.append(int(model(torch.tensor(wanted))[-1].argmax()))
+    assert drawn == wanted[len(prompt):]
+    assert sample.main([f"--checkpoint={finished}", "--prompt=the", "--max_tokens=5", "--threads=1"]) == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
+def test_evaluate_gets_the_loss_of_the_run(finished, capsys):
+    assert evaluate.main([f"--checkpoint={finished}", "--tasks=val,bpb", "--threads=1"]) == 0
+    out = capsys.readouterr().out
+    scores = json.loads(out[out.index("{"):])["scores"]
+    wanted = json.loads((finished / "run.json").read_text())["val_losses"][-1]["val_loss"]
+    assert scores["val"]["loss"] == pytest.approx(wanted, abs=1e-4)
+    assert 0 < scores["bpb"]["bpb"] < 8
+
+
+def test_records_reads_its_run(finished):
+    runs = sys.modules["runs"]
+    curve = runs.read_run(finished).curve()
+    assert curve[:, 0].tolist() == [0, 10, 20, 30, 40] and curve[-1, 2] == 40 * 512
+
+
+def run_simple(argv):
+    """What `python train_gpt_simple.py argv` does, but for the curve."""
+    sys.modules["matplotlib"] = None
+    sys.argv = ["train_gpt_simple.py", *argv]
+    return simple.main()
+
+
+def test_two_ranks_do_what_one_does(data, tmp_path, start_ranks):
+    losses = []
+    for world_size in (1, 2):
+        argv = flags(data, out_dir=tmp_path / str(world_size), num_iterations=5, val_every=0)
+        assert join(start_ranks(world_size, run_simple, argv)) == [0] * world_size
+        folder = only_folder(tmp_path / str(world_size))
+        losses.append(re.findall(r"(?:train|val)_loss:([\d.]+)", (folder / "log.txt").read_text().split("=" * 100)[1]))
+    one, two = ([float(loss) for loss in of_run] for of_run in losses)
+    assert len(one) == 7 and two == pytest.approx(one, abs=2e-4)
+
+
+def test_ctrl_c_saves_what_there_is(data, tmp_path, start_ranks):
+    logs = tmp_path / "logs"
+    process, = start_ranks(1, run_simple, flags(data, out_dir=logs, num_iterations=300, val_every=0))
+    deadline = time.monotonic() + 60
+    while not any("step:3/" in log.read_text() for log in logs.glob("*/log.txt")):
+        assert process.is_alive() and time.monotonic() < deadline, process.output.read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert join([process]) == [130]
+    info = json.loads((only_folder(logs) / "run.json").read_text())
+    model, _, meta = sample.load_checkpoint(sample.find_checkpoint(logs), "cpu")
+    assert info["status"] == "interrupted" and meta["step"] == info["step"] >= 3 and meta["val_loss"] is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data, run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(simple, "training_step", lambda *_: [math.nan, 0.0])
+    done = run_main(*flags(data, out_dir=tmp_path))
+    assert done.code == 3 and "train_loss of step 1 is nan" in done.err
+    assert json.loads((only_folder(tmp_path) / "run.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.parametrize("flag, word", [
+    ("--mlp=gelu", "swiglu"), ("--depth=two", "--depth"), ("--windows=", "--windows"),
+    ("--value_residual=1", "residual"), ("--lr=1", "--lr"), ("word", "word"), ("--preset=huge", "tiny"),
+    ("--ratio=nan", "--ratio"), ("--ratio=-1", "--ratio"),
+    ("--windows=4,-1", "--windows"), ("--head_dim=7", "--head_dim=7"), ("--model_dim=33", "--model_dim=33"),
+    ("--batch_tokens=100", "--batch_tokens=100"), ("--val_tokens=999999", "--val_tokens="), ("--device=tpu", "tpu"),
+    ("--num_iterations=100000", "--epochs="), ("--train_files=nowhere/*.bin", "nowhere"), ("--seed", "--seed")])
+def test_a_bad_value_gets_one_line(flag, word, data, refused):
+    refused(*flags(data), flag, words=[word])
+
+
+def test_configs_of_checkpoints_are_checked():
+    good = json.loads(json.dumps(dataclasses.asdict(config(out_dir='a "b" [c], d'))))
+    assert simple.config_from_dict(good) == config(out_dir='a "b" [c], d')
+    for bad in ({}, [], good | {"more": 1}, good | {"depth": "x"}, good | {"depth": None}, good | {"windows": []},
+                good | {"epochs": 1.5}, good | {"softcap": math.nan}):
+        with pytest.raises(simple.UserError):
+            simple.config_from_dict(bad)
+
+
+def test_help_shows_the_fields(run_main):
+    with pytest.raises(SystemExit) as end:
+        run_main("--help")
+    assert end.value.code == 0

@@ -1,0 +1,599 @@
+"""Train a GPT: the script to read first. One file, plain PyTorch, any device.
+
+    python data/text.py --tokenizer=bytes                           # once: the text of the preset tiny
+    python train_gpt_simple.py --preset=tiny                        # minutes on two CPU cores
+    python train_gpt_simple.py                                      # GPT-2 small's size on one GPU, FineWeb's text
+    torchrun --standalone --nproc_per_node=8 train_gpt_simple.py    # the same run on eight GPUs
+    python train_gpt_simple.py --preset=tiny --depth=4 --ratio=1    # the dial: sizes and rates follow from the depth
+
+The recipe: a pre-norm decoder with rotary positions, normalised queries and keys, sliding windows and an untied head;
+Muon for matrices, AdamW for the rest; documents that do not see each other. An idea to try is one field of
+Hyperparameters and the line where it acts. Shapes: T tokens, H heads, D channels per head, C residual channels, B rows.
+"""
+# -----------------------------------------------------------------------------
+# Imports, hyperparameters and command line
+
+import argparse, contextlib, glob, hashlib, json, math, os, signal, sys, time
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import cache, partial
+from itertools import islice, pairwise, product
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"    # training shards (a glob), read in the order of names
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"        # validation shards (a glob)
+    val_tokens: int = 10_485_760         # the validation loss is the mean over the first so many tokens
+    val_stream_tokens: int = 32_768      # length of a forward pass in validation
+    pack_tokens: int = 32_768            # length of a forward pass in training; ranks share out whole packs
+    epochs: int = 1                      # how often the text may be read, each time with documents in another order
+    depth: int = 12                      # layers; given as a flag, sizes and rates follow from it (see dial)
+    model_dim: int = 0                   # residual channels; 0: from the depth
+    head_dim: int = 128                  # channels of a head
+    windows: tuple[int, ...] = (512, 512, 512, 2048)    # tokens that each layer looks back, in turn; 0: any number
+    mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu has 2/3 of the hidden units, so as many weights
+    gate: Literal["none", "head", "element"] = "none"   # gated attention (arXiv 2505.06708)
+    value_residual: bool = False         # mix the first layer's values into the others' (arXiv 2410.17897)
+    norm_scaling: bool = False           # divide a layer's normalised input by sqrt(its number) (arXiv 2502.05795)
+    softcap: float = 0.0                 # squash logits to +-softcap by tanh; 0: off
+    z_loss: float = 0.0                  # weight of log(sum exp logits)^2 in training (PaLM: 1e-4); 0: off
+    vocab_size: int = 0                  # filled in from the shards, as is bos_id, which begins each document
+    bos_id: int = -1
+    batch_tokens: int = 0                # per step, over all ranks; 0: from the depth
+    num_iterations: int = 0              # steps of batch_tokens; 0: from the depth
+    ratio: float = 10.5                  # of the dial: training tokens per weight in matrix products
+    width_rule: Literal["nanochat", "mup", "none"] = "nanochat"     # how rates follow from sizes, see rate_factors
+    optimizer: Literal["muon", "adamw"] = "muon"        # of matrices; the rest has AdamW
+    muon_lr: float = 0.02                # of matrices under Muon: spectral norm per step
+    adamw_lr: float = 0.002              # of matrices under AdamW
+    embed_lr: float = 0.3                # of the embedding
+    head_lr: float = 0.008               # of the head
+    weight_decay: float = 0.2            # of matrices
+    decay_rule: Literal["rate", "independent"] = "rate"     # decay times the rate with its factors, or without them
+    schedule: Literal["wsd", "cosine", "linear", "seesaw"] = "wsd"  # of the rate; seesaw (arXiv 2510.14717): and batch
+    cooldown: float = 0.6                # last fraction of the run, over which wsd falls
+    lr_floor: float = 0.05               # learning rate factor at the end
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one, else cpu
+    precision: Literal["bf16", "fp32"] = "bf16"         # of the computation; weights are always fp32
+    attention: Literal["auto", "flex", "plain"] = "auto"    # auto: flex if the model is compiled
+    compile: bool = True                 # torch.compile, on CUDA only
+    seed: int = 0                        # of the initial weights, and of the order of documents after the first epoch
+    val_every: int = 250                 # steps between validations; 0: only first and last
+    out_dir: str = "logs"                # each run makes a folder in it
+    stages = property(lambda self: ("all",))                        # for other tools: a run has one stage only
+    total_steps = property(lambda self: len(plan(self)))
+
+PRESETS = {"small": Hyperparameters(model_dim=768, batch_tokens=131_072, num_iterations=1000, width_rule="none"),
+           "tiny": Hyperparameters("data/local/train_*.bin", "data/local/val_*.bin", 65_536, 8192, pack_tokens=2048,
+                                   depth=4, model_dim=192, head_dim=48, windows=(64, 256), batch_tokens=2048,
+                                   num_iterations=180, muon_lr=0.04, width_rule="none", precision="fp32")}
+DIAL = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rule": "nanochat"}       # what --depth=N means
+BASE_WIDTH, BASE_BATCH, WARMUP, ROPE_BASE = 768, 2**19, 20, 10_000      # the first two: where the rates are meant
+LIMITS = {(1, 2**24): "val_stream_tokens pack_tokens depth epochs val_tokens head_dim", (1e-9, 1e9): "ratio muon_lr "
+          "adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay lr_floor",
+          (0, 2**24): "model_dim batch_tokens num_iterations vocab_size seed val_every windows"}
+
+class UserError(Exception):
+    """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+
+def parse_config(argv: list[str]) -> Hyperparameters:
+    """The config of `--preset=name`, by default the first, and `--field=value` flags; UserError on anything else."""
+    def refuse(message):
+        raise UserError(f"{message}; --help lists the flags")
+    source = Path(__file__).read_text(encoding="utf-8").split("class Hyperparameters:\n")[1].split("\n    stages")[0]
+    parser = argparse.ArgumentParser(usage="see below", description=__doc__, allow_abbrev=False, epilog=source,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("--preset", choices=PRESETS, default=next(iter(PRESETS)))
+    readers = {bool: lambda text: ("false", "true").index(text) == 1,
+               tuple[int, ...]: lambda text: tuple(map(int, text.split(",")))}
+    for field in fields(Hyperparameters):
+        choices = get_args(field.type) if get_origin(field.type) is Literal else None
+        kind = str if choices else readers.get(field.type, field.type)
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices, help=argparse.SUPPRESS)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    cfg = replace(PRESETS[given.pop("preset")], **(DIAL if "depth" in given else {}) | given)
+    for (low, high), name in ((limits, name) for limits, names in LIMITS.items() for name in names.split()):
+        if not all(low <= value <= high for value in np.atleast_1d(getattr(cfg, name))):
+            refuse(f"--{name}={getattr(cfg, name)} is out of range; choose from {low} to {high}")
+    for name, unit in (("head_dim", 2), ("model_dim", cfg.head_dim), ("batch_tokens", cfg.pack_tokens)):
+        if getattr(cfg, name) % unit:
+            refuse(f"--{name}={getattr(cfg, name)} is no multiple of {unit}, see --head_dim and --pack_tokens")
+    return cfg
+
+def config_from_dict(values: dict) -> Hyperparameters:
+    """The config in a checkpoint's meta.json; raises UserError on unknown, missing or impossible fields."""
+    if not isinstance(values, dict) or values.keys() != asdict(Hyperparameters()).keys():
+        raise UserError("the checkpoint's config has other fields than this script; use the script that made it")
+    return parse_config([f"--{name}={value}" if isinstance(value, str) else f"--{name}=" + json.dumps(value).strip("[]")
+                         for name, value in values.items()])
+
+# -----------------------------------------------------------------------------
+# Data
+
+GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
+@dataclass(frozen=True)
+class Shard:                             # a file: 256 int32, then ids of documents, each of which begins with bos_id
+    path: str
+    num_tokens: int
+    vocab_size: int
+    bos_id: int
+    width: int                           # bytes per token
+    tokenizer: str                       # sha256 of its tokenizer.json
+    def read(self) -> np.ndarray:       # (num_tokens,) ids, mapped from the file
+        ids = np.memmap(self.path, f"<u{self.width}", "r", offset=1024, shape=(self.num_tokens,))
+        if (highest := ids.max()) >= self.vocab_size:
+            raise UserError(f"{self.path} holds id {highest}, but has only {self.vocab_size} ids; make it again")
+        return ids
+
+def read_header(path: str) -> Shard:
+    """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    header = np.fromfile(path, "<i4", 256) if size >= 1024 else np.zeros(256, "<i4")
+    magic, version, num_tokens, vocab_size, bos_id, width = map(int, header[:6])
+    vocab_size, bos_id, width = vocab_size or 50257, bos_id or 50256, width or 2
+    if ((magic, version) != (20240520, 1) or width not in (2, 4) or not 0 <= bos_id < vocab_size <= 256 ** width
+            or num_tokens < 1 or size != 1024 + num_tokens * width):
+        raise UserError(f"{path} is not a whole shard of version 1; make it with data/fineweb.py or data/text.py")
+    tokenizer = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
+    return Shard(path, num_tokens, vocab_size, bos_id, width, tokenizer)
+
+def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
+    """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
+    groups = []
+    for flag, pattern in (("train_files", train_files), ("val_files", val_files)):
+        folder, name = os.path.split(pattern)                       # whose name may have brackets
+        inside = [os.path.join(folder, path) for path in glob.glob(name, root_dir=folder or ".")]
+        groups.append([read_header(path) for path in sorted(inside or glob.glob(pattern))])
+        if not groups[-1]:
+            raise UserError(f"--{flag}={pattern} matches no file; make some with data/fineweb.py or data/text.py")
+    if len({(shard.tokenizer, shard.vocab_size, shard.bos_id) for group in groups for shard in group}) > 1:
+        raise UserError(f"--train_files={train_files} and --val_files={val_files} have several tokenizers; use one")
+    return groups[0], groups[1]
+
+def read_tokenizer(shard: Shard, vocab_dir: str = "") -> bytes:
+    """tokenizer.json beside a shard; b"" for GPT-2's shards without one, whose vocabulary sample.py finds by itself."""
+    path = Path(shard.path).parent / "tokenizer.json"
+    text = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(text).hexdigest() != shard.tokenizer and (text or shard.tokenizer != GPT2_TOKENIZER_SHA256):
+        raise UserError(f"{path} is not the tokenizer of {shard.path}; copy the right one there")
+    return text
+
+def documents(text: np.ndarray, bos_id: int) -> list[np.ndarray]:  # each with the token after it, its last target
+    borders = [0, *(np.flatnonzero(text[1:-1] == bos_id) + 1), len(text) - 1]
+    return [text[start:end + 1] for start, end in pairwise(borders)]
+
+def streams(docs, length: int, bos_id: int, whole: bool):
+    """Yields (inputs (length,) int32, targets (length,) int64) of documents; the rest of the last is padded with -1."""
+    inputs, room = None, 0
+    for doc in docs:
+        start, end = 0, len(doc) - 1
+        while start < end:
+            # what does not fit goes on in the next stream, where it does not see its beginning, or all of it does
+            if room == 0 or (whole and room < min(end - start, length)):
+                if inputs is not None:
+                    yield inputs, targets
+                inputs, targets, room = np.full(length, bos_id, np.int32), np.full(length, -1), length
+            at, size = length - room, min(end - start, room)
+            inputs[at:at + size] = doc[start:start + size]
+            targets[at:at + size] = doc[start + 1:start + size + 1]
+            start, room = start + size, room - size
+    yield inputs, targets
+
+def training_documents(cfg: Hyperparameters, shards: list[Shard]):  # in file order, then in a new order each epoch
+    for epoch, (number, shard) in product(range(cfg.epochs), enumerate(shards)):
+        docs = documents(np.append(shard.read(), shard.bos_id), shard.bos_id)
+        order = np.random.default_rng((cfg.seed, epoch, number)).permutation(len(docs))
+        yield from (docs[i] for i in order) if epoch else docs
+
+def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(inputs, targets) streams that hold each of the first val_tokens tokens once; only longer documents are cut."""
+    if (found := sum(shard.num_tokens for shard in shards)) <= cfg.val_tokens:
+        raise UserError(f"--val_files={cfg.val_files} holds {found} tokens; add text, or use --val_tokens={found - 1}")
+    text = documents(np.concatenate([shard.read() for shard in shards])[:cfg.val_tokens + 1], shards[0].bos_id)
+    return list(streams(text, cfg.val_stream_tokens, shards[0].bos_id, whole=True))
+
+# -----------------------------------------------------------------------------
+# Model
+
+def norm(x: Tensor) -> Tensor:          # RMS norm over the last axis, without gain
+    return F.rms_norm(x, (x.size(-1),))
+
+def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # turns channel pairs (j, j + D/2)
+    a, b = x_THD.chunk(2, dim=2)
+    return x_THD * cos_TD[:, None] + torch.cat([-b, a], dim=2) * sin_TD[:, None]
+
+class Stream:                            # where each token stands; documents begin with bos_id and see no other
+    def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
+        self.flex, self.index = cfg.attention == "flex", torch.arange(len(tokens_T), device=tokens_T.device)
+        self.doc_start = torch.where(tokens_T == cfg.bos_id, self.index, 0).cummax(0).values
+        self.position, self.masks = self.index - self.doc_start, {}
+    def attend(self, i: int, window: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+        """Attention (T, H, D) of layer i: a token sees itself and the `window` ones before it in its document."""
+        index, first = self.index, torch.maximum(self.doc_start, self.index - window)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+        if self.flex:
+            if window not in self.masks:
+                self.masks[window] = create_block_mask(lambda b, h, query, key: (key <= query) & (key >= first[query]),
+                                                       None, None, len(index), len(index), device=index.device)
+            return flex_attention(q, k, v, block_mask=self.masks[window])[0].transpose(0, 1)
+        parts = []
+        for low in range(0, len(index), 512):   # so many queries at a time, with the keys that their windows reach
+            near, far = slice(low, low + 512), slice(max(0, low - window), low + 512)
+            seen = (index[far] <= index[near, None]) & (index[far] >= first[near, None])
+            parts.append(F.scaled_dot_product_attention(q[:, :, near], k[:, :, far], v[:, :, far], attn_mask=seen))
+        return torch.cat(parts, 2)[0].transpose(0, 1)
+
+class Linear(nn.Linear):                # a matrix, kept in fp32 and used in the precision of its input
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+class Block(nn.Module):                 # one layer: what attention and then the MLP add to the stream
+    def __init__(self, cfg: Hyperparameters, layer: int):
+        super().__init__()
+        C, self.head_dim, self.layer, self.swiglu = cfg.model_dim, cfg.head_dim, layer, cfg.mlp == "swiglu"
+        hidden = C // 6 * 16 if self.swiglu else 4 * C
+        self.scale = (layer + 1) ** -0.5 if cfg.norm_scaling else 1.0
+        windows = [window or 2**24 for window in cfg.windows]       # the last layer looks back the furthest
+        self.window = max(windows) if layer == cfg.depth - 1 else windows[layer % len(windows)]
+        self.q, self.k, self.v, self.attn_proj = (Linear(C, C, bias=False) for _ in range(4))
+        self.fc, self.mlp_proj = Linear(C, hidden * (1 + self.swiglu), bias=False), Linear(hidden, C, bias=False)
+        gates = {"none": 0, "head": C // cfg.head_dim, "element": C}[cfg.gate]
+        self.gate = Linear(C, gates, bias=False) if gates else None
+        self.v_lambda = nn.Parameter(torch.empty(())) if cfg.value_residual and layer else None
+    def forward(self, x_TC: Tensor, rope: tuple, context, v1: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream after this layer, and the values of the first layer, which gets None for them."""
+        u = norm(x_TC) * self.scale
+        q, k, v = (linear(u).view(len(u), -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        if self.v_lambda is not None:
+            v = torch.lerp(v, v1, self.v_lambda.to(v.dtype))
+        y = context.attend(self.layer, self.window, rotary(norm(q), *rope), rotary(norm(k), *rope), v)
+        if self.gate is not None:        # starts as a factor of 1
+            y = y * 2 * torch.sigmoid(self.gate(u)).view(*y.shape[:2], -1)
+        x_TC = x_TC + self.attn_proj(y.flatten(1))
+        h = self.fc(norm(x_TC) * self.scale)
+        h = F.silu(h.chunk(2, 1)[0]) * h.chunk(2, 1)[1] if self.swiglu else h.relu().square()
+        return x_TC + self.mlp_proj(h), v if v1 is None else v1
+
+class GPT(nn.Module):                    # of a config in which everything is filled in, see resolve_config
+    def __init__(self, cfg: Hyperparameters):
+        super().__init__()
+        self.cfg, self.dtype = cfg, {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.precision]
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
+        self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, bias=False)
+        self.matmul_parameters = sum(param.numel() for param in [*self.blocks.parameters(), self.lm_head.weight])
+        self.init_parameters()
+    @torch.no_grad()
+    def init_parameters(self):          # the same for the same seed and kind of device; blocks start by adding nothing
+        generator = torch.Generator(self.embed.weight.device).manual_seed(self.cfg.seed)
+        for name, param in self.named_parameters():
+            if name.endswith(("v_lambda", "proj.weight", "gate.weight")):
+                param.fill_(0.5 if name.endswith("v_lambda") else 0)
+            else:
+                std = 0.02 if self.cfg.width_rule == "none" else param.size(1) ** -0.5
+                param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
+    def set_stage(self, index: int, final: bool = False):
+        """Does nothing: other scripts change their windows along the run."""
+    def trunk(self, tokens_T: Tensor, context) -> Tensor:  # what the head reads, (T, C); context: a Stream or a Cache
+        x, v1 = self.embed(tokens_T).to(self.dtype), None
+        freq = ROPE_BASE ** -(torch.arange(0, self.cfg.head_dim, 2, device=x.device) / self.cfg.head_dim)
+        angle = (context.position[:, None] * freq).repeat(1, 2)
+        rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for block in self.blocks:
+            x, v1 = block(x, rope, context, v1)
+        return norm(x)
+    def logits(self, x_TC: Tensor) -> Tensor:                       # fp32 (..., V), of what trunk returns
+        logits = self.lm_head(x_TC).float() * (BASE_WIDTH / self.cfg.model_dim if self.cfg.width_rule == "mup" else 1.0)
+        return cap * torch.tanh(logits / cap) if (cap := self.cfg.softcap) else logits
+    def score(self, tokens_T: Tensor, targets_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats of each target (T,), 0 where it is -1, plus z-loss; and the likeliest token (T,)."""
+        logits = self(tokens_T)
+        losses = F.cross_entropy(logits, targets_T, ignore_index=-1, reduction="none")
+        if z_loss:
+            losses = losses + z_loss * logits.logsumexp(1).square() * (targets_T >= 0)
+        return losses, logits.detach().argmax(1)
+    def forward(self, tokens_T: Tensor, targets_T: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        """Logits (T, V) fp32 of one stream of documents; with targets (T,) the sum of their losses, see score."""
+        if targets_T is not None:
+            return self.score(tokens_T, targets_T, z_loss)[0].sum()
+        return self.logits(self.trunk(tokens_T, Stream(self.cfg, tokens_T)))
+    def new_cache(self, batch: int, max_tokens: int, chunk: int = 256) -> "Cache":  # for rows of one document each
+        return Cache(self, batch, max_tokens)
+    @torch.no_grad()
+    def decode(self, tokens_BT: Tensor, cache: "Cache", lengths: Tensor | None = None, last: bool = False) -> Tensor:
+        """Logits (B, T, V) fp32 of the next tokens, of which `lengths` (B,) are real, or (B, 1, V) of the last one."""
+        B, T = tokens_BT.shape
+        real = torch.full_like(cache.length, T) if lengths is None else lengths
+        if T > 1 and (most := int((cache.length + real).max())) > cache.max_tokens:
+            raise ValueError(f"a row of {most} tokens is longer than the cache, made for {cache.max_tokens}")
+        cache.index = cache.length[:, None] + torch.arange(T, device=real.device)
+        cache.position = cache.index.flatten()
+        x = self.trunk(tokens_BT.flatten(), cache).view(B, T, -1)
+        cache.length.add_(real)
+        return self.logits(x[cache.rows, real[:, None] - 1] if last else x)
+
+class Cache:
+    """Keys and values (layers, B, max_tokens + 1, H, D) of the tokens so far, of which each row has `length`."""
+    def __init__(self, model: GPT, batch: int, max_tokens: int):
+        cfg, device, self.max_tokens = model.cfg, model.embed.weight.device, max_tokens
+        shape = 2, cfg.depth, batch, max_tokens + 1, cfg.model_dim // cfg.head_dim, cfg.head_dim
+        self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=device)   # the last cell: not real
+        self.rows, self.cells = torch.arange(batch, device=device)[:, None], torch.arange(max_tokens + 1, device=device)
+        self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.bytes_read = lambda tokens: self.keys.nbytes + self.values.nbytes  # in a step
+    def attend(self, i: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # as Stream's, of B * T
+        q, k, v = (x.view(*self.index.shape, *x.shape[1:]) for x in (q, k, v))
+        cell, query = self.index.clamp(max=self.max_tokens), self.index[:, None, :, None]
+        self.keys[i, self.rows, cell], self.values[i, self.rows, cell] = k, v
+        q, k, v = (x.transpose(1, 2) for x in (q, self.keys[i], self.values[i]))
+        seen = (self.cells <= query) & (self.cells >= query - window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(0, 1)
+    def fill(self, other: "Cache", rows_B: Tensor):  # row b becomes row rows_B[b] of another cache of the model
+        size = min(self.max_tokens, other.max_tokens)
+        self.keys[:, :, :size], self.values[:, :, :size] = other.keys[:, rows_B, :size], other.values[:, rows_B, :size]
+        self.length.copy_(other.length[rows_B])
+
+# -----------------------------------------------------------------------------
+# Optimizer, schedule and dial
+
+POLAR_EXPRESS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+                 (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232))          # arXiv 2505.16932
+def orthogonalize(g_NRC: Tensor) -> Tensor:  # each matrix with its singular values moved to about 1
+    x = g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
+    x, tall = x.bfloat16() if x.is_cuda else x, x.size(1) > x.size(2)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT                       # on the short side
+        poly = b * gram + c * gram @ gram
+        x = a * x + (x @ poly if tall else poly @ x)
+    return x.float()
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonal momentum (Jordan 2024) for matrices of one shape a group, with cautious decay (arXiv 2411.16085)."""
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, lr, mu = group["params"], group["lr"], group["momentum"]
+            grad, w = torch.stack([param.grad for param in params]), torch.stack([param.data for param in params])
+            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - mu)
+            x = orthogonalize(grad.lerp(momentum, mu))
+            w -= lr * (max(1, w.size(1) / w.size(2)) ** 0.5 * x + group["weight_decay"] * w * (x * w > 0))
+            torch._foreach_copy_(params, list(w.unbind()))
+
+def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
+    """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
+    width, names = cfg.model_dim / BASE_WIDTH, "muon_lr adamw_lr embed_lr head_lr weight_decay".split()
+    ones, batch = dict.fromkeys(names, 1.0), (cfg.batch_tokens / BASE_BATCH) ** 0.5
+    length = cfg.num_iterations * cfg.batch_tokens / (cfg.ratio * products(12, BASE_WIDTH, cfg.vocab_size))
+    nanochat = {"muon_lr": batch, "weight_decay": batch / length}
+    return {"none": ones, "mup": ones | {"adamw_lr": 1 / width},
+            "nanochat": dict.fromkeys(names, batch * width ** -0.5) | nanochat}[cfg.width_rule]
+
+def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
+    """The optimizers of all parameters; base_lr of a group is its learning rate before the schedule."""
+    cfg, factor = model.cfg, rate_factors(model.cfg)
+    def group(params, rate, decay=0.0):
+        decay *= factor["weight_decay"] / (factor[rate] if cfg.decay_rule == "independent" else 1.0)
+        return {"params": params, "base_lr": getattr(cfg, rate) * factor[rate], "weight_decay": decay, "momentum": 0.0}
+    shapes, rate = {}, "muon_lr" if cfg.optimizer == "muon" else "adamw_lr"
+    for param in model.blocks.parameters():
+        shapes.setdefault(param.shape, []).append(param)
+    head = [model.lm_head.weight, *shapes.pop(torch.Size(()), [])]              # and single numbers
+    rest = [group([model.embed.weight], "embed_lr"), group(head, "head_lr")]
+    matrices = [group(params, rate, cfg.weight_decay) for params in shapes.values()]
+    adamw = partial(torch.optim.AdamW, betas=(0.8, 0.95), eps=1e-10, fused=model.embed.weight.is_cuda)
+    return [Muon(matrices, {"lr": 0.0}), adamw(rest)] if cfg.optimizer == "muon" else [adamw(matrices + rest)]
+
+@cache
+def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:
+    """(learning rate factor, tokens) of each step."""
+    total, seen, rows = cfg.num_iterations * cfg.batch_tokens, 0, []
+    while seen < total:
+        left, batch = 1 - seen / total, cfg.batch_tokens
+        cosine = (1 - math.cos(math.pi * left)) / 2
+        shape = {"wsd": min(1, left / cfg.cooldown), "linear": left}.get(cfg.schedule, cosine)
+        rate = cfg.lr_floor + (1 - cfg.lr_floor) * shape
+        if cfg.schedule == "seesaw":     # each time a cosine has halved the rate: rate / sqrt(2) and batch x 2
+            halved = int(-math.log2(max(rate, 1 / 32)))
+            rate, batch = 2 ** (-halved / 2), min(batch * 2 ** halved, total - seen)
+        rows.append((rate * min(1, (len(rows) + 1) / WARMUP), batch))
+        seen += batch
+    return tuple(rows)
+
+def products(depth: int, width: int, vocab_size: int) -> int:  # weights: 12 C^2 a layer, and the head
+    return 12 * depth * width ** 2 + vocab_size * width
+
+def dial(cfg: Hyperparameters) -> Hyperparameters:
+    """The config with width, batch and steps filled in from the depth where they are 0, by the rules of nanochat."""
+    width = cfg.model_dim or math.ceil(64 * cfg.depth / cfg.head_dim) * cfg.head_dim
+    size, base = (products(depth, C, cfg.vocab_size) for depth, C in ((cfg.depth, width), (12, BASE_WIDTH)))
+    best = 2 ** round(math.log2(BASE_BATCH * (size / base) ** 0.383))           # tokens of a batch
+    batch = cfg.batch_tokens or max(1, best // cfg.pack_tokens) * cfg.pack_tokens
+    return replace(cfg, model_dim=width, batch_tokens=batch,
+                   num_iterations=cfg.num_iterations or max(1, int(cfg.ratio * size / batch)))
+
+# -----------------------------------------------------------------------------
+# The run
+
+Machine = make_dataclass("Machine", ("device", "rank", "world_size", "name"), frozen=True)  # where this process runs
+
+def setup_machine(cfg: Hyperparameters) -> Machine:
+    """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
+    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}[kind]:
+        raise UserError(f"--device={kind}, but PyTorch sees no such device; use --device=cpu or another build of torch")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name(device) if kind == "cuda" else kind)
+
+def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:  # arrays to tensors on the device
+    return tuple(torch.from_numpy(array).to(device) for array in batch)
+
+def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
+    """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
+    compiled, ids = cfg.compile and machine.device.type == "cuda", shards[0].vocab_size
+    attention = cfg.attention if cfg.attention != "auto" else "flex" if compiled else "plain"
+    cfg = dial(replace(cfg, vocab_size=math.ceil(ids / 64) * 64 if compiled else ids, bos_id=shards[0].bos_id,
+                       compile=compiled, attention=attention))
+    needed, found = cfg.num_iterations * cfg.batch_tokens, sum(shard.num_tokens for shard in shards)
+    if needed > found * cfg.epochs:
+        raise UserError(f"--num_iterations={cfg.num_iterations} needs {needed} tokens, --train_files={cfg.train_files} "
+                        f"holds {found}; add text, or read it more often (--epochs={-(-needed // found)})")
+    if machine.world_size > (packs := cfg.batch_tokens // cfg.pack_tokens):
+        raise UserError(f"{machine.world_size} ranks share {packs} packs; lower --pack_tokens={cfg.pack_tokens}")
+    return cfg
+
+class Run:
+    """The folder of a run: log.txt, run.json, the script, curve.svg and the checkpoint. Only the first rank writes."""
+    def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str], shards: tuple):
+        self.master, self.seconds, self.losses = machine.rank == 0, 0.0, {"train_loss": [], "val_loss": []}
+        name, source, now = Path(__file__).name, Path(__file__).read_bytes(), time.localtime()
+        digest, self.steps, gpu = hashlib.sha256(source).hexdigest(), cfg.total_steps, machine.device.type == "cuda"
+        self.info = {"format": 1, "status": "running", "script": name, "source_sha256": digest, "argv": argv,
+                     "sources": {name: digest}, "config": asdict(cfg), "seed": cfg.seed, "device": machine.name,
+                     "gpu": machine.name if gpu else "", "world_size": machine.world_size, "step": 0, "stage": 0,
+                     "versions": {"torch": torch.__version__}, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", now),
+                     "tokens_seen": 0, "val_losses": [], "tokenizer_sha256": shards[0][0].tokenizer,
+                     "data": {shard.path: shard.num_tokens for shard in shards[0] + shards[1]}}
+        self.folder = Path(cfg.out_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S', now)}_{name[:-3]}_{os.urandom(3).hex()}")
+        self.write(name, source)
+        self.log_file = open(self.folder / "log.txt", "w", encoding="utf-8") if self.master else None
+        self.log(source.decode() + "\n" + "=" * 100, console=False)
+    def write(self, name: str, content: bytes):  # renamed when whole, so that a reader never sees half a file
+        if self.master:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{name}.tmp").write_bytes(content)
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+    def log(self, text: str, console: bool = True, **changes):  # a line of the log, and changes of run.json
+        self.info |= changes
+        self.write("run.json", json.dumps(self.info, indent=1).encode())
+        if self.master:
+            print(text, flush=True, file=self.log_file)
+            print(text, flush=True) if console else None
+    def loss(self, name: str, loss: float, console: bool = True):  # FloatingPointError if it is not finite
+        step, ms, finite = self.info["step"], round(1000 * self.seconds), math.isfinite(loss)
+        self.losses[name].append((self.seconds, loss))
+        if name == "val_loss" and finite:
+            tokens = self.info["config"]["val_tokens"]
+            self.info["val_losses"].append({"step": step, "train_time_ms": ms, "val_loss": loss, "tokens": tokens})
+        self.log(f"step:{step}/{self.steps} {name}:{loss:.6f} train_time:{ms}ms step_avg:{ms / max(step, 1):.2f}ms",
+                 console, train_time_ms=ms, status="running" if finite else "diverged")
+        if not finite:
+            raise FloatingPointError(f"the {name} of step {step} is {loss}; lower the learning rates")
+    def write_checkpoint(self, model: GPT, tokenizer: bytes) -> Path:  # a folder, and `latest`, which names it
+        final = self.folder / f"checkpoint/step_{self.info['step']:06d}"
+        self.write("checkpoint/.new/meta.json", json.dumps(self.info | {"script": Path(__file__).stem}).encode())
+        if tokenizer:
+            self.write("checkpoint/.new/tokenizer.json", tokenizer)
+        save_file(model.state_dict(), self.folder / "checkpoint/.new/model.safetensors")
+        os.replace(self.folder / "checkpoint/.new", final)
+        self.write("checkpoint/latest", final.name.encode())
+        return final
+    def plot(self):                     # curve.svg, if matplotlib is there
+        with contextlib.suppress(ImportError):
+            from matplotlib.backends.backend_svg import FigureCanvasSVG
+            from matplotlib.figure import Figure
+            axis = (figure := Figure((7, 4), layout="constrained")).subplots()
+            axis.plot(*zip(*self.losses["train_loss"]), "0.65")
+            axis.plot(*zip(*self.losses["val_loss"]), "ko")
+            axis.set(xlabel="training time in seconds", ylabel="loss: training (grey), validation (dots)", yscale="log")
+            FigureCanvasSVG(figure).print_svg(self.folder / "curve.svg")
+
+def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, machine: Machine, stop: bool) -> list:
+    """Trains on the packs of one batch, shared out over the ranks. Returns the mean loss, and how many ranks `stop`."""
+    rate, batch_tokens = plan(cfg)[step]
+    totals = torch.tensor([0.0, stop], device=machine.device)
+    for pack in packs[machine.rank::machine.world_size]:
+        loss = forward(*to_device(pack, machine.device), cfg.z_loss) / batch_tokens
+        loss.backward()
+        totals[0] += loss.detach()
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if machine.world_size > 1:           # the same sums on all ranks, and so the same weights
+        for tensor in [totals, *(param.grad for group in groups for param in group["params"])]:
+            dist.all_reduce(tensor)
+    for group in groups:
+        group["lr"] = group["base_lr"] * rate
+        group["momentum"] = 0.85 + 0.1 * min(1, step / 300)         # of Muon; short runs want a short memory
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return totals.tolist()
+
+@torch.no_grad()
+def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> float:
+    """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if machine.device.type == "mps" else machine.device)
+    for stream in streams[machine.rank::machine.world_size]:
+        total += model(*to_device(stream, machine.device)).to(total)
+    if machine.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / cfg.val_tokens
+
+def train(cfg: Hyperparameters, argv: list[str]) -> int:
+    """The experiment: build, compile, start the clock, train, validate with the clock stopped, save. The exit code."""
+    machine, shards = setup_machine(cfg), open_shards(cfg.train_files, cfg.val_files)
+    cfg, tokenizer = resolve_config(cfg, machine, shards[0]), read_tokenizer(shards[0][0])
+    val_streams = validation_streams(cfg, shards[1])
+    packs = streams(training_documents(cfg, shards[0]), cfg.pack_tokens, cfg.bos_id, whole=False)
+    with torch.device(machine.device):
+        model = GPT(cfg)
+    optimizers, run, begin = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
+    run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "
+            f"{cfg.model_dim}, {cfg.total_steps} steps of {cfg.batch_tokens} tokens, factors {rate_factors(cfg)}")
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
+    if cfg.compile:                      # now, not on the clock; the gradient is dropped
+        empty = np.zeros(cfg.pack_tokens, np.int32), np.zeros(cfg.pack_tokens, np.int64)
+        forward(*to_device(empty, machine.device), cfg.z_loss).backward()
+        model.zero_grad()
+    run.loss("val_loss", validate(forward, cfg, val_streams, machine))
+    counters, interrupted = torch._dynamo.utils.counters["stats"], []
+    graphs, run.info["compile_seconds"] = counters["unique_graphs"], (time.perf_counter() - begin) * cfg.compile
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: interrupted.append(True))
+    begin, stop = time.perf_counter(), 0.0
+    while (step := run.info["step"]) < cfg.total_steps and not stop:
+        batch = list(islice(packs, plan(cfg)[step][1] // cfg.pack_tokens))
+        loss, stop = training_step(forward, optimizers, batch, step, cfg, machine, bool(interrupted))
+        run.seconds += time.perf_counter() - begin                  # the loss was read, so all ranks are done
+        run.info |= {"step": step + 1, "tokens_seen": run.info["tokens_seen"] + len(batch) * cfg.pack_tokens}
+        run.loss("train_loss", loss, console=step % 10 == 9)
+        if step + 1 == cfg.total_steps or cfg.val_every and (step + 1) % cfg.val_every == 0:
+            run.loss("val_loss", validate(forward, cfg, val_streams, machine))
+        begin = time.perf_counter()
+    finished = step == cfg.total_steps
+    run.info["val_loss"] = run.losses["val_loss"][-1][1] if finished else None
+    if machine.rank == 0:
+        run.plot()
+        path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30 * cfg.compile
+        run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
+                f"next: python sample.py --checkpoint={path}", status="finished" if finished else "interrupted",
+                recompiles=counters["unique_graphs"] - graphs, peak_memory_gib=memory)
+    return 0 if finished else 130
+
+def main() -> int:
+    """Runs the command line. Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
+    try:
+        return train(parse_config(sys.argv[1:]), sys.argv[1:])
+    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        line = " ".join(str(error).split()) or "interrupted before the first step; nothing to save"
+        print(f"{Path(__file__).name}: {line}", file=sys.stderr)
+        return {FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+if __name__ == "__main__":
+    sys.exit(main())
