@@ -22,14 +22,28 @@ Every token of every conversation is in a shard or counted as cut. Questions of 
 Needs numpy, tqdm; tiktoken for all tokenizers but bytes.
 """
 
+import argparse
 import ast
+import base64
 import hashlib
+import io
+import json
+import math
+import os
 import random
 import re
+import shlex
+import shutil
+import signal
 import sys
+import tempfile
+from collections import Counter, namedtuple
 from pathlib import Path
 
+import numpy as np
+import text as shards
 from text import InputError
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 SPECIAL_TOKENS = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
@@ -39,6 +53,12 @@ PLAIN_MARKERS = {"<|user_start|>": "### User\n", "<|user_end|>": "\n\n", "<|assi
                  "<|assistant_end|>": "\n\n", "<|python_start|>": "[[", "<|python_end|>": "]]",
                  "<|output_start|>": "((", "<|output_end|>": "))"}
 TEMPLATES = ("chat", "plain")
+IDENTITY_FILE = HERE / "identity.jsonl"
+TEST_ITEMS_FILE = HERE / "test_items.bin"  # hashes of the questions of known test sets, see hash_question
+OUR_FILES = re.compile(r"(train|val)_\d{6}\.(bin|mask)")
+
+Source = namedtuple("Source", "given kind path count weight")  # count: of conversations to make; path: None, no file
+Rendered = namedtuple("Rendered", "ids mask key weight")  # arrays of one length; key: 64 bits of the sha256 of both
 PART_MARKERS = {"python": ("<|python_start|>", "<|python_end|>"),
                 "python_output": ("<|output_start|>", "<|output_end|>")}
 
@@ -341,3 +361,499 @@ def _vary(forms, rng, **values):
         form = form[0].lower() + form[1:]
     ending = "?" if form[0] in "HhWw" else "."
     return form + (ending if rng.random() < 0.6 else "")
+
+
+GREETINGS = ("", "", "", "", "Hi! ", "Hello. ", "Please tell me: ", "One question: ")
+
+
+def identity_messages(conversation, seed):
+    """The conversation with its first question varied: a greeting before it, a small letter, no final mark."""
+    rng = random.Random(f"identity {seed}")
+    question = conversation[0]["content"]
+    if rng.random() < 0.3:
+        question = question[0].lower() + question[1:]
+    if rng.random() < 0.3:
+        question = question.rstrip("?.!")
+    return [{"role": "user", "content": rng.choice(GREETINGS) + question}, *conversation[1:]]
+
+
+# -----------------------------------------------------------------------------
+# Questions of test sets
+
+
+def item_question(item):
+    """The user message that a row of GSM8K, MMLU, ARC or HumanEval becomes; None for a row of another kind."""
+    try:
+        question = item.get("question", item.get("prompt"))
+        if isinstance(question, dict):  # ARC
+            letters, choices = zip(*((choice["label"], choice["text"]) for choice in question["choices"]))
+            return multiple_choice(question["stem"], letters, choices)
+        if "choices" in item:
+            return mmlu_messages(item)[0]["content"]
+        return question if isinstance(question, str) else None
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        return None
+
+
+def hash_question(question):
+    """32 bits of the sha256 of the letters and digits of a question, without regard to case."""
+    plain = "".join(letter for letter in question.casefold() if letter.isalnum())
+    return int.from_bytes(hashlib.sha256(plain.encode("utf-8", "replace")).digest()[:4], "little")
+
+
+def test_items(files=()):
+    """The hashes of the questions that are refused: of known test sets, and of the rows of `files`."""
+    found = {*np.fromfile(TEST_ITEMS_FILE, "<u4").tolist()}
+    for path in files:
+        questions = [item_question(row) for row in read_rows(path, {})]
+        if None in questions or not questions:
+            raise InputError(f"--refuse={path}: a row is not of GSM8K, MMLU, ARC or HumanEval; name another file")
+        found |= {hash_question(question) for question in questions}
+    return found
+
+
+# -----------------------------------------------------------------------------
+# Sources
+
+
+def parse_source(given):
+    """The Source that an argument names; raises InputError."""
+    name, equals, weight = given.rpartition("=")
+    if not equals or re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight, re.A) is None:
+        name, weight = given, "1"
+    if not 0 < float(weight) <= 1000:
+        raise InputError(f"{given}: the weight must be above 0 and at most 1000")
+    kind, colon, rest = name.partition(":")
+    if kind in ("gsm8k", "mmlu") and colon:
+        return Source(given, kind, _file(rest, given), 0, float(weight))
+    if kind in MAKERS and colon:
+        count, colon, file = rest.partition(":")
+        if re.fullmatch(r"[1-9]\d{0,7}", count, re.A) is None:
+            raise InputError(f"{given}: {kind}: needs a number of conversations from 1 to 99999999, as in {kind}:1000")
+        return Source(given, kind, _file(file, given) if colon else None, int(count), float(weight))
+    return Source(given, "file", _file(name, given), 0, float(weight))
+
+
+def _file(name, given):
+    path = shards.path_argument(name) if name else Path()
+    if not name or not path.is_file():
+        raise InputError(f"{given}: {name or 'the path'} is not a file; name a .jsonl file, or one of gsm8k:FILE, "
+                         "mmlu:FILE, identity:N, spelling:N, spellingbee:N")
+    return path
+
+
+def read_lines(path, skipped):
+    """Yields the lines of a file, packed or not, without their ends; what cannot be read is noted in `skipped`."""
+    try:
+        with open(path, "rb") as file:
+            unpacked = shards.Unpacked(file, path)
+            lines = io.BufferedReader(unpacked)
+            while line := lines.readline(shards.LINE_BYTES):
+                try:
+                    yield line.decode().rstrip("\r\n")
+                except UnicodeDecodeError:
+                    shards.note(skipped, "line that is not UTF-8", path.name)
+            if unpacked.damage:
+                raise InputError(f"{path}: {unpacked.damage}; unpack it yourself, or get the file again")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from None
+
+
+def read_rows(path, skipped):
+    """Yields the objects of a .jsonl file; see read_lines."""
+    for line in read_lines(path, skipped):
+        if line and not line.isspace():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield row
+            else:
+                shards.note(skipped, "line that is not a JSON object", path.name)
+
+
+def _from_rows(convert, source, skipped):
+    """Yields convert(row) for each row of a source's file; a row that it cannot take is noted."""
+    for row in read_rows(source.path, skipped):
+        try:
+            messages = convert(row)
+            check_messages(messages)
+        except InputError as error:
+            shards.note(skipped, f"no conversation: {error}", source.path.name)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+            shards.note(skipped, f"row that is not of {source.kind}", source.path.name)
+        else:
+            yield messages
+
+
+def _identity(source, seed, skipped):
+    path = source.path or IDENTITY_FILE
+    known = [*_from_rows(lambda row: row["messages"], source._replace(path=path), skipped)]
+    if not known:
+        raise InputError(f"{source.given}: {path} holds no conversation; name another file")
+    return (identity_messages(known[i % len(known)], f"{seed} {i}") for i in range(source.count))
+
+
+def _words(source, skipped):
+    if not source.path:
+        return ()
+    words = {line.strip().lower() for line in read_lines(source.path, skipped)}
+    words = sorted(word for word in words if re.fullmatch("[a-z]{2,20}", word))
+    if not words:
+        raise InputError(f"{source.given}: {source.path} has no word of 2 to 20 letters a-z; give one word a line")
+    return words
+
+
+def _spelling(source, seed, skipped):
+    words = spelling_words(source.count, seed, words=_words(source, skipped))
+    return (spelling_item(word, f"{seed} {i}") for i, word in enumerate(words))
+
+
+def _spellingbee(source, seed, skipped):
+    tasks = spelling_word_tasks(source.count, seed, words=_words(source, skipped))
+    return (spellingbee_item(*task, f"{seed} {i}") for i, task in enumerate(tasks))
+
+
+MAKERS = {"identity": _identity, "spelling": _spelling, "spellingbee": _spellingbee}
+READERS = {"file": lambda row: row["messages"], "gsm8k": gsm8k_messages, "mmlu": mmlu_messages}
+
+
+def conversations(source, seed, skipped):
+    """The conversations of a source, each a list of messages. What is left out is noted in `skipped`."""
+    if source.kind in MAKERS:
+        return MAKERS[source.kind](source, seed, skipped)
+    return _from_rows(READERS[source.kind], source, skipped)
+
+
+# -----------------------------------------------------------------------------
+# Tokens
+
+
+def extend_tokenizer(tokenizer_json):
+    """The tokenizer.json (bytes) with the special tokens of conversations after its last id, if it lacks some.
+
+    Its begin-of-document token keeps its name and id.
+    """
+    spec = json.loads(tokenizer_json)
+    special = spec["special_tokens"]
+    missing = [name for name in SPECIAL_TOKENS[1:] if name not in special]
+    if not missing:
+        return tokenizer_json
+    first = len(spec["ranks"]) + len(special)
+    special |= {name: first + i for i, name in enumerate(missing)}
+    return shards.canonical_json(spec | {"name": f"{spec['name']}_chat"})
+
+
+class ChatTokenizer:
+    """A tokenizer.json as render needs it; see there."""
+
+    def __init__(self, tokenizer_json):
+        spec = json.loads(tokenizer_json)
+        self.encoder = shards.Encoder(tokenizer_json)
+        self.ids = spec["special_tokens"] | {"<|bos|>": spec["bos_id"]}
+        self.vocab_size = len(spec["ranks"]) + len(spec["special_tokens"])
+
+    def special(self, name):
+        return self.ids[name]
+
+    def encode(self, text):
+        try:
+            raw = text.encode()
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            raw = text.encode()
+        return self.encoder.encode(raw, text).tolist()
+
+
+def cut(turns, limit):
+    """(ids, mask, tokens cut off) of a conversation of at most `limit` tokens, from what render_turns returns.
+
+    It ends with an answer if one ends within the limit; else the first answer is cut.
+    """
+    ends = np.cumsum([len(ids) for ids, _ in turns]).tolist()
+    ids, mask = ([value for turn in turns for value in turn[part]] for part in (0, 1))
+    if len(ids) <= limit:
+        return ids, mask, 0
+    whole = [end for i, end in enumerate(ends) if i % 2 and end <= limit]
+    kept = whole[-1] if whole else limit
+    return ids[:kept], mask[:kept], len(ids) - kept
+
+
+def render_sources(sources, tokenizer, args):
+    """([Rendered] of all conversations, counts by name, skipped by reason); what is refused or left out is counted."""
+    found, counts, skipped = [], Counter(), {}
+    refused = test_items(args.refuse)
+    id_type = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
+    for source in sources:
+        for messages in tqdm(conversations(source, args.seed, skipped), source.given, leave=False, disable=None):
+            counts["read"] += 1
+            if any(hash_question(_text(message["content"])) in refused for message in messages
+                   if message["role"] == "user"):
+                shards.note(skipped, "conversation with a question of a test set", source.given)
+                continue
+            ids, mask, lost = cut(render_turns(messages, tokenizer, args.template), args.max_tokens)
+            if not any(mask):
+                shards.note(skipped, f"conversation without an answer in its first {args.max_tokens} tokens",
+                            source.given)
+                continue
+            counts["cut"] += lost > 0
+            counts["tokens_cut"] += lost
+            ids, mask = np.array(ids, id_type), np.array(mask, np.uint8)
+            key = int.from_bytes(hashlib.sha256(ids.tobytes() + mask.tobytes()).digest()[:8], "little")
+            found.append(Rendered(ids, mask, key, source.weight))
+    return found, counts, skipped
+
+
+def split(found, val_fraction):
+    """(training, validation) indexes of the conversations. Identical ones are on one side, chosen by their sha256."""
+    keys = sorted({one.key for one in found})
+    if val_fraction and len(keys) < 2:
+        raise InputError("there is one conversation, which cannot be divided into training and validation; give more, "
+                         "or --val_fraction=0")
+    number = min(max(1, round(val_fraction * len(keys))), len(keys) - 1) if val_fraction else 0
+    held_out = {*keys[:number]}
+    sides = [], []
+    seen = set()
+    for i, one in enumerate(found):
+        if one.key not in held_out:
+            sides[0].append(i)
+        elif one.key not in seen:  # a second time would measure the same
+            sides[1].append(i)
+            seen.add(one.key)
+    return sides
+
+
+def mix(found, indexes, seed, budget):
+    """(order, left out): the indexes repeated by their weights and shuffled, and how many did not fit the budget.
+
+    A weight of 2.5 takes each conversation twice, and half of them a third time.
+    """
+    rng = np.random.default_rng(seed)
+    listed = []
+    for i, drawn in zip(indexes, rng.random(len(indexes)).tolist()):
+        whole = math.floor(found[i].weight)
+        listed += [i] * (whole + (drawn < found[i].weight - whole))
+    order = [listed[place] for place in rng.permutation(len(listed)).tolist()]
+    if not budget:
+        return order, 0
+    ends = np.cumsum([len(found[i].ids) for i in order])
+    fitting = int(np.searchsorted(ends, budget, "right"))
+    return order[:fitting], len(order) - fitting
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def write_side(folder, name, found, order, tokenizer, sha256, shard_tokens):
+    """Writes the shards and masks of one side into the folder; returns {file name: its manifest entry}."""
+    files, start = {}, 0
+    while start < len(order):
+        end, size = start, 0
+        while end < len(order) and (end == start or size + len(found[order[end]].ids) <= shard_tokens):
+            size += len(found[order[end]].ids)
+            end += 1
+        ids, mask = (np.concatenate([found[i][part] for i in order[start:end]]) for part in (0, 1))
+        stem = f"{name}_{len(files) // 2:06d}"
+        for ending, values in (("bin", ids), ("mask", mask)):
+            header = np.zeros(256, "<i4")
+            header[:6] = (shards.MAGIC, shards.VERSION, size, tokenizer.vocab_size, tokenizer.special("<|bos|>"),
+                          values.itemsize)
+            header[8:16] = np.frombuffer(bytes.fromhex(sha256), "<i4")
+            content = header.tobytes() + values.astype(f"<u{values.itemsize}").tobytes()
+            (folder / f"{stem}.{ending}").write_bytes(content)
+            files[f"{stem}.{ending}"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        files[f"{stem}.bin"] |= {"tokens": size, "documents": end - start, "trained_tokens": int(mask.sum())}
+        start = end
+    return files
+
+
+def check_out_dir(out_dir, force):
+    """Raises InputError if the folder holds shards that this command has not made."""
+    ours = [path.name for path in out_dir.glob("*") if path.suffix in (".bin", ".mask")]
+    try:
+        manifest = json.loads((out_dir / "manifest.json").read_bytes())
+        mine = manifest["made_by"]["script"] == "chat.py"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        mine = False
+    if not force and (ours and not mine or any(not OUR_FILES.fullmatch(name) for name in ours)):
+        raise InputError(f"--out={out_dir}: holds shards of another origin ({min(ours)}); choose another folder, or "
+                         "--force")
+
+
+def publish(building, out_dir, names):
+    """Moves the finished files into the folder; the manifest goes first and comes last, so it never tells a lie."""
+    (out_dir / "manifest.json").unlink(missing_ok=True)
+    for old in out_dir.glob("*"):
+        if OUR_FILES.fullmatch(old.name) and old.name not in names:
+            old.unlink()
+    for name in (*names, "tokenizer.json", "manifest.json"):
+        os.replace(building / name, out_dir / name)
+
+
+def write_shards(out_dir, found, sides, tokenizer, tokenizer_json, made_by, shard_tokens):
+    """Writes shards, masks, tokenizer.json and manifest.json; returns the manifest."""
+    sha256 = hashlib.sha256(tokenizer_json).hexdigest()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=out_dir))
+    try:
+        files = {}
+        for name, order in zip(("train", "val"), sides):
+            files |= write_side(building, name, found, order, tokenizer, sha256, shard_tokens)
+        spec = json.loads(tokenizer_json)
+        manifest = {"format": 1, "files": files, "made_by": made_by, "tokenizer": {
+            "name": spec["name"], "sha256": sha256, "vocab_size": tokenizer.vocab_size, "bos_id": spec["bos_id"]}}
+        (building / "tokenizer.json").write_bytes(tokenizer_json)
+        (building / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        publish(building, out_dir, files)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return manifest
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def show(one, tokenizer_json, colour):
+    """A conversation as one text, in which the trained tokens are green, or between [ and ] without colours."""
+    spec = json.loads(tokenizer_json)
+    names = {token: name for name, token in spec["special_tokens"].items()}
+    before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    written, raw, last = [], b"", 0
+
+    def flush():
+        if raw:
+            shown = raw.decode(errors="replace")
+            shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in shown)
+            written.append(before + shown + after if last else shown)
+    for token, trained in zip(one.ids.tolist(), one.mask.tolist()):
+        if trained != last:
+            flush()
+            raw, last = b"", trained
+        raw += names[token].encode() if token in names else base64.b64decode(spec["ranks"][token])
+    flush()
+    return "".join(written)
+
+
+def fail(message):
+    """Prints one line to stderr and ends with exit code 2."""
+    print(f"chat.py: {shards.one_line(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv=None):
+    """The checked command line as a namespace; a mistake ends in `fail`."""
+    parser = argparse.ArgumentParser(prog="chat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description=__doc__, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; --help lists the options")
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="conversations to read or to make, see above")
+    add("--tokenizer", required=True, metavar="gpt2|bytes|FILE",
+        help="the vocabulary of the model that will learn from them; FILE: a tokenizer.json, such as the one in the "
+             "checkpoint. Special tokens that it lacks are added after its last id")
+    add("--vocab_dir", type=shards.path_argument,
+        help="folder with GPT-2's vocab.bpe and encoder.json; default: tiktoken's cache")
+    add("--out", type=shards.path_argument, default=HERE / "chat", help="folder to write to; default: data/chat")
+    add("--template", choices=TEMPLATES, default="chat",
+        help="chat: special tokens between the turns; plain: texts such as '### User' (default: %(default)s)")
+    add("--max_tokens", type=int, default=2048,
+        help="a longer conversation is cut after the last answer that fits (default: %(default)s)")
+    add("--tokens", type=int, default=0, help="training tokens to write, at most; 0: all (default)")
+    add("--val_fraction", type=float, default=0.02,
+        help="share of the conversations held out for validation, chosen by their sha256 (default: %(default)s)")
+    add("--refuse", type=shards.path_argument, action="append", default=[], metavar="FILE",
+        help="also refuse the questions of this file of GSM8K, MMLU, ARC or HumanEval; may be given several times")
+    add("--show", type=int, default=0, metavar="N", help="print N conversations and write nothing")
+    add("--seed", type=int, default=0, help="of the made conversations and the order (default: %(default)s)")
+    add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard, at most (default: %(default)s)")
+    add("--force", action="store_true", help="write beside shards of another origin")
+    argv = sys.argv[1:] if argv is None else argv
+    if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
+        fail(f"{empty[0]} has no value")
+    args = parser.parse_args(argv)
+    for name, low, high in (("max_tokens", 16, 1 << 24), ("tokens", 0, 1 << 40), ("val_fraction", 0, 0.5),
+                            ("show", 0, 1 << 20), ("seed", 0, 1 << 62), ("shard_tokens", 1, 1 << 31)):
+        if not low <= getattr(args, name) <= high:
+            fail(f"--{name}={getattr(args, name)}: must be {low} to {high}")
+    if not shards.shown(args.out).isprintable():
+        fail(f"--out={args.out}: the name holds characters that cannot be typed; choose another folder")
+    return args
+
+
+def load_tokenizer(args):
+    """tokenizer.json (bytes) with the special tokens of conversations; raises InputError."""
+    name = args.tokenizer if args.tokenizer in ("gpt2", "bytes") else shards.path_argument(args.tokenizer)
+    try:
+        plain = shards.load_tokenizer(name, args.vocab_dir)
+    except LookupError as error:
+        raise InputError(f"--tokenizer={args.tokenizer}: {error}; pass --vocab_dir=FOLDER with GPT-2's vocab.bpe and "
+                         "encoder.json, or use --tokenizer=bytes") from None
+    return extend_tokenizer(plain) if args.template == "chat" else plain
+
+
+def summarize(manifest, out_dir):
+    """Prints what was read, what was left out, and what was written."""
+    counts, files = manifest["made_by"]["counts"], manifest["files"]
+    print(f"{counts['read']:,} conversations read")
+    for reason, (count, example) in sorted(manifest["made_by"]["skipped"].items()):
+        print(shards.one_line(f"  left out: {count:,} x {reason} ({example})"))
+    if counts["over_budget"]:
+        print(f"  left out: {counts['over_budget']:,} x beyond --tokens")
+    if counts["cut"]:
+        print(f"  cut: {counts['cut']:,} conversations, which lost {counts['tokens_cut']:,} tokens")
+    for side in ("train", "val"):
+        entries = [entry for name, entry in files.items() if name.startswith(side) and "tokens" in entry]
+        tokens, documents, trained = (sum(entry[key] for entry in entries)
+                                      for key in ("tokens", "documents", "trained_tokens"))
+        print(f"{side}: {documents:,} conversations, {tokens:,} tokens, of which {trained:,} are trained")
+    print(shards.one_line(f"wrote {shards.shown(out_dir)}/: {', '.join(sorted(files)[:4])}, tokenizer.json, "
+                          "manifest.json"))
+    words = ["python", shards.shown(HERE.parent / "chat_sft.py"), f"--data={shards.shown(out_dir)}"]
+    print(f"next: {shlex.join(words)} --checkpoint=RUN")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    sources = [parse_source(given) for given in args.sources]
+    tokenizer_json = load_tokenizer(args)
+    tokenizer = ChatTokenizer(tokenizer_json)
+    if not args.show:
+        check_out_dir(args.out, args.force)
+    found, counts, skipped = render_sources(sources, tokenizer, args)
+    if not found:
+        raise InputError(f"the sources hold no conversation to train on ({'; '.join(skipped) or 'empty'}); name others")
+    train, val = split(found, args.val_fraction)
+    order, counts["over_budget"] = mix(found, train, args.seed, args.tokens)
+    if not order:
+        raise InputError(f"--tokens={args.tokens} and the weights leave no conversation to train on; raise them")
+    if args.show:
+        colour = sys.stdout.isatty()
+        print("\n\n".join(show(found[i], tokenizer_json, colour) for i in order[:args.show]))
+        return
+    options = {name: getattr(args, name) for name in "template max_tokens tokens val_fraction seed".split()}
+    names = "read cut tokens_cut over_budget".split()
+    made_by = {"script": "chat.py", "sources": args.sources, "options": options, "skipped": skipped,
+               "counts": {name: counts[name] for name in names}}
+    summarize(write_shards(args.out, found, (order, val), tokenizer, tokenizer_json, made_by, args.shard_tokens),
+              args.out)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the temporary folder goes too
+    for stream in filter(lambda stream: isinstance(stream, io.TextIOWrapper), (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
+    try:
+        main()
+    except InputError as e:
+        fail(e)
+    except ModuleNotFoundError as e:
+        fail(f"the Python package {e.name} is missing; pip install -r requirements.txt")
+    except BrokenPipeError:  # nobody reads the summary (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        fail(f"cannot write {e.filename or 'the files'}: {e.strerror or e}; choose another --out")
+    except KeyboardInterrupt:
+        print("chat.py: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
