@@ -1541,7 +1541,7 @@ def sample_vocab(targets_TK: Tensor, vocab_size: int, count: int) -> tuple[Tenso
     targets = torch.where(targets_TK < 0, vocab_size, targets_TK)
     wanted = torch.zeros(vocab_size + 1, dtype=torch.int64, device=device).scatter(0, targets.flatten(), 1)[:vocab_size]
     key = torch.zeros_like(index)
-    for salt in (index, targets_TK[:, 0].sum(), 1):                 # rounds of a multiplicative hash of 31 bits
+    for salt in (targets_TK[:, 0].sum(), index, 1, 2):              # rounds of a multiplicative hash of 31 bits
         key = (key + salt) * 0x2C1B3C6D & 0x7FFFFFFF
         key = key ^ key >> 15
     key, ids = torch.topk(key + (wanted << 31), count)

@@ -271,7 +271,7 @@ def test_half_of_the_channels_have_no_position_and_lengths_are_kept():
 def test_frequencies_and_softmax_scale_of_the_speedrun(name, windows, scales, final):
     script = importlib.import_module(name)
     model = script.GPT(replace(script.PRESETS["speedrun"], vocab_size=16, bos_id=0, model_dim=256, mlp_dim=8,
-                               bigram_rows=3, bigram_signs=2, gate_dim=2))
+                               bigram_rows=3, bigram_signs=2, gate_dim=2, qk_dim=0))
     frequencies = [1024 ** (-j / 31) for j in range(32)]
     assert model.inv_freq.tolist() == pytest.approx(frequencies)
     found = []
