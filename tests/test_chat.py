@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -265,6 +266,18 @@ def test_save_writes_what_the_format_reads_and_overwrites_nothing(capsys, monkey
     assert sorted(tmp_path.iterdir()) == [first, second] and json.loads(first.read_text(encoding="utf-8")) == saved
 
 
+def test_save_leaves_no_half_of_a_file(capsys, monkeypatch, tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "saved.jsonl"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, usual[1]))
+    try:
+        with pytest.raises(chat.UserError, match="cannot be written"):
+            talk(capsys, monkeypatch, f"x\n/save {path}\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not path.exists()
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(capsys, monkeypatch):
     def interrupt(number):
         if number == 3:
@@ -367,7 +380,8 @@ def test_a_model_with_the_tokens_that_has_not_learned_to_chat_gets_a_note(capsys
 
 @pytest.mark.parametrize("flag", ["--temperature=3", "--temperature=nan", "--top_k=-1", "--max_tokens=0", "--seed=-1",
                                   "--max_tokens=5000", "--context=3", "--port=70000", "--at_once=0", "--prompt= ",
-                                  "--threads=-1", "--nonsense", "--prompt", "--system=\udcff", "--web"])
+                                  "--threads=-1", "--nonsense", "--prompt", "--system=\udcff", "--web",
+                                  "--system=" + "x" * 9000], ids=lambda flag: ascii(flag)[:30])
 def test_bad_flags_are_refused_in_one_line(capsys, flag):
     code, out, err = run_main(capsys, "--checkpoint=none", *(["--prompt=x"] if flag == "--web" else []), flag)
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -745,6 +759,12 @@ def test_connections_beyond_the_most_are_closed_at_once(monkeypatch):
 
 def test_only_this_machine_can_connect(server):
     assert server.server_address[0] == "127.0.0.1"
+
+
+def test_a_page_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(chat, "PAGE", tmp_path / "chat.html")
+    with pytest.raises(chat.UserError, match="use the chat.html that belongs to chat.py"):
+        chat.make_server(chat.parse_args(["--port=0"]), make_chat())
 
 
 def test_a_port_that_is_taken_is_named(server):
