@@ -693,7 +693,7 @@ def first_event(connection):
 
 
 def test_a_browser_that_leaves_frees_the_model():
-    with serving(make_chat(*ENDLESS, at_once=1, seconds=0.005)) as server:
+    with serving(make_chat(*ENDLESS, at_once=1, seconds=0.02)) as server:
         endless = question(max_tokens=chat.MOST_TOKENS)
         with connect(server) as first, connect(server) as second, connect(server) as third:
             first.sendall(request(server, endless | {"page": "1"}))
@@ -922,14 +922,15 @@ def test_the_page_in_a_browser(browser, tmp_path):
         ready(4)
         assert model.prompts[3] == model.prompts[2]
 
-        model.seconds = 0.2
+        gate = threading.Event()
+        model.on_step = lambda number: gate.wait(60)
         browser.write("slowly")
-        until(lambda: browser.texts(".content")[-1])
+        until(lambda: browser.texts(".content")[-1] == "H")
         browser.press("Escape")
         ready(6)
         assert browser.texts(".note-text")[-1] == "stopped"
+        gate.set()
         until(lambda: not server.desk.active)
-        model.seconds = 0
         browser.click("New chat")
         until(lambda: "Nothing of this conversation" in browser.texts("main")[0])
 
