@@ -301,12 +301,19 @@ class Printer:
         self.begin_call, self.end_call = ("\x1b[2m", "\x1b[0m") if dim else ("", "")
         self.part = -1
         self.open = ""                   # "python" or "python_output" in a call
+        self.last = ""                   # the character before
 
     def show(self, event: dict):
+        text = event["text"]
         if event["part"] != self.part:
+            after_call = self.open and event["type"] == "text"
+            if event["type"] == "python" and self.last.isalnum():
+                print(" ", end="")
             self.part = event["part"]
             self.change(event["type"])
-        text = event["text"]
+            if after_call and text[0].isalnum():
+                print(" ", end="")
+        self.last = text[-1]
         if self.terminal:                # a model may write control characters
             text = "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
         print(text, end="", flush=True)

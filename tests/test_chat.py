@@ -213,9 +213,11 @@ def test_calls_are_shown_as_such_and_stay_in_the_history(capsys, monkeypatch):
     assert out == "Hm [calculator: 1+2 = 3]!\n" * 2
     again = [*ids("a"), *b"Hm ", CALL, *b"1+2", CALLED, OUTPUT, *b"3", SHOWN, *b"!", END, *ids("b")[1:]]
     assert terminal.chat.model.prompts[1] == again
-    for chain, shown in (([CALL, 43, CALLED, 97], "[calculator: + has no result]a\n"),
-                         ([CALL, 49], "[calculator: 1 has no result]\n")):
-        assert talk(capsys, monkeypatch, "a\n", make_chat([ASSISTANT, *chain, END]))[1] == shown
+    for chain, shown in (([CALL, 43, CALLED, 97], "[calculator: + has no result] a\n"),
+                         ([CALL, 49], "[calculator: 1 has no result]\n"),
+                         ([97, CALL, 49, CALLED, OUTPUT], "a [calculator: 1 = 1] b\n")):
+        model = make_chat([ASSISTANT, *chain, END], [SHOWN, 98, END])
+        assert talk(capsys, monkeypatch, "a\n", model)[1] == shown
 
 
 def test_clear_retry_and_system(capsys, monkeypatch):
