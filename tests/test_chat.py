@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -212,9 +213,11 @@ def test_calls_are_shown_as_such_and_stay_in_the_history(capsys, monkeypatch):
     assert out == "Hm [calculator: 1+2 = 3]!\n" * 2
     again = [*ids("a"), *b"Hm ", CALL, *b"1+2", CALLED, OUTPUT, *b"3", SHOWN, *b"!", END, *ids("b")[1:]]
     assert terminal.chat.model.prompts[1] == again
-    for chain, shown in (([CALL, 43, CALLED, 97], "[calculator: + has no result]a\n"),
-                         ([CALL, 49], "[calculator: 1 has no result]\n")):
-        assert talk(capsys, monkeypatch, "a\n", make_chat([ASSISTANT, *chain, END]))[1] == shown
+    for chain, shown in (([CALL, 43, CALLED, 97], "[calculator: + has no result] a\n"),
+                         ([CALL, 49], "[calculator: 1 has no result]\n"),
+                         ([97, CALL, 49, CALLED, OUTPUT], "a [calculator: 1 = 1] b\n")):
+        model = make_chat([ASSISTANT, *chain, END], [SHOWN, 98, END])
+        assert talk(capsys, monkeypatch, "a\n", model)[1] == shown
 
 
 def test_clear_retry_and_system(capsys, monkeypatch):
@@ -263,6 +266,18 @@ def test_save_writes_what_the_format_reads_and_overwrites_nothing(capsys, monkey
         with pytest.raises(chat.UserError, match=reason):
             talk(capsys, monkeypatch, f"x\n/save {path}\n")
     assert sorted(tmp_path.iterdir()) == [first, second] and json.loads(first.read_text(encoding="utf-8")) == saved
+
+
+def test_save_leaves_no_half_of_a_file(capsys, monkeypatch, tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "saved.jsonl"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, usual[1]))
+    try:
+        with pytest.raises(chat.UserError, match="cannot be written"):
+            talk(capsys, monkeypatch, f"x\n/save {path}\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not path.exists()
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(capsys, monkeypatch):
@@ -367,7 +382,8 @@ def test_a_model_with_the_tokens_that_has_not_learned_to_chat_gets_a_note(capsys
 
 @pytest.mark.parametrize("flag", ["--temperature=3", "--temperature=nan", "--top_k=-1", "--max_tokens=0", "--seed=-1",
                                   "--max_tokens=5000", "--context=3", "--port=70000", "--at_once=0", "--prompt= ",
-                                  "--threads=-1", "--nonsense", "--prompt", "--system=\udcff", "--web"])
+                                  "--threads=-1", "--nonsense", "--prompt", "--system=\udcff", "--web",
+                                  "--system=" + "x" * 9000], ids=lambda flag: ascii(flag)[:30])
 def test_bad_flags_are_refused_in_one_line(capsys, flag):
     code, out, err = run_main(capsys, "--checkpoint=none", *(["--prompt=x"] if flag == "--web" else []), flag)
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -679,7 +695,7 @@ def first_event(connection):
 
 
 def test_a_browser_that_leaves_frees_the_model():
-    with serving(make_chat(*ENDLESS, at_once=1, seconds=0.005)) as server:
+    with serving(make_chat(*ENDLESS, at_once=1, seconds=0.02)) as server:
         endless = question(max_tokens=chat.MOST_TOKENS)
         with connect(server) as first, connect(server) as second, connect(server) as third:
             first.sendall(request(server, endless | {"page": "1"}))
@@ -745,6 +761,12 @@ def test_connections_beyond_the_most_are_closed_at_once(monkeypatch):
 
 def test_only_this_machine_can_connect(server):
     assert server.server_address[0] == "127.0.0.1"
+
+
+def test_a_page_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(chat, "PAGE", tmp_path / "chat.html")
+    with pytest.raises(chat.UserError, match="use the chat.html that belongs to chat.py"):
+        chat.make_server(chat.parse_args(["--port=0"]), make_chat())
 
 
 def test_a_port_that_is_taken_is_named(server):
@@ -902,14 +924,15 @@ def test_the_page_in_a_browser(browser, tmp_path):
         ready(4)
         assert model.prompts[3] == model.prompts[2]
 
-        model.seconds = 0.2
+        gate = threading.Event()
+        model.on_step = lambda number: gate.wait(60)
         browser.write("slowly")
-        until(lambda: browser.texts(".content")[-1])
+        until(lambda: browser.texts(".content")[-1] == "H")
         browser.press("Escape")
         ready(6)
         assert browser.texts(".note-text")[-1] == "stopped"
+        gate.set()
         until(lambda: not server.desk.active)
-        model.seconds = 0
         browser.click("New chat")
         until(lambda: "Nothing of this conversation" in browser.texts("main")[0])
 

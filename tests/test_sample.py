@@ -588,7 +588,10 @@ def test_forced_tokens_are_read_and_the_next_ones_are_those_of_forward():
     assert tokens == [queue.get(n, token) for n, token in enumerate(likeliest)]
     assert [n for n, logprob in enumerate(logprobs) if logprob is None] == [5, 6, 9]
     assert [step[0][1] for step in steps] == write(model, [(3, 0)], count=14, temperature=0)[0][0]
-    again = list(engine.steps(PROMPTS, [(0, 0)], 3, lambda row, token: None))       # nothing is left of it
+    steps = engine.steps(PROMPTS, [(0, 0)], 9, lambda row, token: 120)
+    assert [next(steps)[0][0] for _ in range(3)][1:] == [120, 120]
+    steps.close()                                                   # nothing is left of it
+    again = list(engine.steps(PROMPTS, [(0, 0)], 3, lambda row, token: None))
     assert [step[0][0] for step in again] == write(model, [(0, 0)], count=3, temperature=0)[0][0]
 
 
@@ -597,7 +600,7 @@ def test_rows_end_and_call_on_their_own():
     model, tokenizer = Scripted((), vocab_size=265), chat_tokenizer()
     table = torch.full((265, 265), -9.0)                            # what follows what: a letter begins a chain
     for chain in ([97, CALL, 49, 43, 50, CALLED, 120], [SHOWN, 33, ASSISTANT_END], [98, 99, 100, 101, ASSISTANT_END],
-                  [102, 256], [OUTPUT, 120], [120, 120], [51, 120]):
+                  [102, 256], [OUTPUT, 120], [120, 120], [51, 120], [ASSISTANT_END, CALL], [256, CALL]):
         for left, right in zip(chain, chain[1:]):
             table[left, right] = 9
     model.decode = lambda tokens, *_, **__: table[tokens[:, -1:].long()]
@@ -607,10 +610,11 @@ def test_rows_end_and_call_on_their_own():
         made = [sample.Text(tokenizer, prompt=number) for number in numbers]
         engine = sample.Engine(model, 265, sample.Draw(temperature=0), batch, forcing=True)
         list(sample.generate(engine, prompts, made, 12, (256, ASSISTANT_END), sample.Tool(tokenizer, add)))
-        return [(text.tokens, text.finish) for text in made]
+        return [(text.tokens, text.finish, text.calls.made) for text in made]       # no calls after the end
     together = texts([0, 1, 2, 0, 1], 2)
     assert together == [texts([number], 1)[0] for number in (0, 1, 2, 0, 1)]
-    assert together[0] == ([CALL, *b"1+2", CALLED, OUTPUT, *b"3", SHOWN, *b"!"], "end")
+    assert together[0] == ([CALL, *b"1+2", CALLED, OUTPUT, *b"3", SHOWN, *b"!"], "end", 1)
+    assert [calls for *_, calls in together] == [1, 0, 0, 1, 0]
 
 
 # -----------------------------------------------------------------------------
