@@ -12,6 +12,7 @@ trained. The steps follow from the data and --epochs. A step has no average that
 is not finite changes no weight and ends the run.
 """
 import argparse
+import errno
 import glob
 import hashlib
 import json
@@ -428,8 +429,9 @@ def make_job(args, parent: Parent, cfg, shards: tuple, tokenizer: bytes, micro_s
     filled = sum(len(train[i].ids) for slot in slots for i in slot)
     padding = 1 - filled / len(slots) / slot_tokens
     lines.append(f"{len(slots):,} slots of {slot_tokens} tokens, {padding:.1%} padding, in {steps:,} steps")
-    val_slots = [fill_slot([val[i] for i in slot], slot_tokens, cfg.bos_id)
-                 for slot in plan_slots(val, slot_tokens, 1, 0)]
+    val_tokens = cfg.val_stream_tokens if cfg.compile else slot_tokens      # of this length the script has compiled it
+    val_slots = [fill_slot([val[i] for i in slot], val_tokens, cfg.bos_id)
+                 for slot in plan_slots(val, val_tokens, 1, 0)]
     spec = json.loads(tokenizer)
     sizes = np.zeros(cfg.vocab_size, np.int64)
     sizes[:len(spec["ranks"])] = [len(sample.base64.b64decode(rank)) for rank in spec["ranks"]]
@@ -506,6 +508,7 @@ class Run:
         self.args, self.argv, self.parent, self.saved = args, argv, parent, saved
         self.machine, self.tokenizer, self.tools = machine, tokenizer, tools
         self.master = machine.rank == 0
+        self.has_markers = "<|assistant_end|>" in json.loads(tokenizer)["special_tokens"]       # not the plain template
         self.sources = [Path(__file__).resolve(), parent.source]
         self.history, self.train_losses = [], []
         self.tokens_seen, self.live, self.wrote, self.log_file, self.checkpoint = 0, False, 0.0, None, None
@@ -621,7 +624,7 @@ class Run:
         meta = {"format": 1, "script": self.parent.meta["script"], "config": asdict(self.saved),
                 "sources": {f"{self.parent.meta['script']}.py": self.tools.file_sha256(self.parent.source)},
                 "source_sha256": self.tools.file_sha256(self.parent.source),
-                "step": step, "stage": self.parent.meta["stage"], "chat": True, "parent": self.origin_of_weights(),
+                "step": step, "stage": self.parent.meta["stage"], "chat": self.has_markers, "parent": self.origin_of_weights(),
                 "val_loss": self.history[-1][2] if self.history[-1][0] == step else None,
                 "best_val_loss": min(loss for _, _, loss in self.history), "history": self.history,
                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(), "train_time": seconds,
@@ -653,7 +656,7 @@ def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer, chat):
     forward = getattr(trainer, "forward", None) or trainer.backward.model
     measured = validate(forward, job, run.machine, run.tools)
     test = ()
-    if run.master and "<|python_start|>" in json.loads(run.tokenizer)["special_tokens"]:
+    if run.master and run.has_markers:
         trainer.model.eval()
         test = spelling_test(trainer.model, tokenizer, chat)
         trainer.model.train()
@@ -746,7 +749,9 @@ def main(argv: list[str] | None = None) -> int:
         say("interrupted before the first step; nothing was saved")
         return 130
     except Exception as error:           # each module has a UserError of its own
-        if type(error).__name__ not in ("UserError", "RankError", "FloatingPointError", "OutOfMemoryError"):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        if not full and type(error).__name__ not in ("UserError", "RankError", "FloatingPointError",
+                                                     "OutOfMemoryError"):
             raise
         if os.environ.get("RANK", "0") == "0" or type(error).__name__ == "RankError":
             say(error)

@@ -606,7 +606,10 @@ def render_sources(sources, tokenizer, args):
 
 
 def split(found, val_fraction):
-    """(training, validation) indexes of the conversations. Identical ones are on one side, chosen by their sha256."""
+    """(training, validation) indexes of the conversations. Identical ones are on one side, chosen by their sha256.
+
+    Validation has each conversation once, because a second time would measure the same.
+    """
     keys = sorted({one.key for one in found})
     if val_fraction and len(keys) < 2:
         raise InputError("there is one conversation, which cannot be divided into training and validation; give more, "
@@ -618,7 +621,7 @@ def split(found, val_fraction):
     for i, one in enumerate(found):
         if one.key not in held_out:
             sides[0].append(i)
-        elif one.key not in seen:  # a second time would measure the same
+        elif one.key not in seen:
             sides[1].append(i)
             seen.add(one.key)
     return sides
@@ -799,6 +802,8 @@ def summarize(manifest, out_dir):
     print(f"{counts['read']:,} conversations read")
     for reason, (count, example) in sorted(manifest["made_by"]["skipped"].items()):
         print(shards.one_line(f"  left out: {count:,} x {reason} ({example})"))
+    if counts["copies_in_validation"]:
+        print(f"  left out: {counts['copies_in_validation']:,} x copy of a validation conversation")
     if counts["over_budget"]:
         print(f"  left out: {counts['over_budget']:,} x beyond --tokens")
     if counts["cut"]:
@@ -833,7 +838,8 @@ def main(argv=None):
         print("\n\n".join(show(found[i], tokenizer_json, colour) for i in order[:args.show]))
         return
     options = {name: getattr(args, name) for name in "template max_tokens tokens val_fraction seed".split()}
-    names = "read cut tokens_cut over_budget".split()
+    counts["copies_in_validation"] = len(found) - len(train) - len(val)
+    names = "read cut tokens_cut over_budget copies_in_validation".split()
     made_by = {"script": "chat.py", "sources": args.sources, "options": options, "skipped": skipped,
                "counts": {name: counts[name] for name in names}}
     summarize(write_shards(args.out, found, (order, val), tokenizer, tokenizer_json, made_by, args.shard_tokens),

@@ -272,7 +272,8 @@ def test_weights_repeat_and_thin_out(run, tmp_path):
 
 def test_identical_conversations_are_on_one_side(run, tmp_path):
     rows = talks(50) * 3
-    _, folder = run(write_rows(tmp_path / "my.jsonl", rows), "--val_fraction=0.2")
+    out, folder = run(write_rows(tmp_path / "my.jsonl", rows), "--val_fraction=0.2")
+    assert "left out: 20 x copy of a validation conversation" in out
     train, val = ([tuple(ids) for ids, _ in read_side(folder, side)] for side in ("train", "val"))
     assert not {*train} & {*val} and len(val) == len({*val}) == 10 and len(train) == 120
 

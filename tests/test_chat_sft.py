@@ -2,7 +2,7 @@
 
 Proves: which targets are trained; every token of 10,000 random mixtures is in one slot or counted as left out; steps
 are finite whatever the mixture; 1, 2 and 3 ranks train the same model; a resumed run ends bit for bit as one that was
-not interrupted; the first checkpoint never changes; new special tokens get rows in every table; a mistake gets one line.
+not interrupted; the first checkpoint never changes; new special tokens get rows in every table; a mistake gets a line.
 Against: targets written out by hand, counts by a plain loop, a model whose logits are scripted.
 Run: python -m pytest tests/test_chat_sft.py
 """
@@ -61,7 +61,7 @@ def test_the_output_of_the_calculator_is_no_target():
     _, targets = chat_sft.fill_slot([one], 256, 256)
     names = {token: name for name, token in BYTES_CHAT["special_tokens"].items()}
     text = "".join(names.get(token, chr(token)) for token in targets[targets >= 0].tolist())
-    assert text == ("<|python_start|>'river'.count('r')<|python_end|>The answer is 2.\n#### 2<|assistant_end|>")
+    assert text == "<|python_start|>'river'.count('r')<|python_end|>The answer is 2.\n#### 2<|assistant_end|>"
 
 
 def random_conversation(rng, longest):
@@ -316,6 +316,14 @@ def test_a_vocabulary_with_room_keeps_its_size(run, parent, tmp_path):
     after = weights(done.folder)["lm_head"]
     assert after.shape == (288, 48) and torch.allclose(after[265:], torch.tensor(-3.0), atol=1e-4)
     assert torch.allclose(after[257:265], tensors["lm_head"][:256].mean(0).expand(8, 48), atol=1e-5)
+
+
+def test_the_plain_template_needs_no_special_tokens(run, tmp_path):
+    chat.main(["spelling:30", "--tokenizer=bytes", "--template=plain", f"--out={tmp_path / 'plain'}"])
+    done = run(f"--data={tmp_path / 'plain'}")
+    assert (done.code, done.err) == (0, "") and "spelling_right" not in done.out
+    model, tokenizer, meta = sample.load_checkpoint(sample.resolve_checkpoint(done.folder), "cpu")
+    assert meta["chat"] is False and model.cfg.vocab_size == tokenizer.vocab_size == 257
 
 
 # -----------------------------------------------------------------------------
