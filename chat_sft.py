@@ -187,8 +187,8 @@ def fill_slot(found: list[Conversation], length: int, bos_id: int, doc_tokens: i
     return inputs, targets
 
 def num_steps(slots: int, slots_per_step: int) -> int:
-    """Steps that the slots are shared out over: an even number, since half of the weights move at odd steps only."""
-    return 2 * max(1, round(slots / slots_per_step / 2))
+    """Steps of at most so many slots: an even number of them, since half of the weights move at odd steps only."""
+    return 2 * math.ceil(slots / slots_per_step / 2)
 
 def step_batches(job: "Job", machine, step: int) -> tuple[list[tuple], int]:
     """This rank's micro-batches of a step, and the trained targets of the step over all ranks.
@@ -200,8 +200,7 @@ def step_batches(job: "Job", machine, step: int) -> tuple[list[tuple], int]:
         return range(index * number // parts, (index + 1) * number // parts)
     of_step = share(len(job.slots), job.steps, step)
     mine = share(len(of_step), machine.world_size, machine.rank)
-    busiest = math.ceil(len(job.slots) / job.steps)
-    wanted = math.ceil(math.ceil(busiest / machine.world_size) / job.micro_slots) * job.micro_slots
+    wanted = math.ceil(math.ceil(len(of_step) / machine.world_size) / job.micro_slots) * job.micro_slots
     filled = [fill_slot([job.train[i] for i in job.slots[of_step[n]]], job.slot_tokens, job.bos_id) for n in mine]
     filled += [fill_slot([], job.slot_tokens, job.bos_id)] * (wanted - len(filled))
     targets = sum(int(job.train[i].mask[1:].sum()) for n in of_step for i in job.slots[n])
@@ -401,7 +400,7 @@ class Job:
     val_bytes: int
     summary: list[str]
 
-def make_job(args, parent: Parent, cfg, shards: tuple, tokenizer: bytes, micro_slots: int) -> Job:
+def make_job(args, parent: Parent, cfg, shards: tuple, tokenizer: bytes, micro_slots: int, machine) -> Job:
     """Reads and packs the conversations; raises UserError if they give nothing to train on."""
     slot_tokens, lines = cfg.pack_tokens, []
     sides = []
@@ -436,8 +435,10 @@ def make_job(args, parent: Parent, cfg, shards: tuple, tokenizer: bytes, micro_s
     sizes = np.zeros(cfg.vocab_size, np.int64)
     sizes[:len(spec["ranks"])] = [len(sample.base64.b64decode(rank)) for rank in spec["ranks"]]
     wanted = np.concatenate([targets[targets >= 0] for _, targets in val_slots])
-    return Job(train, slots, steps, slot_tokens, min(micro_slots, math.ceil(len(slots) / steps)), cfg.bos_id, val_slots,
-               len(wanted), int(sizes[wanted].sum()), lines)
+    if not cfg.compile:                  # compiled code is for micro-batches of one size; else they need no padding
+        micro_slots = min(micro_slots, math.ceil(math.ceil(len(slots) / steps) / machine.world_size))
+    return Job(train, slots, steps, slot_tokens, micro_slots, cfg.bos_id, val_slots, len(wanted),
+               int(sizes[wanted].sum()), lines)
 
 def last_batch(cfg) -> int:
     """Tokens of the last step of pretraining."""
@@ -624,7 +625,8 @@ class Run:
         meta = {"format": 1, "script": self.parent.meta["script"], "config": asdict(self.saved),
                 "sources": {f"{self.parent.meta['script']}.py": self.tools.file_sha256(self.parent.source)},
                 "source_sha256": self.tools.file_sha256(self.parent.source),
-                "step": step, "stage": self.parent.meta["stage"], "chat": self.has_markers, "parent": self.origin_of_weights(),
+                "step": step, "stage": self.parent.meta["stage"],
+                "chat": self.has_markers, "parent": self.origin_of_weights(),
                 "val_loss": self.history[-1][2] if self.history[-1][0] == step else None,
                 "best_val_loss": min(loss for _, _, loss in self.history), "history": self.history,
                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(), "train_time": seconds,
@@ -681,7 +683,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     with torch.no_grad():
         load_parent(trainer.model, parent, tokenizer_json)
     trainer.begin()
-    job = make_job(args, parent, cfg, shards, tokenizer_json, trainer.micro_slots)
+    job = make_job(args, parent, cfg, shards, tokenizer_json, trainer.micro_slots, machine)
     run = Run(args, argv, parent, saved, machine, tokenizer_json, tools)
     tools.on_rank0(machine, run.open)
     run.print("\n".join([f"chat_sft.py: {machine.world_size} x {machine.name}, from {parent.folder}", *job.summary,
