@@ -308,14 +308,14 @@ class Speed:
     """Training with the Optimizer of train_gpt.py and its like."""
     resumable = True
 
-    def __init__(self, args, parent: Parent, cfg, machine, log, tools):
-        self.args, self.cfg, self.machine, self.module = args, cfg, machine, parent.module
-        self.backward, self.optimizer = self.module.build(cfg, machine)
-        self.model, self.micro_slots = self.optimizer.model, 0
+    def __init__(self, module, cfg, machine, log, tools):
+        self.module, self.cfg, self.machine = module, cfg, machine
+        self.backward, self.optimizer = module.build(cfg, machine)
+        self.model, self.forward = self.optimizer.model, self.backward.model
         if cfg.compile:
-            self.micro_slots = self.module.warm_up(self.backward, self.optimizer, machine, SimpleNamespace(print=log))
+            self.micro_slots = module.warm_up(self.backward, self.optimizer, machine, SimpleNamespace(print=log))
         else:
-            self.micro_slots = self.module.largest_micro_batch(self.backward, self.optimizer, machine)
+            self.micro_slots = module.largest_micro_batch(self.backward, self.optimizer, machine)
 
     def begin(self):
         """Takes the weights that the model has now as those to start from."""
@@ -330,9 +330,11 @@ class Speed:
         return self.module.training_step(self.backward, self.optimizer, batches, step, plan, self.machine, votes)
 
     def gather(self, everything: bool) -> dict:
+        """The model's tensors by name, or everything that training changes, in CPU memory of the first rank."""
         return self.module.gather_state(self.model, self.optimizer, self.machine, everything)
 
     def restore(self, folder: Path, meta: dict):
+        """Makes model and optimizer what the checkpoint holds."""
         self.module.restore_state(folder, meta, self.model, self.optimizer, self.machine)
 
 class Plain:
@@ -340,17 +342,16 @@ class Plain:
     resumable = False
     micro_slots = 1
 
-    def __init__(self, args, parent: Parent, cfg, machine, log, tools):
+    def __init__(self, module, cfg, machine, log, tools):
         import torch
-        self.args, self.cfg, self.machine, self.module, self.tools = args, cfg, machine, parent.module, tools
+        self.machine, self.tools = machine, tools
         with torch.device(machine.device):
-            self.model = self.module.GPT(cfg)
-        self.optimizers = self.module.make_optimizers(self.model)
-        for group in self.groups():
-            group["highest"] = group.get("initial_lr", group["lr"])
+            self.model = module.GPT(cfg)
+        self.optimizers = module.make_optimizers(self.model)
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if cfg.compile else self.model
 
-    def groups(self):
+    def groups(self) -> list[dict]:
+        """The parameter groups of all optimizers; base_lr is the peak rate of each."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def begin(self):
@@ -372,13 +373,15 @@ class Plain:
             for param in self.model.parameters():
                 dist.all_reduce(param.grad)
         for group in self.groups():
-            group["lr"] = group["highest"] * factor
+            group["lr"] = group["base_lr"] * factor
+            group["momentum"] = 0.85 + 0.1 * min(1, step / 300)     # of Muon, as in pretraining
         for optimizer in self.optimizers if torch.isfinite(totals[0]) else ():
             optimizer.step()
         self.model.zero_grad()
         return totals
 
     def gather(self, everything: bool) -> dict:
+        """The model's tensors by name, in CPU memory."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
 
 def rate_factor(args, steps: int, step: int) -> float:
@@ -655,8 +658,7 @@ class Run:
 
 def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer, chat):
     """Validates, and makes the spelling test if the vocabulary has the tokens for it."""
-    forward = getattr(trainer, "forward", None) or trainer.backward.model
-    measured = validate(forward, job, run.machine, run.tools)
+    measured = validate(trainer.forward, job, run.machine, run.tools)
     test = ()
     if run.master and run.has_markers:
         trainer.model.eval()
@@ -679,7 +681,8 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     if args.resume and not hasattr(parent.module, "Optimizer"):
         raise UserError(f"--resume={args.resume}: runs of {parent.source.name} cannot be resumed; start a new one")
     lines = []
-    trainer = (Speed if hasattr(parent.module, "Optimizer") else Plain)(args, parent, cfg, machine, lines.append, tools)
+    kind = Speed if hasattr(parent.module, "Optimizer") else Plain
+    trainer = kind(parent.module, cfg, machine, lines.append, tools)
     with torch.no_grad():
         load_parent(trainer.model, parent, tokenizer_json)
     trainer.begin()

@@ -286,7 +286,7 @@ def test_steps_are_finite_whatever_the_mixture(parent):
     shard = SimpleNamespace(vocab_size=265, bos_id=256, path="")
     machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
     cfg, _ = chat_sft.choose_config(args, found, machine, shard)
-    trainer = chat_sft.Speed(args, found, cfg, machine, print, train_gpt)
+    trainer = chat_sft.Speed(train_gpt, cfg, machine, print, train_gpt)
     with torch.no_grad():
         chat_sft.load_parent(trainer.model, found, json.dumps(BYTES_CHAT).encode())
     trainer.begin()
@@ -410,9 +410,13 @@ def test_a_model_of_the_plain_script(run, data, talks, tmp_path):
     import train_gpt_simple
     flags = ["--preset=tiny", f"--train_files={data}/train_*.bin", f"--val_files={data}/val_*.bin", "--depth=2",
              "--model_dim=96", "--pack_tokens=256", "--batch_tokens=512", "--num_iterations=2", "--val_tokens=2000",
-             "--device=cpu", f"--out_dir={tmp_path / 'base'}"]
+             "--width_rule=none", "--device=cpu", f"--out_dir={tmp_path / 'base'}"]
     assert train_gpt_simple.train(train_gpt_simple.parse_config(flags), flags) == 0
-    done = run(f"--checkpoint={only_folder(tmp_path / 'base')}")
+    done = run(f"--checkpoint={only_folder(tmp_path / 'base')}", "--lr=1")
     assert (done.code, done.err) == (0, "")
+    losses = [float(loss) for loss in re.findall(r"val_loss:(\S+)", (done.folder / "log.txt").read_text())]
+    assert losses[-1] < losses[0] - 0.5
+    before, after = weights(only_folder(tmp_path / "base")), weights(done.folder)
+    assert not any(torch.equal(tensor, after[name]) for name, tensor in before.items() if tensor.dim() == 2)
     model, tokenizer, meta = sample.load_checkpoint(sample.resolve_checkpoint(done.folder), "cpu")
     assert meta["script"] == "train_gpt_simple" and model.cfg.vocab_size >= tokenizer.vocab_size == 265
