@@ -371,7 +371,8 @@ HELPFUL = sorted(path.relative_to(ROOT).as_posix() for folder in (".", "data", "
 
 def test_the_list_of_scripts_is_complete():
     assert {"train_gpt.py", "train_gpt_medium.py", "sample.py", "evaluate.py", "gpt2.py", "triton_kernels.py",
-            "data/text.py", "data/fineweb.py", "data/evals.py", "data/tokenizer.py", "records/records.py"} <= set(HELPFUL)
+            "data/text.py", "data/fineweb.py", "data/evals.py", "data/tokenizer.py", "records/records.py",
+            "train_gpt_simple.py", "chat_sft.py", "chat.py", "data/chat.py"} <= set(HELPFUL)
 
 
 @pytest.mark.parametrize("name", HELPFUL)

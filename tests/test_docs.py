@@ -50,7 +50,7 @@ def test_a_broken_link_is_seen(tmp_path):
     assert list(broken_links(page)) == ["#nowhere", "other.md", "page.md#x"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/running.md", "docs/formats.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/running.md", "docs/formats.md", "docs/chat.md"])
 def test_flags_exist(name):
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", (ROOT / name).read_text(encoding="utf-8")))
     assert sorted(named - known_flags() - FOREIGN) == []

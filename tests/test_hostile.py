@@ -65,6 +65,9 @@ def optional(path):
 evaluate, gpt2, evals, tokenizer_script = map(optional, ("evaluate.py", "gpt2.py", "data/evals.py", "data/tokenizer.py"))
 runs, records = map(optional, ("records/runs.py", "records/records.py"))
 
+# two files are called chat.py, so neither is imported by its name
+chat, chat_data, chat_sft = (sample.import_script(ROOT / path, needs=("parse_args",))
+                             for path in ("chat.py", "data/chat.py", "chat_sft.py"))
 CPU = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
 
 # -----------------------------------------------------------------------------
@@ -770,6 +773,12 @@ COMMANDS = {
     "data/tokenizer.py": commands(["a.txt", "--vocab_size=4096", "--superbpe=3000", "--digits=1", "--out=x", "--hf",
                                    "--max_chars=1000"], tokenizer_script.parse_args, ()),
     "data/fineweb.py": commands(["3", "--variant=edu", "--jobs=2", "--out=x", "--verify"], fineweb.parse_arguments, ()),
+    "chat.py": commands(["--checkpoint=x", "--prompt=Hello", "--temperature=0.5", "--top_k=3", "--seed=1", "--device=cpu"],
+                        chat.parse_args, sample.UserError),
+    "chat_sft.py": commands(["--checkpoint=x", "--data=y", "--epochs=2", "--lr=0.5", "--warmup=3", "--device=cpu"],
+                            chat_sft.parse_args, sample.UserError),
+    "data/chat.py": commands(["spelling:10", "a.jsonl=0.5", "--tokenizer=bytes", "--out=x", "--max_tokens=100",
+                              "--val_fraction=0.1", "--show=2"], chat_data.parse_args, ()),
 }
 FORMATS = {"shard header": shard_header, "published shard header": published_header, "manifest.json": manifest,
            "meta.json": meta_json, "safetensors header": safetensors_header, "tokenizer.json": tokenizer,
