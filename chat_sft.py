@@ -491,7 +491,7 @@ def write_answers(model, tokenizer, chat, questions: list[list[dict]], max_token
         logits = model.decode(torch.tensor(following, dtype=torch.int32, device=device)[:, None], cache)
     return answers
 
-def spelling_test(model, tokenizer, chat, count: int = WORDS) -> tuple[float, float]:
+def spelling_test(model, tokenizer, chat, count: int) -> tuple[float, float]:
     """Shares of questions about letters of unseen words: answered right, and with a call that has the right result."""
     tasks = chat.spelling_word_tasks(count, "test", held_out=True)
     questions = [chat.spellingbee_item(*task, f"test {i}")[:1] for i, task in enumerate(tasks)]
@@ -652,7 +652,8 @@ class Run:
                    f"({self.tokens_seen / max(seconds, 1e-9):,.0f} tokens/s)")
         self.print(f"log, curve and checkpoint are in {self.folder}")
         if finished:
-            self.print(f"next: {shlex.join(['python', 'chat.py', f'--checkpoint={self.checkpoint}'])}")
+            words = ["python", os.path.relpath(HERE / "chat.py"), f"--checkpoint={self.checkpoint}"]
+            self.print(f"next: {shlex.join(words)}")
         else:
             self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
 
@@ -662,7 +663,7 @@ def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer, chat):
     test = ()
     if run.master and run.has_markers:
         trainer.model.eval()
-        test = spelling_test(trainer.model, tokenizer, chat)
+        test = spelling_test(trainer.model, tokenizer, chat, WORDS)
         trainer.model.train()
     run.validated(step, job, clock.seconds, measured, test)
 
