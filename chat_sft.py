@@ -333,9 +333,9 @@ class Speed:
         """The model's tensors by name, or everything that training changes, in CPU memory of the first rank."""
         return self.module.gather_state(self.model, self.optimizer, self.machine, everything)
 
-    def restore(self, folder: Path, meta: dict):
-        """Makes model and optimizer what the checkpoint holds."""
-        self.module.restore_state(folder, meta, self.model, self.optimizer, self.machine)
+    def restore(self, folder: Path, meta: dict) -> list:
+        """Makes model and optimizer what the checkpoint holds; returns the training losses until then."""
+        return self.module.restore_state(folder, meta, self.model, self.optimizer, self.machine)
 
 class Plain:
     """Training with the torch.optim optimizers of a script that has make_optimizers. A run cannot be resumed."""
@@ -696,7 +696,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     clock = tools.Clock(machine, run.meta.get("train_time", 0.0))
     step = run.meta.get("step", 0)
     if run.origin:
-        trainer.restore(run.origin, run.meta)
+        run.train_losses = trainer.restore(run.origin, run.meta)
         run.print(f"goes on from {run.origin}")
     else:
         measure(run, job, trainer, clock, 0, tokenizer, chat)

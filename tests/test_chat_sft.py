@@ -245,6 +245,10 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(run, tmp_path):
     assert half.code == 130 and "--resume=" in half.out
     resumed = run("--save_every=2", f"--resume={half.folder}", out="other")
     assert (resumed.code, resumed.err) == (0, "") and resumed.folder == half.folder
+    for name in ("train_losses", "rng"):                                # the curve is whole, too
+        first, second = (load_file(sample.resolve_checkpoint(done.folder) / "optimizer.safetensors")[name]
+                         for done in (whole, resumed))
+        assert len(first) and torch.equal(first[..., ::2], second[..., ::2]), name      # without the seconds
     first, second = weights(whole.folder), weights(half.folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
     changed = run(f"--resume={half.folder}", "--lr=0.2", out="other")
