@@ -304,7 +304,7 @@ def load_parent(model, parent: Parent, tokenizer: bytes):
 # -----------------------------------------------------------------------------
 # Training
 
-class Speed:
+class OwnOptimizer:
     """Training with the Optimizer of train_gpt.py and its like."""
     resumable = True
 
@@ -337,7 +337,7 @@ class Speed:
         """Makes model and optimizer what the checkpoint holds; returns the training losses until then."""
         return self.module.restore_state(folder, meta, self.model, self.optimizer, self.machine)
 
-class Plain:
+class TorchOptimizers:
     """Training with the torch.optim optimizers of a script that has make_optimizers. A run cannot be resumed."""
     resumable = False
     micro_slots = 1
@@ -358,7 +358,7 @@ class Plain:
         """The optimizers have no state of their own before the first step."""
 
     def step(self, batches, step: int, factor: float, votes: tuple):
-        """As Speed.step."""
+        """As OwnOptimizer.step."""
         import torch
         import torch.distributed as dist
         device = self.machine.device
@@ -682,7 +682,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     if args.resume and not hasattr(parent.module, "Optimizer"):
         raise UserError(f"--resume={args.resume}: runs of {parent.source.name} cannot be resumed; start a new one")
     lines = []
-    kind = Speed if hasattr(parent.module, "Optimizer") else Plain
+    kind = OwnOptimizer if hasattr(parent.module, "Optimizer") else TorchOptimizers
     trainer = kind(parent.module, cfg, machine, lines.append, tools)
     with torch.no_grad():
         load_parent(trainer.model, parent, tokenizer_json)

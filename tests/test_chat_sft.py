@@ -292,7 +292,7 @@ def test_steps_are_finite_whatever_the_mixture(parent):
     shard = SimpleNamespace(vocab_size=265, bos_id=256, path="")
     machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
     cfg, _ = chat_sft.choose_config(args, found, machine, shard)
-    trainer = chat_sft.Speed(train_gpt, cfg, machine, print, train_gpt)
+    trainer = chat_sft.OwnOptimizer(train_gpt, cfg, machine, print, train_gpt)
     with torch.no_grad():
         chat_sft.load_parent(trainer.model, found, json.dumps(BYTES_CHAT).encode())
     trainer.begin()
