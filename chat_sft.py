@@ -304,7 +304,7 @@ def load_parent(model, parent: Parent, tokenizer: bytes):
 # -----------------------------------------------------------------------------
 # Training
 
-class Speed:
+class OwnOptimizer:
     """Training with the Optimizer of train_gpt.py and its like."""
     resumable = True
 
@@ -333,11 +333,11 @@ class Speed:
         """The model's tensors by name, or everything that training changes, in CPU memory of the first rank."""
         return self.module.gather_state(self.model, self.optimizer, self.machine, everything)
 
-    def restore(self, folder: Path, meta: dict):
-        """Makes model and optimizer what the checkpoint holds."""
-        self.module.restore_state(folder, meta, self.model, self.optimizer, self.machine)
+    def restore(self, folder: Path, meta: dict) -> list:
+        """Makes model and optimizer what the checkpoint holds; returns the training losses until then."""
+        return self.module.restore_state(folder, meta, self.model, self.optimizer, self.machine)
 
-class Plain:
+class TorchOptimizers:
     """Training with the torch.optim optimizers of a script that has make_optimizers. A run cannot be resumed."""
     resumable = False
     micro_slots = 1
@@ -358,7 +358,7 @@ class Plain:
         """The optimizers have no state of their own before the first step."""
 
     def step(self, batches, step: int, factor: float, votes: tuple):
-        """As Speed.step."""
+        """As OwnOptimizer.step."""
         import torch
         import torch.distributed as dist
         device = self.machine.device
@@ -491,7 +491,7 @@ def write_answers(model, tokenizer, chat, questions: list[list[dict]], max_token
         logits = model.decode(torch.tensor(following, dtype=torch.int32, device=device)[:, None], cache)
     return answers
 
-def spelling_test(model, tokenizer, chat, count: int = WORDS) -> tuple[float, float]:
+def spelling_test(model, tokenizer, chat, count: int) -> tuple[float, float]:
     """Shares of questions about letters of unseen words: answered right, and with a call that has the right result."""
     tasks = chat.spelling_word_tasks(count, "test", held_out=True)
     questions = [chat.spellingbee_item(*task, f"test {i}")[:1] for i, task in enumerate(tasks)]
@@ -652,7 +652,8 @@ class Run:
                    f"({self.tokens_seen / max(seconds, 1e-9):,.0f} tokens/s)")
         self.print(f"log, curve and checkpoint are in {self.folder}")
         if finished:
-            self.print(f"next: {shlex.join(['python', 'chat.py', f'--checkpoint={self.checkpoint}'])}")
+            words = ["python", os.path.relpath(HERE / "chat.py"), f"--checkpoint={self.checkpoint}"]
+            self.print(f"next: {shlex.join(words)}")
         else:
             self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
 
@@ -662,7 +663,7 @@ def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer, chat):
     test = ()
     if run.master and run.has_markers:
         trainer.model.eval()
-        test = spelling_test(trainer.model, tokenizer, chat)
+        test = spelling_test(trainer.model, tokenizer, chat, WORDS)
         trainer.model.train()
     run.validated(step, job, clock.seconds, measured, test)
 
@@ -681,7 +682,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     if args.resume and not hasattr(parent.module, "Optimizer"):
         raise UserError(f"--resume={args.resume}: runs of {parent.source.name} cannot be resumed; start a new one")
     lines = []
-    kind = Speed if hasattr(parent.module, "Optimizer") else Plain
+    kind = OwnOptimizer if hasattr(parent.module, "Optimizer") else TorchOptimizers
     trainer = kind(parent.module, cfg, machine, lines.append, tools)
     with torch.no_grad():
         load_parent(trainer.model, parent, tokenizer_json)
@@ -695,7 +696,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     clock = tools.Clock(machine, run.meta.get("train_time", 0.0))
     step = run.meta.get("step", 0)
     if run.origin:
-        trainer.restore(run.origin, run.meta)
+        run.train_losses = trainer.restore(run.origin, run.meta)
         run.print(f"goes on from {run.origin}")
     else:
         measure(run, job, trainer, clock, 0, tokenizer, chat)

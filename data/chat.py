@@ -640,6 +640,12 @@ def render_sources(sources, tokenizer, args):
     return found, counts, skipped
 
 
+def draw_copies(found, seed):
+    """How often training takes each conversation. A weight of 2.5: each twice, and half of them a third time."""
+    drawn = np.random.default_rng((seed, 1)).random(len(found)).tolist()
+    return [math.floor(one.weight) + (value < one.weight % 1) for one, value in zip(found, drawn)]
+
+
 def split(found, val_fraction):
     """(training, validation) indexes of the conversations. Identical ones are on one side, chosen by their sha256.
 
@@ -662,17 +668,10 @@ def split(found, val_fraction):
     return sides
 
 
-def mix(found, indexes, seed, budget):
-    """(order, left out): the indexes repeated by their weights and shuffled, and how many did not fit the budget.
-
-    A weight of 2.5 takes each conversation twice, and half of them a third time.
-    """
-    rng = np.random.default_rng(seed)
-    listed = []
-    for i, drawn in zip(indexes, rng.random(len(indexes)).tolist()):
-        whole = math.floor(found[i].weight)
-        listed += [i] * (whole + (drawn < found[i].weight - whole))
-    order = [listed[place] for place in rng.permutation(len(listed)).tolist()]
+def mix(found, indexes, copies, seed, budget):
+    """(order, left out): the indexes, each as often as `copies` says, shuffled; and how many did not fit the budget."""
+    listed = [i for i in indexes for _ in range(copies[i])]
+    order = [listed[place] for place in np.random.default_rng(seed).permutation(len(listed)).tolist()]
     if not budget:
         return order, 0
     ends = np.cumsum([len(found[i].ids) for i in order])
@@ -843,6 +842,10 @@ def summarize(manifest, out_dir):
         print(f"  joined into {counts['read'] - counts['joined']:,}")
     for reason, (count, example) in sorted(manifest["made_by"]["skipped"].items()):
         print(shards.one_line(f"  left out: {count:,} x {reason} ({example})"))
+    if counts["thinned_out"]:
+        print(f"  left out: {counts['thinned_out']:,} x by a weight below 1")
+    if counts["repeated"]:
+        print(f"  repeated: {counts['repeated']:,} x by a weight above 1")
     if counts["copies_in_validation"]:
         print(f"  left out: {counts['copies_in_validation']:,} x copy of a validation conversation")
     if counts["over_budget"]:
@@ -870,17 +873,23 @@ def main(argv=None):
     found, counts, skipped = render_sources(sources, tokenizer, args)
     if not found:
         raise InputError(f"the sources hold no conversation to train on ({'; '.join(skipped) or 'empty'}); name others")
+    copies = draw_copies(found, args.seed)
+    counts["thinned_out"] = copies.count(0)
+    found, copies = [one for one, n in zip(found, copies) if n], [n for n in copies if n]
+    if not found:
+        raise InputError("the weights leave no conversation to train on; raise them")
     train, val = split(found, args.val_fraction)
-    order, counts["over_budget"] = mix(found, train, args.seed, args.tokens)
+    order, counts["over_budget"] = mix(found, train, copies, args.seed, args.tokens)
+    counts["repeated"] = sum(copies[i] - 1 for i in train)
     if not order:
-        raise InputError(f"--tokens={args.tokens} and the weights leave no conversation to train on; raise them")
+        raise InputError(f"--tokens={args.tokens} leaves no conversation to train on; raise it")
     if args.show:
         colour = sys.stdout.isatty()
         print("\n\n".join(show(found[i], tokenizer_json, colour) for i in order[:args.show]))
         return
     options = {name: getattr(args, name) for name in "template max_tokens turns tokens val_fraction seed".split()}
     counts["copies_in_validation"] = len(found) - len(train) - len(val)
-    names = "read joined cut tokens_cut over_budget copies_in_validation".split()
+    names = "read joined cut tokens_cut thinned_out repeated copies_in_validation over_budget".split()
     made_by = {"script": "chat.py", "sources": args.sources, "options": options, "skipped": skipped,
                "counts": {name: counts[name] for name in names}}
     summarize(write_shards(args.out, found, (order, val), tokenizer, tokenizer_json, made_by, args.shard_tokens),

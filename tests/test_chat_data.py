@@ -274,12 +274,27 @@ def test_made_conversations_are_joined(run, tmp_path):
 def test_weights_repeat_and_thin_out(run, tmp_path):
     twice = write_rows(tmp_path / "a=1.jsonl", talks(40))
     third = write_rows(tmp_path / "b.jsonl", [{"messages": [user(f"b{i}"), assistant("b")]} for i in range(400)])
-    _, folder = run(f"{twice}=2.5", f"{third}=0.25", "--val_fraction=0")
+    out, folder = run(f"{twice}=2.5", f"{third}=0.25", "--val_fraction=0")
     found = Counter(tuple(ids) for ids, _ in read_side(folder, "train"))
     of_b = [count for ids, count in found.items() if ids[2] == ord("b")]
     of_a = [count for ids, count in found.items() if ids[2] == ord("q")]
     assert {*of_a} == {2, 3} and len(of_a) == 40 and {*of_b} == {1} and 60 < len(of_b) < 140
     assert not read_side(folder, "val")
+    assert f"left out: {400 - len(of_b):,} x by a weight below 1" in out
+    assert f"repeated: {sum(of_a) - 40:,} x by a weight above 1" in out
+
+
+def test_all_that_was_read_is_accounted_for(run, tmp_path):
+    rows = talks(200, 30) + talks(20) + [{"messages": [user("alone")]}]
+    _, folder = run(f"{write_rows(tmp_path / 'my.jsonl', rows)}=1.3", f"{write_rows(tmp_path / 'b.jsonl', rows)}=0.6",
+                    "spelling:50", "--turns=3", "--tokens=3000", "--val_fraction=0.1")
+    made_by = json.loads((folder / "manifest.json").read_text())["made_by"]
+    counts = made_by["counts"]
+    lost = sum(count for count, _ in made_by["skipped"].values()) + sum(counts[name] for name in (
+        "joined", "thinned_out", "copies_in_validation", "over_budget"))
+    assert min(counts[name] for name in counts if "cut" not in name) > 0
+    written = len(read_side(folder, "train")) + len(read_side(folder, "val"))
+    assert counts["read"] == 492 == written + lost - counts["repeated"]
 
 
 def test_identical_conversations_are_on_one_side(run, tmp_path):

@@ -8,17 +8,18 @@ Run: python -m pytest tests/test_chat_sft.py
 """
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, join, only_folder, small_flags
+from conftest import ROOT, SCRIPTS, join, only_folder, rank_starter, small_flags
 from safetensors.torch import load_file, save_file
 
 import chat_sft
@@ -175,7 +176,8 @@ def talks(tmp_path_factory):
 def run(parent, talks, tmp_path, capsys, monkeypatch):
     """Function of flags that runs chat_sft.py; exit code, output, errors, and the run folder if there is one."""
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)  # no curve: it takes as long as the steps
-    handlers = {name: chat_sft.sys.modules["signal"].getsignal(name) for name in (2, 15)}
+    monkeypatch.setattr(chat_sft, "WORDS", 2)
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*flags, out="logs"):
         argv = [f"--checkpoint={parent}", f"--data={talks}", f"--out_dir={tmp_path / out}", *FLAGS, *flags]
@@ -186,7 +188,7 @@ def run(parent, talks, tmp_path, capsys, monkeypatch):
         return SimpleNamespace(code=code, out=output, err=errors, folder=folders[-1] if folders else None)
     yield call
     for name, handler in handlers.items():
-        chat_sft.sys.modules["signal"].signal(name, handler)
+        signal.signal(name, handler)
 
 
 def weights(folder):
@@ -215,7 +217,7 @@ def test_a_run_makes_an_ordinary_checkpoint_and_leaves_the_first_as_it_is(run, p
     assert not any(tensor.isnan().any() for tensor in model.state_dict().values())
     info = json.loads((done.folder / "run.json").read_text())
     assert info["status"] == "finished" and info["tokens_seen"] > 3000
-    assert f"next: python chat.py --checkpoint={checkpoint}" in done.out
+    assert f"next: python {os.path.relpath(ROOT / 'chat.py')} --checkpoint={checkpoint}" in done.out
     assert {path.name for path in done.folder.iterdir()} == {"log.txt", "run.json", "chat_sft.py", "train_gpt.py",
                                                              "checkpoint"}
 
@@ -243,6 +245,10 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(run, tmp_path):
     assert half.code == 130 and "--resume=" in half.out
     resumed = run("--save_every=2", f"--resume={half.folder}", out="other")
     assert (resumed.code, resumed.err) == (0, "") and resumed.folder == half.folder
+    for name in ("train_losses", "rng"):                                # the curve is whole, too
+        first, second = (load_file(sample.resolve_checkpoint(done.folder) / "optimizer.safetensors")[name]
+                         for done in (whole, resumed))
+        assert len(first) and torch.equal(first[..., ::2], second[..., ::2]), name      # without the seconds
     first, second = weights(whole.folder), weights(half.folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
     changed = run(f"--resume={half.folder}", "--lr=0.2", out="other")
@@ -250,6 +256,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(run, tmp_path):
 
 
 def ranks_main(argv):
+    chat_sft.WORDS = 2
     sys.modules["matplotlib.backends.backend_svg"] = None
     return chat_sft.main(argv)
 
@@ -261,7 +268,6 @@ def one_rank(parent, talks, forkserver, tmp_path_factory):
 
 def rank_run(world_size, parent, talks, forkserver, folder):
     """(losses, weights) of a run with so many ranks."""
-    from conftest import rank_starter
     with rank_starter(forkserver, folder) as start:
         processes = start(world_size, ranks_main, [f"--checkpoint={parent}", f"--data={talks}", *FLAGS,
                                                    f"--out_dir={folder / 'logs'}"])
@@ -286,7 +292,7 @@ def test_steps_are_finite_whatever_the_mixture(parent):
     shard = SimpleNamespace(vocab_size=265, bos_id=256, path="")
     machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
     cfg, _ = chat_sft.choose_config(args, found, machine, shard)
-    trainer = chat_sft.Speed(train_gpt, cfg, machine, print, train_gpt)
+    trainer = chat_sft.OwnOptimizer(train_gpt, cfg, machine, print, train_gpt)
     with torch.no_grad():
         chat_sft.load_parent(trainer.model, found, json.dumps(BYTES_CHAT).encode())
     trainer.begin()
