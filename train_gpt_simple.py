@@ -1,75 +1,75 @@
-"""Train a GPT: the script to read first. One file, plain PyTorch, any device.
+"""Train a small GPT: read this script first. One file of plain PyTorch, for a GPU or a CPU.
 
     python data/text.py --tokenizer=bytes                           # once: the text of the preset tiny
     python train_gpt_simple.py --preset=tiny                        # minutes on two CPU cores
-    python train_gpt_simple.py                                      # GPT-2 small's size on one GPU, FineWeb's text
+    python train_gpt_simple.py                                      # size of GPT-2 small, FineWeb text, one GPU
     torchrun --standalone --nproc_per_node=8 train_gpt_simple.py    # the same run on eight GPUs
-    python train_gpt_simple.py --preset=tiny --depth=4 --ratio=1    # the dial: sizes and rates follow from the depth
+    python train_gpt_simple.py --preset=tiny --depth=4 --ratio=1    # sizes and rates follow from the depth
 
-The recipe: a pre-norm decoder with rotary positions, normalised queries and keys, sliding windows and an untied head;
-Muon for matrices, AdamW for the rest; documents that do not see each other. An idea to try is one field of
-Hyperparameters and the line where it acts. Shapes: T tokens, H heads, D channels per head, C residual channels, B rows.
+The model is a pre-norm decoder with rotary positions, normalised queries and keys, sliding windows and an untied head.
+Muon trains the matrices, AdamW the rest. To test an idea, add a field to Hyperparameters and the line where it acts.
+Shapes: T tokens, C residual channels, H heads, D channels of a head, V vocabulary, B rows of a cache, N matrices.
 """
 # -----------------------------------------------------------------------------
 # Imports, hyperparameters and command line
 
-import argparse, contextlib, glob, hashlib, json, math, os, signal, sys, time
+import argparse, glob, hashlib, json, math, os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import cache, partial
 from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Literal, get_args, get_origin
-
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin"    # training shards (a glob), read in the order of names
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin"        # validation shards (a glob)
-    val_tokens: int = 10_485_760         # the validation loss is the mean over the first so many tokens
-    val_stream_tokens: int = 32_768      # length of a forward pass in validation
-    pack_tokens: int = 32_768            # length of a forward pass in training; ranks share out whole packs
-    epochs: int = 1                      # how often the text may be read, each time with documents in another order
-    depth: int = 12                      # layers; given as a flag, sizes and rates follow from it (see dial)
-    model_dim: int = 0                   # residual channels; 0: from the depth
-    head_dim: int = 128                  # channels of a head
-    windows: tuple[int, ...] = (512, 512, 512, 2048)    # tokens that each layer looks back, in turn; 0: any number
-    mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu has 2/3 of the hidden units, so as many weights
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"    # glob of training shards, read in the order of names
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"        # glob of validation shards
+    val_tokens: int = 10_485_760        # the validation loss is the mean over this many tokens, the first ones
+    val_stream_tokens: int = 32_768     # tokens of one forward pass in validation; memory grows with it
+    pack_tokens: int = 32_768           # tokens of one forward pass in training; memory grows with it
+    epochs: int = 1                     # times the text may be read; documents get a new order each time
+    depth: int = 12                     # layers, 2 to 32; as a flag it sets the zeros below, see dial
+    model_dim: int = 0                  # residual channels, a multiple of head_dim; 0: from the depth
+    head_dim: int = 128                 # channels of a head, even, 32 to 128
+    windows: tuple[int, ...] = (512, 512, 512, 2048)    # tokens a layer looks back, in turn; 0: the whole document
+    mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu (arXiv 2002.05202) has as many weights
     gate: Literal["none", "head", "element"] = "none"   # gated attention (arXiv 2505.06708)
-    value_residual: bool = False         # mix the first layer's values into the others' (arXiv 2410.17897)
-    norm_scaling: bool = False           # divide a layer's normalised input by sqrt(its number) (arXiv 2502.05795)
-    softcap: float = 0.0                 # squash logits to +-softcap by tanh; 0: off
-    z_loss: float = 0.0                  # weight of log(sum exp logits)^2 in training (PaLM: 1e-4); 0: off
-    vocab_size: int = 0                  # filled in from the shards, as is bos_id, which begins each document
-    bos_id: int = -1
-    batch_tokens: int = 0                # per step, over all ranks; 0: from the depth
-    num_iterations: int = 0              # steps of batch_tokens; 0: from the depth
-    ratio: float = 10.5                  # of the dial: training tokens per weight in matrix products
+    value_residual: bool = False        # mix the values of layer 0 into later layers (arXiv 2410.17897)
+    norm_scaling: bool = False          # divide the input of layer i by sqrt(i + 1) (arXiv 2502.05795)
+    softcap: float = 0.0                # squash logits to +-softcap by tanh, 10 to 30; 0: off
+    z_loss: float = 0.0                 # weight of log(sum exp logits)^2, about 1e-4 (arXiv 2204.02311); 0: off
+    vocab_size: int = 0                 # filled in from the shards
+    bos_id: int = -1                    # filled in from the shards: the token that begins each document
+    batch_tokens: int = 0               # tokens of a step over all GPUs, a multiple of pack_tokens; 0: from the depth
+    num_iterations: int = 0             # steps of batch_tokens; 0: from the depth
+    ratio: float = 10.5                 # training tokens per weight, used when num_iterations is 0; 8 to 20
     width_rule: Literal["nanochat", "mup", "none"] = "nanochat"     # how rates follow from sizes, see rate_factors
     optimizer: Literal["muon", "adamw"] = "muon"        # of matrices; the rest has AdamW
-    muon_lr: float = 0.02                # of matrices under Muon: spectral norm per step
-    adamw_lr: float = 0.002              # of matrices under AdamW
-    embed_lr: float = 0.3                # of the embedding
-    head_lr: float = 0.008               # of the head
-    weight_decay: float = 0.2            # of matrices
-    decay_rule: Literal["rate", "independent"] = "rate"     # decay times the rate with its factors, or without them
-    schedule: Literal["wsd", "cosine", "linear", "seesaw"] = "wsd"  # of the rate; seesaw (arXiv 2510.14717): and batch
-    cooldown: float = 0.6                # last fraction of the run, over which wsd falls
-    lr_floor: float = 0.05               # learning rate factor at the end
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"  # auto: cuda if there is one, else cpu
+    muon_lr: float = 0.02               # of matrices under Muon: spectral norm of a step; 0.005 to 0.05
+    adamw_lr: float = 0.002             # of matrices under AdamW; 0.0003 to 0.005
+    embed_lr: float = 0.3               # of the embedding; 0.05 to 0.5
+    head_lr: float = 0.008              # of the head; 0.002 to 0.02
+    weight_decay: float = 0.2           # of matrices, per unit of the learning rate; 0: off
+    decay_rule: Literal["rate", "independent"] = "rate"     # independent: the width rule does not change the decay
+    schedule: Literal["wsd", "cosine", "linear", "seesaw"] = "wsd"  # seesaw (arXiv 2510.14717) also grows the batch
+    cooldown: float = 0.6               # last fraction of the run in which wsd falls, 0.2 to 1
+    lr_floor: float = 0.05              # fraction of the rate that is left at the end; 0: none
+    seed: int = 0                       # of the initial weights and the order of documents
+    device: Literal["auto", "cuda", "cpu"] = "auto"     # auto: cuda if there is a GPU
     precision: Literal["bf16", "fp32"] = "bf16"         # of the computation; weights are always fp32
-    attention: Literal["auto", "flex", "plain"] = "auto"    # auto: flex if the model is compiled
-    compile: bool = True                 # torch.compile, on CUDA only
-    seed: int = 0                        # of the initial weights, and of the order of documents after the first epoch
-    val_every: int = 250                 # steps between validations; 0: only first and last
-    out_dir: str = "logs"                # each run makes a folder in it
-    stages = property(lambda self: ("all",))                        # for other tools: a run has one stage only
+    attention: Literal["auto", "flex", "plain"] = "auto"    # auto: flex on CUDA, else plain
+    compile: bool = True                # use torch.compile; only on CUDA
+    val_every: int = 250                # steps between validations; 0: only first and last
+    out_dir: str = "logs"               # each run makes a folder in it
+    stages = property(lambda self: ("all",))            # for sample.py: this script has a single stage
     total_steps = property(lambda self: len(plan(self)))
 
 PRESETS = {"small": Hyperparameters(model_dim=768, batch_tokens=131_072, num_iterations=1000, width_rule="none"),
@@ -77,16 +77,16 @@ PRESETS = {"small": Hyperparameters(model_dim=768, batch_tokens=131_072, num_ite
                                    depth=4, model_dim=192, head_dim=48, windows=(64, 256), batch_tokens=2048,
                                    num_iterations=180, muon_lr=0.04, width_rule="none", precision="fp32")}
 DIAL = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rule": "nanochat"}       # what --depth=N means
-BASE_WIDTH, BASE_BATCH, WARMUP, ROPE_BASE = 768, 2**19, 20, 10_000      # the first two: where the rates are meant
-LIMITS = {(1, 2**24): "val_stream_tokens pack_tokens depth epochs val_tokens head_dim", (1e-9, 1e9): "ratio muon_lr "
-          "adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay lr_floor",
-          (0, 2**24): "model_dim batch_tokens num_iterations vocab_size seed val_every windows"}
+BASE_WIDTH, BASE_BATCH, WARMUP, ROPE_BASE, HEAD_CHUNK = 768, 2**19, 20, 10_000, 8192
+LIMITS = {(1, 2**24): "val_stream_tokens pack_tokens depth epochs val_tokens head_dim", (0, 2**24):
+          "model_dim batch_tokens num_iterations vocab_size seed val_every windows", (1e-9, 1e9): "ratio muon_lr "
+          "adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay lr_floor"}
 
 class UserError(Exception):
-    """Something the user can put right. Its text names the thing, the value and the remedy; the exit code is 2."""
+    """An error that the user can fix. Its text names the thing, the value and the remedy; the exit code is 2."""
 
 def parse_config(argv: list[str]) -> Hyperparameters:
-    """The config of `--preset=name`, by default the first, and `--field=value` flags; UserError on anything else."""
+    """The config of `--preset=name` and `--field=value` flags; raises UserError on anything else."""
     def refuse(message):
         raise UserError(f"{message}; --help lists the flags")
     source = Path(__file__).read_text(encoding="utf-8").split("class Hyperparameters:\n")[1].split("\n    stages")[0]
@@ -107,7 +107,7 @@ def parse_config(argv: list[str]) -> Hyperparameters:
             refuse(f"--{name}={getattr(cfg, name)} is out of range; choose from {low} to {high}")
     for name, unit in (("head_dim", 2), ("model_dim", cfg.head_dim), ("batch_tokens", cfg.pack_tokens)):
         if getattr(cfg, name) % unit:
-            refuse(f"--{name}={getattr(cfg, name)} is no multiple of {unit}, see --head_dim and --pack_tokens")
+            refuse(f"--{name}={getattr(cfg, name)} must be a multiple of {unit}; see --head_dim, --pack_tokens")
     return cfg
 
 def config_from_dict(values: dict) -> Hyperparameters:
@@ -119,10 +119,9 @@ def config_from_dict(values: dict) -> Hyperparameters:
 
 # -----------------------------------------------------------------------------
 # Data
-
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
 @dataclass(frozen=True)
-class Shard:                             # a file: 256 int32, then ids of documents, each of which begins with bos_id
+class Shard:                             # a file: a header of 256 int32, then token ids; bos_id begins each document
     path: str
     num_tokens: int
     vocab_size: int
@@ -151,14 +150,12 @@ def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Sha
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
     groups = []
     for flag, pattern in (("train_files", train_files), ("val_files", val_files)):
-        folder, name = os.path.split(pattern)                       # whose name may have brackets
-        inside = [os.path.join(folder, path) for path in glob.glob(name, root_dir=folder or ".")]
-        groups.append([read_header(path) for path in sorted(inside or glob.glob(pattern))])
+        groups.append([read_header(path) for path in sorted(glob.glob(pattern))])
         if not groups[-1]:
             raise UserError(f"--{flag}={pattern} matches no file; make some with data/fineweb.py or data/text.py")
-    if len({(shard.tokenizer, shard.vocab_size, shard.bos_id) for group in groups for shard in group}) > 1:
+    if len({(shard.tokenizer, shard.vocab_size, shard.bos_id) for shard in sum(groups, [])}) > 1:
         raise UserError(f"--train_files={train_files} and --val_files={val_files} have several tokenizers; use one")
-    return groups[0], groups[1]
+    return tuple(groups)
 
 def read_tokenizer(shard: Shard, vocab_dir: str = "") -> bytes:
     """tokenizer.json beside a shard; b"" for GPT-2's shards without one, whose vocabulary sample.py finds by itself."""
@@ -178,7 +175,7 @@ def streams(docs, length: int, bos_id: int, whole: bool):
     for doc in docs:
         start, end = 0, len(doc) - 1
         while start < end:
-            # what does not fit goes on in the next stream, where it does not see its beginning, or all of it does
+            # a document that does not fit is cut, or moved to the next stream if documents must stay whole
             if room == 0 or (whole and room < min(end - start, length)):
                 if inputs is not None:
                     yield inputs, targets
@@ -204,54 +201,63 @@ def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[
 
 # -----------------------------------------------------------------------------
 # Model
-
-def norm(x: Tensor) -> Tensor:          # RMS norm over the last axis, without gain
+def norm(x: Tensor) -> Tensor:           # RMS norm over the last axis, without a learned gain
     return F.rms_norm(x, (x.size(-1),))
 
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # turns channel pairs (j, j + D/2)
     a, b = x_THD.chunk(2, dim=2)
     return x_THD * cos_TD[:, None] + torch.cat([-b, a], dim=2) * sin_TD[:, None]
 
-class Stream:                            # where each token stands; documents begin with bos_id and see no other
+def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
+    """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
+    T, row = len(first_T), torch.arange(-(-len(first_T) // block), device=first_T.device)
+    touched = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None])     # first_T never falls
+    full = (row < row[:, None]) & (row * block >= first_T[(row * block + block - 1).clamp(max=T - 1)][:, None])
+    def listed(blocks):                  # how many blocks each block of queries has, and their indices first
+        return blocks.sum(1).int()[None, None], (~blocks).int().argsort(dim=1, stable=True).int()[None, None]
+    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=block, seq_lengths=(T, T),
+                                    mask_mod=lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
+
+class Stream:                            # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
         self.flex, self.index = cfg.attention == "flex", torch.arange(len(tokens_T), device=tokens_T.device)
         self.doc_start = torch.where(tokens_T == cfg.bos_id, self.index, 0).cummax(0).values
         self.position, self.masks = self.index - self.doc_start, {}
-    def attend(self, i: int, window: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
-        """Attention (T, H, D) of layer i: a token sees itself and the `window` ones before it in its document."""
+    def attend(self, layer: int, window: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
+        """Attention (T, H, D): a token sees itself and the `window` tokens before it in its document."""
         index, first = self.index, torch.maximum(self.doc_start, self.index - window)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
         if self.flex:
-            if window not in self.masks:
-                self.masks[window] = create_block_mask(lambda b, h, query, key: (key <= query) & (key >= first[query]),
-                                                       None, None, len(index), len(index), device=index.device)
-            return flex_attention(q, k, v, block_mask=self.masks[window])[0].transpose(0, 1)
+            mask = self.masks.setdefault(window, flex_mask(first))      # the compiler removes those that are not used
+            return flex_attention(q, k, v, block_mask=mask)[0].transpose(0, 1)
         parts = []
-        for low in range(0, len(index), 512):   # so many queries at a time, with the keys that their windows reach
+        for low in range(0, len(index), 512):   # 512 queries at a time, with the keys that their windows reach
             near, far = slice(low, low + 512), slice(max(0, low - window), low + 512)
             seen = (index[far] <= index[near, None]) & (index[far] >= first[near, None])
             parts.append(F.scaled_dot_product_attention(q[:, :, near], k[:, :, far], v[:, :, far], attn_mask=seen))
         return torch.cat(parts, 2)[0].transpose(0, 1)
 
-class Linear(nn.Linear):                # a matrix, kept in fp32 and used in the precision of its input
+class Linear(nn.Linear):                 # keeps its weight in fp32 and uses it in the precision of the input
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-class Block(nn.Module):                 # one layer: what attention and then the MLP add to the stream
+class Block(nn.Module):                 # one layer: attention, then the MLP; each adds to the residual stream
     def __init__(self, cfg: Hyperparameters, layer: int):
         super().__init__()
-        C, self.head_dim, self.layer, self.swiglu = cfg.model_dim, cfg.head_dim, layer, cfg.mlp == "swiglu"
-        hidden = C // 6 * 16 if self.swiglu else 4 * C
-        self.scale = (layer + 1) ** -0.5 if cfg.norm_scaling else 1.0
-        windows = [window or 2**24 for window in cfg.windows]       # the last layer looks back the furthest
+        C, self.head_dim, self.layer = cfg.model_dim, cfg.head_dim, layer
+        windows = [window or 2**24 for window in cfg.windows]
         self.window = max(windows) if layer == cfg.depth - 1 else windows[layer % len(windows)]
+        self.scale = (layer + 1) ** -0.5 if cfg.norm_scaling else 1.0
         self.q, self.k, self.v, self.attn_proj = (Linear(C, C, bias=False) for _ in range(4))
-        self.fc, self.mlp_proj = Linear(C, hidden * (1 + self.swiglu), bias=False), Linear(hidden, C, bias=False)
         gates = {"none": 0, "head": C // cfg.head_dim, "element": C}[cfg.gate]
         self.gate = Linear(C, gates, bias=False) if gates else None
         self.v_lambda = nn.Parameter(torch.empty(())) if cfg.value_residual and layer else None
+        self.swiglu = cfg.mlp == "swiglu"
+        hidden = C // 6 * 16 if self.swiglu else 4 * C      # swiglu has three matrices instead of two
+        self.fc, self.mlp_proj = Linear(C, hidden * (1 + self.swiglu), bias=False), Linear(hidden, C, bias=False)
+
     def forward(self, x_TC: Tensor, rope: tuple, context, v1: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The stream after this layer, and the values of the first layer, which gets None for them."""
+        """The stream (T, C) after this layer, and the values (T, H, D) of layer 0; layer 0 itself gets None."""
         u = norm(x_TC) * self.scale
         q, k, v = (linear(u).view(len(u), -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.v_lambda is not None:
@@ -274,17 +280,16 @@ class GPT(nn.Module):                    # of a config in which everything is fi
         self.matmul_parameters = sum(param.numel() for param in [*self.blocks.parameters(), self.lm_head.weight])
         self.init_parameters()
     @torch.no_grad()
-    def init_parameters(self):          # the same for the same seed and kind of device; blocks start by adding nothing
+    def init_parameters(self):           # the projections start at zero, so each block starts by adding nothing
         generator = torch.Generator(self.embed.weight.device).manual_seed(self.cfg.seed)
         for name, param in self.named_parameters():
-            if name.endswith(("v_lambda", "proj.weight", "gate.weight")):
+            if name.endswith(("proj.weight", "gate.weight", "v_lambda")):
                 param.fill_(0.5 if name.endswith("v_lambda") else 0)
             else:
                 std = 0.02 if self.cfg.width_rule == "none" else param.size(1) ** -0.5
                 param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
-    def set_stage(self, index: int, final: bool = False):
-        """Does nothing: other scripts change their windows along the run."""
-    def trunk(self, tokens_T: Tensor, context) -> Tensor:  # what the head reads, (T, C); context: a Stream or a Cache
+    def set_stage(self, index: int, final: bool = False): pass      # for sample.py: other scripts have stages
+    def trunk(self, tokens_T: Tensor, context: "Stream | Cache") -> Tensor:    # what the head reads, (T, C)
         x, v1 = self.embed(tokens_T).to(self.dtype), None
         freq = ROPE_BASE ** -(torch.arange(0, self.cfg.head_dim, 2, device=x.device) / self.cfg.head_dim)
         angle = (context.position[:, None] * freq).repeat(1, 2)
@@ -292,26 +297,32 @@ class GPT(nn.Module):                    # of a config in which everything is fi
         for block in self.blocks:
             x, v1 = block(x, rope, context, v1)
         return norm(x)
-    def logits(self, x_TC: Tensor) -> Tensor:                       # fp32 (..., V), of what trunk returns
+    def logits(self, x_TC: Tensor) -> Tensor:  # (..., V) in fp32, of what trunk returns
         logits = self.lm_head(x_TC).float() * (BASE_WIDTH / self.cfg.model_dim if self.cfg.width_rule == "mup" else 1.0)
         return cap * torch.tanh(logits / cap) if (cap := self.cfg.softcap) else logits
+
     def score(self, tokens_T: Tensor, targets_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats of each target (T,), 0 where it is -1, plus z-loss; and the likeliest token (T,)."""
-        logits = self(tokens_T)
-        losses = F.cross_entropy(logits, targets_T, ignore_index=-1, reduction="none")
-        if z_loss:
-            losses = losses + z_loss * logits.logsumexp(1).square() * (targets_T >= 0)
-        return losses, logits.detach().argmax(1)
+        """Cross-entropy (T,) in nats, 0 where the target is -1, plus z-loss; and the likeliest token (T,)."""
+        x, parts = self.trunk(tokens_T, Stream(self.cfg, tokens_T)), []
+        for part, targets in zip(x.split(HEAD_CHUNK), targets_T.split(HEAD_CHUNK)):
+            logits = self.logits(part)   # of a few thousand tokens, because fp32 logits of all would fill the memory
+            losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+            if z_loss:
+                losses = losses + z_loss * logits.logsumexp(1).square() * (targets >= 0)
+            parts.append((losses, logits.detach().argmax(1)))
+        return tuple(torch.cat(column) for column in zip(*parts))
+
     def forward(self, tokens_T: Tensor, targets_T: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-        """Logits (T, V) fp32 of one stream of documents; with targets (T,) the sum of their losses, see score."""
+        """Logits (T, V) in fp32 of a stream of documents; with targets (T,) the sum of their losses, see score."""
         if targets_T is not None:
             return self.score(tokens_T, targets_T, z_loss)[0].sum()
         return self.logits(self.trunk(tokens_T, Stream(self.cfg, tokens_T)))
     def new_cache(self, batch: int, max_tokens: int, chunk: int = 256) -> "Cache":  # for rows of one document each
         return Cache(self, batch, max_tokens)
+
     @torch.no_grad()
     def decode(self, tokens_BT: Tensor, cache: "Cache", lengths: Tensor | None = None, last: bool = False) -> Tensor:
-        """Logits (B, T, V) fp32 of the next tokens, of which `lengths` (B,) are real, or (B, 1, V) of the last one."""
+        """Logits (B, T, V) after T more tokens, of which `lengths` (B,) are real; (B, 1, V) of the last if `last`."""
         B, T = tokens_BT.shape
         real = torch.full_like(cache.length, T) if lengths is None else lengths
         if T > 1 and (most := int((cache.length + real).max())) > cache.max_tokens:
@@ -322,12 +333,11 @@ class GPT(nn.Module):                    # of a config in which everything is fi
         cache.length.add_(real)
         return self.logits(x[cache.rows, real[:, None] - 1] if last else x)
 
-class Cache:
-    """Keys and values (layers, B, max_tokens + 1, H, D) of the tokens so far, of which each row has `length`."""
+class Cache:     # keys and values (layers, B, max_tokens + 1, H, D) of the tokens so far; `length` (B,) counts them
     def __init__(self, model: GPT, batch: int, max_tokens: int):
         cfg, device, self.max_tokens = model.cfg, model.embed.weight.device, max_tokens
         shape = 2, cfg.depth, batch, max_tokens + 1, cfg.model_dim // cfg.head_dim, cfg.head_dim
-        self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=device)   # the last cell: not real
+        self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=device)   # last cell: padding
         self.rows, self.cells = torch.arange(batch, device=device)[:, None], torch.arange(max_tokens + 1, device=device)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.bytes_read = lambda tokens: self.keys.nbytes + self.values.nbytes  # in a step
@@ -345,12 +355,11 @@ class Cache:
 
 # -----------------------------------------------------------------------------
 # Optimizer, schedule and dial
-
 POLAR_EXPRESS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
                  (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232))          # arXiv 2505.16932
-def orthogonalize(g_NRC: Tensor) -> Tensor:  # each matrix with its singular values moved to about 1
-    x = g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
-    x, tall = x.bfloat16() if x.is_cuda else x, x.size(1) > x.size(2)
+def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular values moved to about 1
+    tall, x = g_NRC.size(1) > g_NRC.size(2), g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6)
+    x = x.bfloat16() if x.is_cuda else x
     for a, b, c in POLAR_EXPRESS:
         gram = x.mT @ x if tall else x @ x.mT                       # on the short side
         poly = b * gram + c * gram @ gram
@@ -358,44 +367,44 @@ def orthogonalize(g_NRC: Tensor) -> Tensor:  # each matrix with its singular val
     return x.float()
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonal momentum (Jordan 2024) for matrices of one shape a group, with cautious decay (arXiv 2411.16085)."""
+    """Orthogonalised momentum (Jordan 2024) with cautious weight decay (arXiv 2411.16085), one shape a group."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params, lr, mu = group["params"], group["lr"], group["momentum"]
             grad, w = torch.stack([param.grad for param in params]), torch.stack([param.data for param in params])
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - mu)
-            x = orthogonalize(grad.lerp(momentum, mu))
-            w -= lr * (max(1, w.size(1) / w.size(2)) ** 0.5 * x + group["weight_decay"] * w * (x * w > 0))
+            update = group["orthogonalize"](grad.lerp(momentum, mu))
+            w -= lr * (max(1, w.size(1) / w.size(2)) ** 0.5 * update + group["weight_decay"] * w * (update * w > 0))
             torch._foreach_copy_(params, list(w.unbind()))
 
 def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
     """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
-    width, names = cfg.model_dim / BASE_WIDTH, "muon_lr adamw_lr embed_lr head_lr weight_decay".split()
-    ones, batch = dict.fromkeys(names, 1.0), (cfg.batch_tokens / BASE_BATCH) ** 0.5
+    width, batch = cfg.model_dim / BASE_WIDTH, (cfg.batch_tokens / BASE_BATCH) ** 0.5
+    ones = dict.fromkeys(("muon_lr", "adamw_lr", "embed_lr", "head_lr", "weight_decay"), 1.0)
     length = cfg.num_iterations * cfg.batch_tokens / (cfg.ratio * products(12, BASE_WIDTH, cfg.vocab_size))
     nanochat = {"muon_lr": batch, "weight_decay": batch / length}
     return {"none": ones, "mup": ones | {"adamw_lr": 1 / width},
-            "nanochat": dict.fromkeys(names, batch * width ** -0.5) | nanochat}[cfg.width_rule]
+            "nanochat": dict.fromkeys(ones, batch * width ** -0.5) | nanochat}[cfg.width_rule]
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters; base_lr of a group is its learning rate before the schedule."""
-    cfg, factor = model.cfg, rate_factors(model.cfg)
+    cfg, factor, shapes = model.cfg, rate_factors(model.cfg), {}
+    rate = "muon_lr" if cfg.optimizer == "muon" else "adamw_lr"
     def group(params, rate, decay=0.0):
         decay *= factor["weight_decay"] / (factor[rate] if cfg.decay_rule == "independent" else 1.0)
         return {"params": params, "base_lr": getattr(cfg, rate) * factor[rate], "weight_decay": decay, "momentum": 0.0}
-    shapes, rate = {}, "muon_lr" if cfg.optimizer == "muon" else "adamw_lr"
     for param in model.blocks.parameters():
         shapes.setdefault(param.shape, []).append(param)
-    head = [model.lm_head.weight, *shapes.pop(torch.Size(()), [])]              # and single numbers
+    head = [model.lm_head.weight, *shapes.pop(torch.Size(()), [])]          # single numbers train like the head
     rest = [group([model.embed.weight], "embed_lr"), group(head, "head_lr")]
     matrices = [group(params, rate, cfg.weight_decay) for params in shapes.values()]
+    polar = torch.compile(orthogonalize, dynamic=False) if cfg.compile else orthogonalize
     adamw = partial(torch.optim.AdamW, betas=(0.8, 0.95), eps=1e-10, fused=model.embed.weight.is_cuda)
-    return [Muon(matrices, {"lr": 0.0}), adamw(rest)] if cfg.optimizer == "muon" else [adamw(matrices + rest)]
+    return [Muon(matrices, {"orthogonalize": polar}), adamw(rest)] if rate == "muon_lr" else [adamw(matrices + rest)]
 
 @cache
-def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:
-    """(learning rate factor, tokens) of each step."""
+def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:      # (learning rate factor, tokens) of each step
     total, seen, rows = cfg.num_iterations * cfg.batch_tokens, 0, []
     while seen < total:
         left, batch = 1 - seen / total, cfg.batch_tokens
@@ -423,43 +432,42 @@ def dial(cfg: Hyperparameters) -> Hyperparameters:
 
 # -----------------------------------------------------------------------------
 # The run
-
 Machine = make_dataclass("Machine", ("device", "rank", "world_size", "name"), frozen=True)  # where this process runs
 
 def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}[kind]:
-        raise UserError(f"--device={kind}, but PyTorch sees no such device; use --device=cpu or another build of torch")
-    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    kind = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(cfg.device, cfg.device)
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda, but PyTorch sees no GPU; use --device=cpu or another build of torch")
     if kind == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank)
     if world_size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
-    return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name(device) if kind == "cuda" else kind)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    device, name = (torch.device("cuda", local_rank), torch.cuda.get_device_name()) if kind == "cuda" else (kind, kind)
+    return Machine(torch.device(device), rank, max(world_size, 1), name)
 
-def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:  # arrays to tensors on the device
-    return tuple(torch.from_numpy(array).to(device) for array in batch)
+def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:
+    pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous     # lets the copy run beside the step
+    return tuple(pin(torch.from_numpy(array)).to(device, non_blocking=True) for array in batch)
 
 def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
     """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
     compiled, ids = cfg.compile and machine.device.type == "cuda", shards[0].vocab_size
-    attention = cfg.attention if cfg.attention != "auto" else "flex" if compiled else "plain"
-    cfg = dial(replace(cfg, vocab_size=math.ceil(ids / 64) * 64 if compiled else ids, bos_id=shards[0].bos_id,
-                       compile=compiled, attention=attention))
+    attention = {"auto": "flex" if compiled else "plain"}.get(cfg.attention, cfg.attention)
+    vocab_size = math.ceil(ids / 64) * 64 if compiled else ids      # GPUs are slow with odd sizes
+    cfg = dial(replace(cfg, vocab_size=vocab_size, bos_id=shards[0].bos_id, compile=compiled, attention=attention))
     needed, found = cfg.num_iterations * cfg.batch_tokens, sum(shard.num_tokens for shard in shards)
     if needed > found * cfg.epochs:
-        raise UserError(f"--num_iterations={cfg.num_iterations} needs {needed} tokens, --train_files={cfg.train_files} "
-                        f"holds {found}; add text, or read it more often (--epochs={-(-needed // found)})")
+        raise UserError(f"--num_iterations={cfg.num_iterations} needs {needed} tokens, --train_files holds {found}; "
+                        f"add text, or use --epochs={-(-needed // found)}")
     if machine.world_size > (packs := cfg.batch_tokens // cfg.pack_tokens):
         raise UserError(f"{machine.world_size} ranks share {packs} packs; lower --pack_tokens={cfg.pack_tokens}")
     return cfg
 
-class Run:
-    """The folder of a run: log.txt, run.json, the script, curve.svg and the checkpoint. Only the first rank writes."""
+class Run:       # the folder of a run: log.txt, run.json, this script and the checkpoint; only rank 0 writes
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str], shards: tuple):
-        self.master, self.seconds, self.losses = machine.rank == 0, 0.0, {"train_loss": [], "val_loss": []}
+        self.master, self.seconds = machine.rank == 0, 0.0
         name, source, now = Path(__file__).name, Path(__file__).read_bytes(), time.localtime()
         digest, self.steps, gpu = hashlib.sha256(source).hexdigest(), cfg.total_steps, machine.device.type == "cuda"
         self.info = {"format": 1, "status": "running", "script": name, "source_sha256": digest, "argv": argv,
@@ -485,10 +493,8 @@ class Run:
             print(text, flush=True) if console else None
     def loss(self, name: str, loss: float, console: bool = True):  # FloatingPointError if it is not finite
         step, ms, finite = self.info["step"], round(1000 * self.seconds), math.isfinite(loss)
-        self.losses[name].append((self.seconds, loss))
-        if name == "val_loss" and finite:
-            tokens = self.info["config"]["val_tokens"]
-            self.info["val_losses"].append({"step": step, "train_time_ms": ms, "val_loss": loss, "tokens": tokens})
+        point = {"step": step, "train_time_ms": ms, "val_loss": loss, "tokens": self.info["config"]["val_tokens"]}
+        self.info["val_losses"] += [point] if name == "val_loss" and finite else []
         self.log(f"step:{step}/{self.steps} {name}:{loss:.6f} train_time:{ms}ms step_avg:{ms / max(step, 1):.2f}ms",
                  console, train_time_ms=ms, status="running" if finite else "diverged")
         if not finite:
@@ -502,22 +508,13 @@ class Run:
         os.replace(self.folder / "checkpoint/.new", final)
         self.write("checkpoint/latest", final.name.encode())
         return final
-    def plot(self):                     # curve.svg, if matplotlib is there
-        with contextlib.suppress(ImportError):
-            from matplotlib.backends.backend_svg import FigureCanvasSVG
-            from matplotlib.figure import Figure
-            axis = (figure := Figure((7, 4), layout="constrained")).subplots()
-            axis.plot(*zip(*self.losses["train_loss"]), "0.65")
-            axis.plot(*zip(*self.losses["val_loss"]), "ko")
-            axis.set(xlabel="training time in seconds", ylabel="loss: training (grey), validation (dots)", yscale="log")
-            FigureCanvasSVG(figure).print_svg(self.folder / "curve.svg")
 
 def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, machine: Machine, stop: bool) -> list:
-    """Trains on the packs of one batch, shared out over the ranks. Returns the mean loss, and how many ranks `stop`."""
+    """Trains on this rank's packs (tokens, targets) of a batch. Returns the mean loss and how many ranks `stop`."""
     rate, batch_tokens = plan(cfg)[step]
     totals = torch.tensor([0.0, stop], device=machine.device)
-    for pack in packs[machine.rank::machine.world_size]:
-        loss = forward(*to_device(pack, machine.device), cfg.z_loss) / batch_tokens
+    for tokens, targets in packs:
+        loss = forward(tokens, targets, cfg.z_loss) / batch_tokens
         loss.backward()
         totals[0] += loss.detach()
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -526,7 +523,7 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
             dist.all_reduce(tensor)
     for group in groups:
         group["lr"] = group["base_lr"] * rate
-        group["momentum"] = 0.85 + 0.1 * min(1, step / 300)         # of Muon; short runs want a short memory
+        group["momentum"] = 0.85 + 0.1 * min(1, step / 300)         # of Muon: early gradients are soon outdated
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -535,7 +532,7 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
 @torch.no_grad()
 def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> float:
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
-    total = torch.zeros((), dtype=torch.float64, device="cpu" if machine.device.type == "mps" else machine.device)
+    total = torch.zeros((), dtype=torch.float64, device=machine.device)
     for stream in streams[machine.rank::machine.world_size]:
         total += model(*to_device(stream, machine.device)).to(total)
     if machine.world_size > 1:
@@ -543,48 +540,52 @@ def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> fl
     return total.item() / cfg.val_tokens
 
 def train(cfg: Hyperparameters, argv: list[str]) -> int:
-    """The experiment: build, compile, start the clock, train, validate with the clock stopped, save. The exit code."""
+    """The experiment: build, compile, train, validate with the clock stopped, save. Returns the exit code."""
     machine, shards = setup_machine(cfg), open_shards(cfg.train_files, cfg.val_files)
     cfg, tokenizer = resolve_config(cfg, machine, shards[0]), read_tokenizer(shards[0][0])
     val_streams = validation_streams(cfg, shards[1])
-    packs = streams(training_documents(cfg, shards[0]), cfg.pack_tokens, cfg.bos_id, whole=False)
     with torch.device(machine.device):
         model = GPT(cfg)
     optimizers, run, begin = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
     run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "
             f"{cfg.model_dim}, {cfg.total_steps} steps of {cfg.batch_tokens} tokens, factors {rate_factors(cfg)}")
     forward = torch.compile(model, dynamic=False, fullgraph=True) if cfg.compile else model
-    if cfg.compile:                      # now, not on the clock; the gradient is dropped
+    if cfg.compile:                      # now and not on the clock: one step on an empty batch, then back to the start
         empty = np.zeros(cfg.pack_tokens, np.int32), np.zeros(cfg.pack_tokens, np.int64)
-        forward(*to_device(empty, machine.device), cfg.z_loss).backward()
-        model.zero_grad()
-    run.loss("val_loss", validate(forward, cfg, val_streams, machine))
+        training_step(forward, optimizers, [to_device(empty, machine.device)], 0, cfg, machine, False)
+        model.init_parameters()
+        for optimizer in optimizers:
+            optimizer.state.clear()
+    run.loss("val_loss", val_loss := validate(forward, cfg, val_streams, machine))
     counters, interrupted = torch._dynamo.utils.counters["stats"], []
     graphs, run.info["compile_seconds"] = counters["unique_graphs"], (time.perf_counter() - begin) * cfg.compile
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT, signal.SIGTERM):                    # save what there is
         signal.signal(name, lambda *_: interrupted.append(True))
-    begin, stop = time.perf_counter(), 0.0
+    packs = streams(training_documents(cfg, shards[0]), cfg.pack_tokens, cfg.bos_id, whole=False)
+    def load(step):                      # the packs of this rank
+        batch = list(islice(packs, plan(cfg)[step][1] // cfg.pack_tokens)) if step < cfg.total_steps else []
+        return [to_device(pack, machine.device) for pack in batch[machine.rank::machine.world_size]]
+    loader, begin, stop = ThreadPoolExecutor(1), time.perf_counter(), 0.0
+    ahead = loader.submit(load, 0)
     while (step := run.info["step"]) < cfg.total_steps and not stop:
-        batch = list(islice(packs, plan(cfg)[step][1] // cfg.pack_tokens))
+        batch, ahead = ahead.result(), loader.submit(load, step + 1)        # the next batch loads during this step
         loss, stop = training_step(forward, optimizers, batch, step, cfg, machine, bool(interrupted))
         run.seconds += time.perf_counter() - begin                  # the loss was read, so all ranks are done
-        run.info |= {"step": step + 1, "tokens_seen": run.info["tokens_seen"] + len(batch) * cfg.pack_tokens}
+        run.info |= {"step": step + 1, "tokens_seen": run.info["tokens_seen"] + plan(cfg)[step][1]}
         run.loss("train_loss", loss, console=step % 10 == 9)
         if step + 1 == cfg.total_steps or cfg.val_every and (step + 1) % cfg.val_every == 0:
-            run.loss("val_loss", validate(forward, cfg, val_streams, machine))
+            run.loss("val_loss", val_loss := validate(forward, cfg, val_streams, machine))
         begin = time.perf_counter()
-    finished = step == cfg.total_steps
-    run.info["val_loss"] = run.losses["val_loss"][-1][1] if finished else None
+    run.info["val_loss"] = val_loss if (finished := step == cfg.total_steps) else None
     if machine.rank == 0:
-        run.plot()
-        path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30 * cfg.compile
+        path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30
         run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
                 f"next: python sample.py --checkpoint={path}", status="finished" if finished else "interrupted",
                 recompiles=counters["unique_graphs"] - graphs, peak_memory_gib=memory)
     return 0 if finished else 130
 
 def main() -> int:
-    """Runs the command line. Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
+    """Runs the command line. Exit code: 0 done, 2 the user can fix it, 3 diverged, 130 interrupted."""
     try:
         return train(parse_config(sys.argv[1:]), sys.argv[1:])
     except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
