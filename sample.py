@@ -303,6 +303,7 @@ class Tokenizer:
         self.bos_id = data["bos_id"]
         self.pattern = data["pattern"]
         special = data["special_tokens"]
+        self.specials = dict(special)
         self.vocab_size = len(self.ranks) + len(special)
         if len(self.ids) != len(self.ranks) or any(bytes([byte]) not in self.ids for byte in range(256)):
             raise ValueError("its tokens are not distinct, or lack some of the 256 bytes")
@@ -321,6 +322,10 @@ class Tokenizer:
             pieces = (text[low:low + PIECE_CHARACTERS] for low in range(0, len(text), PIECE_CHARACTERS))
             return [token for piece in pieces for token in self.encoding.encode_ordinary(piece)]
         return [self.ids[bytes([byte])] for byte in text.encode()]
+
+    def special(self, name: str) -> int:
+        """The id of a special token, such as "<|assistant_end|>"; raises KeyError if the vocabulary has none."""
+        return self.bos_id if name == "<|bos|>" else self.specials[name]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; b"" for a special one."""
@@ -735,11 +740,12 @@ class Engine:
 
     The model has cfg.bos_id, new_cache and decode, and its cache has fill and bytes_read, like train_gpt.GPT. On CUDA
     one step, from a token to the next, is captured as a graph, so the tensors that it works on are allocated once.
-    compile: compile the step first. Raises ValueError if the model cannot read max_tokens.
+    compile: compile the step first. forcing: `steps` can put given tokens in the place of drawn ones. Raises ValueError
+    if the model cannot read max_tokens.
     """
 
     def __init__(self, model, vocab_size: int, draw: Draw = Draw(), batch: int = 1, max_tokens: int = 1024,
-                 compile: bool = False):
+                 compile: bool = False, forcing: bool = False):
         import torch
         self.model = model
         self.vocab_size = vocab_size
@@ -754,6 +760,7 @@ class Engine:
             self.count = torch.zeros(1, dtype=torch.int64)
             self.ids = torch.arange(vocab_size)
             self.seen = torch.zeros(batch, vocab_size, dtype=torch.bool) if draw.repetition_penalty != 1 else None
+            self.forced = torch.full((batch,), -1) if forcing else None     # the next token of a row; -1: draw it
         self.step = self.advance
         if compile:
             step = torch.compile(self.advance, dynamic=False, fullgraph=True)
@@ -766,7 +773,7 @@ class Engine:
             self.capture()
 
     def choose(self, logits_BV):
-        """Draws each row's next token from the model's logits, and stores its log-probability."""
+        """Draws each row's next token from the model's logits, or takes the forced one; stores its log-probability."""
         logits = logits_BV[:, :self.vocab_size].float()
         scores = filter_logits(logits, self.draw, self.seen)
         if self.draw.temperature:
@@ -776,6 +783,8 @@ class Engine:
         best, places = parts.max(2)
         part = best.argmax(1, keepdim=True)
         token = part * parts.size(2) + places.gather(1, part)
+        if self.forced is not None:
+            token = token.where(self.forced[:, None] < 0, self.forced[:, None])
         if self.seen is not None:
             self.seen.scatter_(1, token, True)
         total = in_parts(logits).logsumexp(2).logsumexp(1)
@@ -818,6 +827,8 @@ class Engine:
         self.seed.copy_(torch.tensor([random.Random(f"{seed} {prompts[prompt]}").getrandbits(32)
                                      for prompt, seed in rows]))
         self.count.zero_()
+        if self.forced is not None:
+            self.forced.fill_(-1)
         if self.seen is not None:
             self.seen.zero_()
             for line, (prompt, _) in zip(self.seen, rows):          # without the id that begins and ends a document
@@ -842,16 +853,21 @@ class Engine:
             return tuple(x.tolist() for x in host)
         return wait
 
-    def steps(self, prompts: list[list[int]], rows: list[tuple[int, int]], count: int):
+    def steps(self, prompts: list[list[int]], rows: list[tuple[int, int]], count: int, force=None):
         """Yields (tokens, log-probabilities), two lists with one entry a row, `count` times.
 
-        rows: (index of the prompt, seed), at most `batch`; a prompt and `count` tokens have to fit into max_tokens. On
-        CUDA the next step starts before a token is yielded. Raises UserError if logits are not finite.
+        rows: (index of the prompt, seed), at most `batch`; a prompt and `count` tokens have to fit into max_tokens.
+        force: a function of a row and its newest token that returns the token that must come next, or None to draw it;
+        only for an engine made with forcing=True. The log-probability of a forced token is None, as it was not drawn.
+        On CUDA the next step starts before a token is yielded, unless there is `force`. Raises UserError if logits are
+        not finite.
         """
         assert len(rows) <= self.batch, "more rows than the engine was made for"
+        assert force is None or self.forced is not None, "the engine was made without forcing"
         self.start(prompts, rows)
         waiting = deque()
-        behind = self.device.type == "cuda"
+        behind = self.device.type == "cuda" and force is None
+        forced = [None] * len(rows)
         for n in range(count + behind):
             if n < count:
                 if n:
@@ -861,7 +877,67 @@ class Engine:
                 tokens, logprobs = waiting.popleft()()
                 if any(map(math.isnan, logprobs)):
                     raise UserError(f"the model's logits are not finite; {CHOOSE_ANOTHER}")
-                yield tokens[:len(rows)], logprobs[:len(rows)]
+                tokens = tokens[:len(rows)]
+                yield tokens, [x if token is None else None for x, token in zip(logprobs, forced)]
+                if force:
+                    forced = [force(row, token) for row, token in enumerate(tokens)]
+                    self.put(forced)
+
+    def put(self, forced: list[int | None]):
+        """Makes the next step take these tokens; it draws one where there is None."""
+        import torch
+        ids = [-1 if token is None else token for token in forced]
+        self.forced[:len(ids)] = torch.tensor(ids)
+
+# -----------------------------------------------------------------------------
+# Tools
+
+class Tool:
+    """What the model can call in the middle of a text: it writes an expression between two markers.
+
+    run: a function of the expression that returns its result as text, or None if it has none. Raises KeyError if the
+    vocabulary lacks the markers.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, run):
+        self.tokenizer = tokenizer
+        self.run = run
+        self.begin, self.end, self.output_begin, self.output_end = (
+            tokenizer.special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end"))
+
+class ToolCalls:
+    """The calls of a tool in one text. made: how many; answered: how many had a result."""
+
+    def __init__(self, tool: Tool):
+        self.tool = tool
+        self.made = 0
+        self.answered = 0
+        self.expression = None           # bytes of the call that is open
+        self.forced = deque()            # what is still to come of a result
+
+    def follow(self, token: int) -> int | None:
+        """Takes the next token of the text; returns the one that must come after it, or None if any may.
+
+        After a call come the output markers with the result between them. A call without a result is left as it is.
+        """
+        tool = self.tool
+        if self.forced:
+            return self.forced.popleft()
+        if token == tool.begin:
+            self.expression = b""
+        elif self.expression is None:
+            return None
+        elif token != tool.end:
+            self.expression += tool.tokenizer.token_bytes(token)
+        else:
+            self.made += 1
+            result = tool.run(self.expression.decode(errors="replace"))
+            self.expression = None
+            if result is not None:
+                self.answered += 1
+                self.forced.extend([tool.output_begin, *tool.tokenizer.encode(result), tool.output_end])
+                return self.forced.popleft()
+        return None
 
 # -----------------------------------------------------------------------------
 # Text
@@ -871,7 +947,8 @@ class Text:
 
     text: what is certain so far. unseen: the part of it, after `lead`, that is still to be printed. finish: "end" if
     the model ended the document, "stop" if a stop string came, "length" after the last token asked for, None before.
-    tokens and logprobs belong to the text and to the stop string.
+    tokens and logprobs belong to the text and to the stop string; the logprob of a tool's output is None. calls: the
+    tool calls in the text, if it was generated with a tool.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop=(), prompt: int = 0, seed: int = 0, lead: str = ""):
@@ -885,9 +962,10 @@ class Text:
         self.finish = None
         self.tokens = []
         self.logprobs = []
+        self.calls = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token: int, logprob: float = 0.0):
+    def add(self, token: int, logprob: float | None = 0.0):
         """Appends the next token."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -925,13 +1003,25 @@ def decode(tokenizer: Tokenizer, tokens):
     if text.unseen:
         yield text.unseen
 
-def generate(engine: Engine, prompts: list[list[int]], texts: list[Text], count: int):
-    """Generates the texts, of up to `count` tokens each, `engine.batch` at a time; yields after every step."""
+def generate(engine: Engine, prompts: list[list[int]], texts: list[Text], count: int, ends=None,
+             tool: Tool | None = None):
+    """Generates the texts, of up to `count` tokens each, `engine.batch` at a time; yields after every step.
+
+    ends: ids that end a text, by default the model's bos_id; tool: what the texts can call, for an engine made with
+    forcing=True. A result counts among the tokens of its text.
+    """
+    ends = {engine.model.cfg.bos_id} if ends is None else set(ends)
     for low in range(0, len(texts), engine.batch):
         group = texts[low:low + engine.batch]
-        for tokens, logprobs in engine.steps(prompts, [(text.prompt, text.seed) for text in group], count):
+        for text in group if tool else ():
+            text.calls = ToolCalls(tool)
+
+        def force(row, token, group=group):
+            return None if group[row].finish else group[row].calls.follow(token)
+        rows = [(text.prompt, text.seed) for text in group]
+        for tokens, logprobs in engine.steps(prompts, rows, count, force if tool else None):
             for text, token, logprob in zip(group, tokens, logprobs):
-                if not text.finish and token == engine.model.cfg.bos_id:
+                if not text.finish and token in ends:
                     text.close("end")
                 elif not text.finish:
                     text.add(token, logprob)

@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -412,7 +413,8 @@ def test_texts_beyond_the_batch_follow_and_fewer_tokens_are_the_first_ones():
     assert written[0] == written[1] == written[2]
 
 
-def test_a_compiled_step_gives_the_same_text_from_one_graph(monkeypatch):
+@pytest.mark.parametrize("forcing", [False, True])
+def test_a_compiled_step_gives_the_same_text_from_one_graph(monkeypatch, forcing):
     """By torch.compile's front end alone, with every filter; test_decode.py has the model's part."""
     graphs, real = [], torch.compile
 
@@ -423,7 +425,7 @@ def test_a_compiled_step_gives_the_same_text_from_one_graph(monkeypatch):
     table = torch.randn(257, 257, generator=torch.Generator().manual_seed(0))
     model.decode = lambda tokens, *_, **__: table[tokens[:, -1:]]
     for compiled in (False, True):
-        engine = sample.Engine(model, 257, sample.Draw(1.2, 50, 0.9, 0.01, 1.1), 2, 400, compiled)
+        engine = sample.Engine(model, 257, sample.Draw(1.2, 50, 0.9, 0.01, 1.1), 2, 400, compiled, forcing)
         written.append([tokens for tokens, _ in engine.steps([[256]], [(0, 1), (0, 2)], 30)])
     assert written[0] == written[1] and len(graphs) == 1
     assert len({token for tokens in written[0] for token in tokens}) > 20
@@ -479,6 +481,135 @@ def test_nothing_of_a_stop_string_is_ever_shown():
         text.add(token)
         shown.append(text.text)
     assert shown == ["a", "ab", "ab", "abc", "abc", "abccd", "abccd"]
+
+
+# -----------------------------------------------------------------------------
+# Tools
+
+CHAT = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>", "<|python_start|>",
+        "<|python_end|>", "<|output_start|>", "<|output_end|>"]
+ASSISTANT_END, CALL, CALLED, OUTPUT, SHOWN = range(260, 265)
+
+
+def chat_tokenizer():
+    """Bytes and the nine special tokens, from id 256."""
+    special = {name: 256 + n for n, name in enumerate(CHAT)}
+    return sample.Tokenizer(json.loads(tokenizer_file()) | {"special_tokens": special})
+
+
+def add(expression):
+    """Stands in for the calculator: sums of whole numbers."""
+    return str(sum(map(int, expression.split("+")))) if re.fullmatch(r"\d+(\+\d+)*", expression) else None
+
+
+def scripted_calls(script, count=100, forcing=True, ends=(256, ASSISTANT_END)):
+    """The Text that a scripted model writes with a tool; it reads every token that stands in the text."""
+    model, tokenizer, read = Scripted(script, vocab_size=265), chat_tokenizer(), []
+    decode = model.decode
+    model.decode = lambda tokens, *rest, **more: read.append(int(tokens[0, -1])) or decode(tokens, *rest, **more)
+    text = sample.Text(tokenizer)
+    engine = sample.Engine(model, 265, sample.Draw(temperature=0), forcing=forcing)
+    list(sample.generate(engine, [[256]], [text], count, ends, sample.Tool(tokenizer, add) if forcing else None))
+    assert read[1:] == text.tokens[:len(read) - 1]
+    return text
+
+
+def test_special_tokens_have_names():
+    tokenizer = chat_tokenizer()
+    assert [tokenizer.special(name) for name in CHAT] == list(range(256, 265))
+    assert tokenizer.encode("<|assistant_end|>") == [*b"<|assistant_end|>"]
+    data = json.loads(tokenizer_file()) | {"special_tokens": {"<|endoftext|>": 256}}
+    assert sample.Tokenizer(data).special("<|bos|>") == 256           # GPT-2 has another name for it
+    with pytest.raises(KeyError, match="user_start"):
+        sample.Tokenizer(data).special("<|user_start|>")
+    with pytest.raises(KeyError, match="python_start"):
+        sample.Tool(sample.Tokenizer(data), add)
+
+
+def test_the_result_of_a_call_comes_after_it_whatever_the_model_draws():
+    text = scripted_calls([*b"so ", CALL, *b"12+30", CALLED, *b"xxxx", *b".", ASSISTANT_END, *b"never"])
+    assert text.tokens == [*b"so ", CALL, *b"12+30", CALLED, OUTPUT, *b"42", SHOWN, *b"."]
+    assert [logprob is None for logprob in text.logprobs] == [False] * 10 + [True] * 4 + [False]
+    assert (text.text, text.finish, text.calls.made, text.calls.answered) == ("so 12+3042.", "end", 1, 1)
+
+
+def test_calls_follow_each_other_and_one_may_begin_again():
+    text = scripted_calls([CALL, *b"1+", CALL, *b"1+1", CALLED, *b"xxx", CALL, *b"2", CALLED, *b"xxx", 256])
+    assert text.tokens == [CALL, *b"1+", CALL, *b"1+1", CALLED, OUTPUT, *b"2", SHOWN,
+                           CALL, *b"2", CALLED, OUTPUT, *b"2", SHOWN]
+    assert (text.calls.made, text.calls.answered) == (2, 2)
+
+
+@pytest.mark.parametrize("script", [[CALL, *b"1+one", CALLED, *b"abc"], [CALL, CALLED, *b"abc"], [CALLED, *b"abc"],
+                                    [OUTPUT, *b"42", SHOWN], [CALL, *b"1+1", OUTPUT, *b"abc"], [SHOWN, CALLED]], ids=str)
+def test_what_has_no_result_stays_as_the_model_wrote_it(script):
+    text = scripted_calls([*script, ASSISTANT_END])
+    assert text.tokens == script and text.calls.answered == 0 and None not in text.logprobs
+
+
+def test_a_result_is_cut_at_the_most_tokens():
+    text = scripted_calls([CALL, *b"1+1", CALLED, *b"xxxxxx"], count=6)
+    assert (text.tokens, text.finish) == ([CALL, *b"1+1", CALLED, OUTPUT], "length")
+
+
+def test_without_a_tool_markers_do_nothing():
+    script = [CALL, *b"1+1", CALLED, *b"abc", 256]
+    text = scripted_calls(script, forcing=False)
+    assert (text.tokens, text.calls) == (script[:-1], None)
+    with pytest.raises(AssertionError, match="forcing"):
+        engine = sample.Engine(Scripted(script, vocab_size=265), 265)
+        list(engine.steps([[256]], [(0, 0)], 3, lambda row, token: None))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
+def test_without_a_call_a_tool_changes_nothing(options):
+    model, written = random_model(), []
+    for forcing in (False, True):
+        engine = sample.Engine(model, 257, sample.Draw(**options), 2, 400, forcing=forcing)
+        force = (lambda row, token: None) if forcing else None
+        written.append(list(engine.steps(PROMPTS, [(0, 1), (2, 3)], 20, force)))
+    assert written[0] == written[1]
+
+
+def test_forced_tokens_are_read_and_the_next_ones_are_those_of_forward():
+    """In one row of the batch; the other is as it would be alone."""
+    model = random_model()
+    engine = sample.Engine(model, 257, sample.Draw(temperature=0), 3, 400, forcing=True)
+    queue = {5: 120, 6: 121, 9: 122}                                # token number -> what it must be
+    seen = [0, 0]
+
+    def force(row, token):
+        seen[row] += 1
+        return queue.get(seen[row]) if row == 0 else None
+    steps = list(engine.steps(PROMPTS, [(0, 0), (3, 0)], 14, force))
+    tokens, logprobs = ([step[part][0] for step in steps] for part in (0, 1))
+    likeliest = model(torch.tensor(PROMPTS[0] + tokens))[len(PROMPTS[0]) - 1:-1].argmax(1).tolist()
+    assert tokens == [queue.get(n, token) for n, token in enumerate(likeliest)]
+    assert [n for n, logprob in enumerate(logprobs) if logprob is None] == [5, 6, 9]
+    assert [step[0][1] for step in steps] == write(model, [(3, 0)], count=14, temperature=0)[0][0]
+    again = list(engine.steps(PROMPTS, [(0, 0)], 3, lambda row, token: None))       # nothing is left of it
+    assert [step[0][0] for step in again] == write(model, [(0, 0)], count=3, temperature=0)[0][0]
+
+
+def test_rows_end_and_call_on_their_own():
+    """Of five texts in batches of two some call the tool; each is as it would be alone."""
+    model, tokenizer = Scripted((), vocab_size=265), chat_tokenizer()
+    table = torch.full((265, 265), -9.0)                            # what follows what: a letter begins a chain
+    for chain in ([97, CALL, 49, 43, 50, CALLED, 120], [SHOWN, 33, ASSISTANT_END], [98, 99, 100, 101, ASSISTANT_END],
+                  [102, 256], [OUTPUT, 120], [120, 120], [51, 120]):
+        for left, right in zip(chain, chain[1:]):
+            table[left, right] = 9
+    model.decode = lambda tokens, *_, **__: table[tokens[:, -1:].long()]
+    prompts = [[256, letter] for letter in b"abf"]
+
+    def texts(numbers, batch):
+        made = [sample.Text(tokenizer, prompt=number) for number in numbers]
+        engine = sample.Engine(model, 265, sample.Draw(temperature=0), batch, forcing=True)
+        list(sample.generate(engine, prompts, made, 12, (256, ASSISTANT_END), sample.Tool(tokenizer, add)))
+        return [(text.tokens, text.finish) for text in made]
+    together = texts([0, 1, 2, 0, 1], 2)
+    assert together == [texts([number], 1)[0] for number in (0, 1, 2, 0, 1)]
+    assert together[0] == ([CALL, *b"1+2", CALLED, OUTPUT, *b"3", SHOWN, *b"!"], "end")
 
 
 # -----------------------------------------------------------------------------
