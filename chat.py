@@ -37,7 +37,6 @@ from sample import HERE, UserError, one_line
 
 FORMAT = HERE / "data" / "chat.py"       # the format of conversations
 PAGE = HERE / "chat.html"
-PAGE_BYTES = 1 << 20
 CHAT_TOKENS = tuple(f"<|{name}|>" for name in ("user_start", "user_end", "assistant_start", "assistant_end",
                                                "python_start", "python_end", "output_start", "output_end"))
 ROLES = "user", "assistant"
@@ -104,6 +103,8 @@ def check_args(args: argparse.Namespace):
     need(0 <= args.threads <= 1024, "threads", "must be 0 (chosen by trying) or a number up to 1024")
     need(args.prompt is None or args.prompt.strip(), "prompt", "is empty; give it some text, or leave the flag out")
     need(args.prompt is None or not args.web, "prompt", "and --web are both given; give one of them")
+    if len(args.system) > MESSAGE_CHARACTERS:
+        raise UserError(f"--system has {len(args.system)} characters; at most {MESSAGE_CHARACTERS} are allowed")
     args.system = sample.text_flag("system", args.system)
     if args.prompt is not None:
         args.prompt = sample.text_flag("prompt", args.prompt)
@@ -445,8 +446,13 @@ class Terminal:
             raise UserError("/save has no conversation to write; write a message first")
         line = json.dumps({"messages": self.conversation()}, ensure_ascii=False) + "\n"
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(line)
+            file = open(path, "x", encoding="utf-8")
+            try:
+                with file:
+                    file.write(line)
+            except BaseException:
+                path.unlink()            # no half of a conversation
+                raise
         except FileExistsError:
             raise UserError(f"/save {path}: the file exists; name another one") from None
         except (OSError, ValueError) as error:
@@ -867,7 +873,11 @@ class Server(ThreadingHTTPServer):
 
 def make_server(args: argparse.Namespace, chat: Chat) -> Server:
     """The server of the page, which listens already; raises UserError."""
-    page = sample.read_file(PAGE, PAGE_BYTES).decode()
+    try:
+        page = PAGE.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{PAGE} cannot be read ({error.strerror}); use the chat.html that belongs to "
+                        "chat.py") from None
     values = {"model": chat.name, "system": args.system, "temperature": args.temperature, "top_k": args.top_k,
               "max_tokens": args.max_tokens, "most_messages": MOST_MESSAGES, "most_characters": MOST_CHARACTERS,
               "message_characters": MESSAGE_CHARACTERS, "most_tokens": MOST_TOKENS, "most_top_k": MOST_TOP_K,

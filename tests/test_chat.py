@@ -8,11 +8,13 @@ Run: python -m pytest tests/test_chat.py
 """
 import base64
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import resource
 import select
 import shutil
 import signal
@@ -22,6 +24,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -263,6 +266,18 @@ def test_save_writes_what_the_format_reads_and_overwrites_nothing(capsys, monkey
     assert sorted(tmp_path.iterdir()) == [first, second] and json.loads(first.read_text(encoding="utf-8")) == saved
 
 
+def test_save_leaves_no_half_of_a_file(capsys, monkeypatch, tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "saved.jsonl"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, usual[1]))
+    try:
+        with pytest.raises(chat.UserError, match="cannot be written"):
+            talk(capsys, monkeypatch, f"x\n/save {path}\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not path.exists()
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_the_chat(capsys, monkeypatch):
     def interrupt(number):
         if number == 3:
@@ -365,7 +380,8 @@ def test_a_model_with_the_tokens_that_has_not_learned_to_chat_gets_a_note(capsys
 
 @pytest.mark.parametrize("flag", ["--temperature=3", "--temperature=nan", "--top_k=-1", "--max_tokens=0", "--seed=-1",
                                   "--max_tokens=5000", "--context=3", "--port=70000", "--at_once=0", "--prompt= ",
-                                  "--threads=-1", "--nonsense", "--prompt", "--system=\udcff", "--web"])
+                                  "--threads=-1", "--nonsense", "--prompt", "--system=\udcff", "--web",
+                                  "--system=" + "x" * 9000], ids=lambda flag: ascii(flag)[:30])
 def test_bad_flags_are_refused_in_one_line(capsys, flag):
     code, out, err = run_main(capsys, "--checkpoint=none", *(["--prompt=x"] if flag == "--web" else []), flag)
     assert (code, out, err.count("\n")) == (2, "", 1), err
@@ -745,6 +761,12 @@ def test_only_this_machine_can_connect(server):
     assert server.server_address[0] == "127.0.0.1"
 
 
+def test_a_page_that_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(chat, "PAGE", tmp_path / "chat.html")
+    with pytest.raises(chat.UserError, match="use the chat.html that belongs to chat.py"):
+        chat.make_server(chat.parse_args(["--port=0"]), make_chat())
+
+
 def test_a_port_that_is_taken_is_named(server):
     with pytest.raises(chat.UserError, match=f"--port={server.server_port} cannot be used"):
         chat.make_server(chat.parse_args([f"--port={server.server_port}"]), make_chat())
@@ -768,3 +790,169 @@ def test_the_command_serves_the_page_until_ctrl_c(trained, tmp_path):
         process.kill()
         process.communicate()
     assert list(tmp_path.iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# The page, in a browser
+
+class Browser:
+    """A page in a headless Chromium, which is told what to do through a pipe. errors: what its console complains of."""
+
+    def __init__(self, program, folder):
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for pair in (os.pipe(), os.pipe()) for end in pair]
+        theirs, self.ours = (ends[0], ends[3]), (ends[1], ends[2])
+
+        def place():                     # Chromium reads from 3 and writes to 4
+            os.dup2(theirs[0], 3)
+            os.dup2(theirs[1], 4)
+        self.process = subprocess.Popen([
+            program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"], pass_fds=(3, 4), preexec_fn=place,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for end in theirs:
+            os.close(end)
+        self.number, self.buffer, self.errors, self.session = 0, b"", [], {}
+        target = self.do("Target.createTarget", url="about:blank")["targetId"]
+        session = self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = {"sessionId": session}
+        for domain in ("Page", "Runtime", "Log"):
+            self.do(f"{domain}.enable")
+
+    def close(self):
+        with contextlib.suppress(OSError, AssertionError):
+            self.session = {}
+            self.do("Browser.close")
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for end in self.ours:
+            os.close(end)
+
+    def do(self, method, **params):
+        """The result of a command of the DevTools protocol."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params} | self.session
+        os.write(self.ours[0], json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.buffer:
+                assert select.select([self.ours[1]], [], [], 60)[0], "the browser does not answer"
+                piece = os.read(self.ours[1], 1 << 20)
+                assert piece, "the browser has gone"
+                self.buffer += piece
+            line, _, self.buffer = self.buffer.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown"):
+                self.errors.append(answer["params"])
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def value(self, expression):
+        """The value of a JavaScript expression in the page."""
+        answer = self.do("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def texts(self, selector):
+        return self.value(f"[...document.querySelectorAll({json.dumps(selector)})].map(found => found.textContent)")
+
+    def press(self, key):
+        for kind in ("keyDown", "keyUp"):
+            more = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            code = {"Enter": 13, "Escape": 27, "ArrowUp": 38}[key]
+            self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more)
+
+    def write(self, text):
+        self.do("Input.insertText", text=text)
+        self.press("Enter")
+
+    def picture(self, path):
+        path.write_bytes(base64.b64decode(self.do("Page.captureScreenshot", format="png")["data"]))
+
+    def click(self, text):
+        self.value(f"[...document.querySelectorAll('button')].filter(found => found.textContent === {text!r}).at(-1)"
+                   ".click()")
+
+
+@pytest.fixture
+def browser(tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if not program:
+        pytest.skip("no Chromium is installed (Debian's package: chromium)")
+    browser = Browser(program, tmp_path / "browser")
+    yield browser
+    browser.close()
+
+
+def test_the_page_in_a_browser(browser, tmp_path):
+    """Keyboard alone: ask, edit, regenerate, stop, ask again; then dark on a phone. CHAT_PICTURES keeps pictures."""
+    pictures = Path(os.environ.get("CHAT_PICTURES", tmp_path))
+    with serving(make_chat()) as server:
+        model = server.desk.chat.model
+        browser.do("Emulation.setDeviceMetricsOverride", width=900, height=700, deviceScaleFactor=1, mobile=False)
+        browser.do("Page.navigate", url=f"http://localhost:{server.server_port}/")
+        until(lambda: browser.value("document.activeElement && document.activeElement.id") == "message")
+
+        def ready(count):
+            until(lambda: len(browser.texts("article")) == count and browser.texts("#send:not([hidden])"))
+        hostile = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script>"
+        browser.write(hostile)
+        ready(2)
+        assert browser.texts("article.user .content") == [hostile]
+        assert browser.texts("article.assistant .content") == ["Hm calculator1+2 = 3!"]
+        assert browser.texts(".call strong") == [" = 3"]
+        assert re.fullmatch(r"12 tokens, \d+ tokens/s, first after \d+\.\d\d s", browser.texts(".note-text")[0])
+        assert browser.value("window.hacked") is None and browser.texts("article img, article script") == []
+
+        browser.write("and then?")                                  # the calls before are part of the history
+        ready(4)
+        assert model.prompts[-1] == [*ids(hostile), *b"Hm ", CALL, *b"1+2", CALLED, OUTPUT, *b"3", SHOWN, *b"!", END,
+                                     *ids("and then?")[1:]]
+        browser.picture(pictures / "light.png")
+        browser.press("ArrowUp")                                    # edits the last message
+        browser.do("Input.insertText", text=" Now")
+        browser.press("Enter")
+        until(lambda: model.prompts[-1][-14:-2] == [*b"nd then? Now"])
+        ready(4)
+        browser.click("Regenerate")
+        until(lambda: len(model.prompts) == 4)
+        ready(4)
+        assert model.prompts[3] == model.prompts[2]
+
+        model.seconds = 0.2
+        browser.write("slowly")
+        until(lambda: browser.texts(".content")[-1])
+        browser.press("Escape")
+        ready(6)
+        assert browser.texts(".note-text")[-1] == "stopped"
+        until(lambda: not server.desk.active)
+        model.seconds = 0
+        browser.click("New chat")
+        until(lambda: "Nothing of this conversation" in browser.texts("main")[0])
+
+        browser.do("Emulation.setDeviceMetricsOverride", width=360, height=640, deviceScaleFactor=2, mobile=True)
+        browser.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        until(lambda: browser.value("document.documentElement.dataset.theme") == "dark")
+        browser.click("Settings")
+        browser.write("How many is 1 + 2? " + "x" * 80)
+        ready(2)
+        assert browser.value("document.documentElement.scrollWidth <= window.innerWidth")
+        browser.picture(pictures / "dark.png")
+        assert browser.errors == []
+    assert (pictures / "dark.png").stat().st_size > 5_000
+
+
+def test_the_page_says_what_is_wrong(browser):
+    with serving(make_chat(context=32)) as server:
+        browser.do("Page.navigate", url=f"http://127.0.0.1:{server.server_port}/")
+        until(lambda: browser.value("document.activeElement && document.activeElement.id") == "message")
+        browser.write("x" * 99)
+        until(lambda: "103 tokens, and 16 fit" in "".join(browser.texts(".error")))
+        browser.value("document.getElementById('top_k').value = ''")
+        browser.click("Regenerate")
+        until(lambda: "top_k must be a number" in "".join(browser.texts(".error")))
+    browser.click("Regenerate")
+    until(lambda: "is it still running?" in "".join(browser.texts(".error")))

@@ -541,7 +541,8 @@ def test_calls_follow_each_other_and_one_may_begin_again():
 
 
 @pytest.mark.parametrize("script", [[CALL, *b"1+one", CALLED, *b"abc"], [CALL, CALLED, *b"abc"], [CALLED, *b"abc"],
-                                    [OUTPUT, *b"42", SHOWN], [CALL, *b"1+1", OUTPUT, *b"abc"], [SHOWN, CALLED]], ids=str)
+                                    [OUTPUT, *b"42", SHOWN], [CALL, *b"1+1", OUTPUT, *b"abc"], [SHOWN, CALLED]],
+                         ids=str)
 def test_what_has_no_result_stays_as_the_model_wrote_it(script):
     text = scripted_calls([*script, ASSISTANT_END])
     assert text.tokens == script and text.calls.answered == 0 and None not in text.logprobs
