@@ -48,6 +48,7 @@ TASKS = (
 )
 SCORES = ("arc", "mmlu", "gsm8k", "spellingbee", "chatcore")
 LETTERS = "ABCDEFGHIJ"
+RATES = ("in_form", "tool_calls", "results", "cut_off")
 BEE_ITEMS = 256                          # questions of spellingbee
 BEE_SEED = "evaluate"
 BATCH_TOKENS = 1 << 14                   # of multiple-choice questions that are read together
@@ -112,25 +113,30 @@ def find_tasks(evals: Path, scores: list[str]) -> tuple[list[Task], list[str]]:
 # Questions
 
 def make_items(task: Task, rows: list[tuple[int, dict]], data) -> list[Item]:
-    """The questions of (line, row) of a task's file; raises ValueError for a row without an answer.
+    """The questions of (line, row) of a task's file; raises ValueError if there is none, or for an unsound row.
 
     data: the module data/chat.py.
     """
+    if not rows:
+        raise ValueError("it is empty")
     items = []
     for line, row in rows:
+        text = row["query" if task.kind == "choice" else "question"]
+        if not isinstance(text, str):
+            raise ValueError(f"the question in line {line} is not a text")
         if not task.by_letter:
             gold = data.gsm8k_answer(row["answer"])
             if gold is None:
                 raise ValueError(f"line {line} has no number after ####")
-            items.append(Item(task.label, line, row["question"], gold))
+            items.append(Item(task.label, line, text, gold))
             continue
-        question, number = ("query", "gold") if task.kind == "choice" else ("question", "answer")
-        if not isinstance(row["choices"], list) or not 2 <= len(row["choices"]) <= len(LETTERS):
+        choices = row["choices"]
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
             raise ValueError(f"line {line} has no list of 2 to {len(LETTERS)} choices")
-        letters = LETTERS[:len(row["choices"])]
-        text = row[question].removeprefix("Question: ")             # which CORE puts before it
-        message = data.multiple_choice(text, letters, row["choices"])
-        items.append(Item(task.label, line, message, letters[row[number]], letters))
+        letters = LETTERS[:len(choices)]
+        message = data.multiple_choice(text.removeprefix("Question: "), letters, choices)     # as CORE has it
+        items.append(Item(task.label, line, message, letters[row["gold" if task.kind == "choice" else "answer"]],
+                          letters))
     return items
 
 def read_words(path: Path, data) -> list[str]:
@@ -151,7 +157,7 @@ def make_bee_items(words: list[str], count: int, data) -> list[Item]:
     words: where they come from; if there are none, words are made up. A short list gives fewer questions.
     """
     items = {}
-    for word, letter in data.spelling_word_tasks(8 * count, BEE_SEED, held_out=True, words=words):
+    for word, letter in data.spelling_word_tasks(4 * count, BEE_SEED, held_out=True, words=words):
         if word not in items and len(items) < count:
             question = data.spellingbee_item(word, letter, f"{BEE_SEED} {len(items)}")[0]["content"]
             items[word] = Item("spellingbee", len(items), question, str(word.count(letter)))
@@ -227,10 +233,7 @@ def answer_items(format: Format, items: list[Item], batch: int, max_tokens: int,
     """
     from tqdm import tqdm
     model, tokenizer = format.chat.model, format.chat.tokenizer
-    try:
-        prompts = [format.prompt(item) for item in items]
-    except format.data.InputError as error:
-        raise UserError(str(error)) from None
+    prompts = [format.prompt(item) for item in items]
     records = {}
     letters = [i for i, item in enumerate(items) if item.letters]
     batches = sorted_batches([len(prompts[i]) for i in letters], batch, BATCH_TOKENS)[rank::world_size]
@@ -303,13 +306,13 @@ def summarize(questions: Questions, records: list[dict], with_chatcore: bool) ->
 
 def table(scores: dict) -> list[str]:
     """The lines of the console's table for what `summarize` returned."""
-    lines = [f"{'chat task':34}{'accuracy':>10}{'+-':>9}{'n':>9}{'chance':>9}   {'in form':>7}{'calls':>8}{'results':>9}"
-             f"{'cut off':>9}"]
+    lines = [f"{'chat task':34}{'accuracy':>10}{'+-':>9}{'n':>9}{'chance':>9}   {'in form':>7}{'calls':>8}"
+             f"{'results':>9}{'cut off':>9}"]
 
     def row(name, value, score):
         error = "-" if score["se"] is None else f"{score['se']:.4f}"
-        rates = [score.get(name) for name in ("in_form", "tool_calls", "results", "cut_off")]
-        shown = ["" if rate is None else f"{rate:.3f}" for rate in rates]
+        rates = {name: "-" if score[name] is None else f"{score[name]:.3f}" for name in RATES if name in score}
+        shown = [rates.get(name, "") for name in RATES]
         lines.append(f"{name:34}{value:10.4f}{error:>9}{score['n']:9,}{score['chance']:9.3f}   {shown[0]:>7}"
                      f"{shown[1]:>8}{shown[2]:>9}{shown[3]:>9}".rstrip())
     tasks, missing = scores["chat"]["tasks"], scores["chat"]["missing"]

@@ -92,6 +92,8 @@ SHUFFLE_SEED = 1337                      # of the order of items
 SHOTS_SEED = 1234                        # plus the number of the item: of its examples
 BASE_SCORES = ("val", "bpb", "hellaswag", "core")
 SCORES = (*BASE_SCORES, *chat_tasks.SCORES)
+FETCH_AGAIN = "fetch it again with python data/evals.py --force"
+GET_AGAIN = "docs/evaluation.md says where to get it"
 QUESTIONS_BYTES, LINE_BYTES = 1 << 26, 1 << 20      # the largest file of questions and the longest line
 
 # -----------------------------------------------------------------------------
@@ -129,7 +131,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 def check_args(args: argparse.Namespace):
-    """Splits --tasks into `tasks` and `chat_tasks`; raises UserError for a value out of range or for flags that contradict each other."""
+    """Splits --tasks into `tasks` and `chat_tasks`.
+
+    Raises UserError for a value out of range or for flags that contradict each other.
+    """
     args.tasks = args.tasks.split(",")
     for name in args.tasks:
         if name not in SCORES:
@@ -248,8 +253,11 @@ def check_item(kind: str, row: dict) -> dict:
         raise IndexError(f"{gold} {str(row[gold]):.40} is not an option")
     return {name: row[name] for name in FIELDS[kind] if name}
 
-def read_rows(path: Path, kind: str, max_items: int) -> list[tuple[int, dict]]:
-    """(line, item) of a task file in the order of the evaluation; raises UserError, or what check_item raises."""
+def read_rows(path: Path, kind: str, max_items: int, remedy: str = FETCH_AGAIN) -> list[tuple[int, dict]]:
+    """(line, item) of a task file in the order of the evaluation; raises UserError, or what check_item raises.
+
+    remedy: the end of an error's text.
+    """
     rows = []
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
@@ -258,7 +266,7 @@ def read_rows(path: Path, kind: str, max_items: int) -> list[tuple[int, dict]]:
                 if file.tell() > QUESTIONS_BYTES:
                     raise ValueError(f"more than {QUESTIONS_BYTES} bytes")
     except (OSError, ValueError, EOFError, lzma.LZMAError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again with python data/evals.py --force") from None
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
     random.Random(SHUFFLE_SEED).shuffle(rows)
     return rows[:max_items or None]
 
@@ -343,8 +351,8 @@ def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool, apart: b
         try:
             items += render(task, read_rows(path, task.kind, args.max_items), cuts, apart)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); fetch it "
-                            "again with python data/evals.py --force") from None
+            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); "
+                            f"{FETCH_AGAIN}") from None
     return items
 
 # -----------------------------------------------------------------------------
@@ -755,11 +763,12 @@ def read_questions(args: argparse.Namespace) -> chat_tasks.Questions:
             items += chat_tasks.make_bee_items(chat_tasks.read_words(path, data) if path else [], count, data)
             continue
         path = chat_tasks.find_file(args.evals, f"{task.file}.jsonl")
+        remedy = FETCH_AGAIN if task.kind == "choice" else GET_AGAIN
         try:
-            items += chat_tasks.make_items(task, read_rows(path, task.kind, args.max_items), data)
+            items += chat_tasks.make_items(task, read_rows(path, task.kind, args.max_items, remedy), data)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); "
-                            "docs/evaluation.md says where to get them") from None
+            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); {remedy}"
+                            ) from None
     return chat_tasks.Questions(tasks, missing, items, words)
 
 def ask(args: argparse.Namespace, questions: chat_tasks.Questions, format: chat_tasks.Format,
