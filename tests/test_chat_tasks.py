@@ -463,7 +463,8 @@ def test_scores_are_counted_from_the_items_whatever_the_batch(score, everything,
     for label, found in result["scores"]["chat"]["tasks"].items():
         mine = [record for record in records if record["task"] == label]
         assert found["n"] == len(mine) == len({record["line"] for record in mine})
-        assert found["accuracy"] == pytest.approx(sum(record["choice"] == record["gold"] for record in mine) / len(mine))
+        right = sum(record["choice"] == record["gold"] for record in mine)
+        assert found["accuracy"] == pytest.approx(right / len(mine))
 
 
 def test_base_scores_and_chat_tasks_together(score):
