@@ -216,6 +216,26 @@ def test_ranks_share_the_items_and_find_the_same(records, world_size):
     assert {i: together[i] for i in range(len(ITEMS))} == records
 
 
+def test_an_error_on_one_rank_is_raised_on_all(monkeypatch):
+    letter = chat_tasks.Item("mmlu", 0, "q", "A", "AB")
+    questions = chat_tasks.Questions([MMLU], [], [letter], "")
+    args = SimpleNamespace(batch=1, max_tokens=5, tasks=["mmlu"])
+    format = chat_tasks.Format(Planted({"q": logits_of(A=1)}), TOKENIZER, "a model")
+    machine = SimpleNamespace(rank=0, world_size=2)
+    monkeypatch.setattr(evaluate, "gather", lambda machine, mine: [mine, {}])
+    scores, records = evaluate.ask(args, questions, format, machine)
+    assert scores["chat"]["tasks"]["mmlu"]["accuracy"] == 1 and len(records) == 1
+    monkeypatch.setattr(evaluate, "gather", lambda machine, mine: [mine, sample.UserError("on the other rank")])
+    with pytest.raises(sample.UserError, match="on the other rank"):
+        evaluate.ask(args, questions, format, machine)
+    shared = []
+    format = chat_tasks.Format(Planted({"q": logits_of(A=math.nan)}), TOKENIZER, "a model")
+    monkeypatch.setattr(evaluate, "gather", lambda machine, mine: shared.append(mine) or [mine])
+    with pytest.raises(sample.UserError, match="not finite"):
+        evaluate.ask(args, questions, format, machine)
+    assert len(shared) == 1              # the others were told
+
+
 def test_scores_of_planted_answers_are_those_worked_out_by_hand(records):
     score = chat_tasks.task_score(GSM8K, list(records.values()))
     right = 10 / 16
