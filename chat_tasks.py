@@ -33,6 +33,7 @@ class Task:
     kind: str                    # of its rows, see evaluate.FIELDS; spellingbee: it makes its questions
     chance: float                # accuracy of guessing
     file: str = ""               # under --evals, without .jsonl
+    remedy: str = "fetch it with python data/evals.py --force"      # for a file that is missing or damaged
 
     @property
     def by_letter(self) -> bool:
@@ -42,7 +43,7 @@ class Task:
 TASKS = (
     Task("arc_easy", "arc", "choice", .25, "core/eval_data/world_knowledge/arc_easy"),
     Task("arc_challenge", "arc", "choice", .25, "core/eval_data/world_knowledge/arc_challenge"),
-    Task("mmlu", "mmlu", "mmlu", .25, "mmlu/test"),
+    Task("mmlu", "mmlu", "mmlu", .25, "mmlu/test", "docs/evaluation.md describes it"),
     Task("gsm8k", "gsm8k", "gsm8k", 0, "gsm8k/test"),
     Task("spellingbee", "spellingbee", "spellingbee", 0),
 )
@@ -105,8 +106,7 @@ def find_tasks(evals: Path, scores: list[str]) -> tuple[list[Task], list[str]]:
     here = [task for task in wanted if not task.file or find_file(evals, f"{task.file}.jsonl")]
     for task in wanted:
         if task.score in scores and not any(other.score == task.score for other in here):
-            raise UserError(f"--evals={evals} has no {task.file}.jsonl, which {task.score} needs; docs/evaluation.md "
-                            "says where to get it")
+            raise UserError(f"--evals={evals} has no {task.file}.jsonl, which {task.score} needs; {task.remedy}")
     return here, [task.label for task in wanted if task not in here]
 
 # -----------------------------------------------------------------------------

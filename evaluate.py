@@ -93,7 +93,6 @@ SHOTS_SEED = 1234                        # plus the number of the item: of its e
 BASE_SCORES = ("val", "bpb", "hellaswag", "core")
 SCORES = (*BASE_SCORES, *chat_tasks.SCORES)
 FETCH_AGAIN = "fetch it again with python data/evals.py --force"
-GET_AGAIN = "docs/evaluation.md says where to get it"
 QUESTIONS_BYTES, LINE_BYTES = 1 << 26, 1 << 20      # the largest file of questions and the longest line
 
 # -----------------------------------------------------------------------------
@@ -763,12 +762,11 @@ def read_questions(args: argparse.Namespace) -> chat_tasks.Questions:
             items += chat_tasks.make_bee_items(chat_tasks.read_words(path, data) if path else [], count, data)
             continue
         path = chat_tasks.find_file(args.evals, f"{task.file}.jsonl")
-        remedy = FETCH_AGAIN if task.kind == "choice" else GET_AGAIN
         try:
-            items += chat_tasks.make_items(task, read_rows(path, task.kind, args.max_items, remedy), data)
+            items += chat_tasks.make_items(task, read_rows(path, task.kind, args.max_items, task.remedy), data)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); {remedy}"
-                            ) from None
+            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); "
+                            f"{task.remedy}") from None
     return chat_tasks.Questions(tasks, missing, items, words)
 
 def ask(args: argparse.Namespace, questions: chat_tasks.Questions, format: chat_tasks.Format,
