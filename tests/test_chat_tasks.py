@@ -216,6 +216,30 @@ def test_ranks_share_the_items_and_find_the_same(records, world_size):
     assert {i: together[i] for i in range(len(ITEMS))} == records
 
 
+TOKENS = st.sampled_from([*b"#1,+. x'", 0xc3, 0xa9, BOS, USER, USER_END, ASSISTANT, END, CALL, CALLED, OUTPUT, SHOWN])
+PIECES = st.one_of(TOKENS.map(lambda token: [token]), st.sampled_from([[*b"#### 1"], [CALL, *b"1+1", CALLED]]))
+
+
+@given(st.lists(st.lists(PIECES, max_size=12), min_size=1, max_size=5), st.integers(1, 5))
+@settings(max_examples=25, deadline=None)
+def test_whatever_a_model_writes_has_a_sound_record(answers, batch):
+    planted = {f"{i}": [*sum(pieces, []), END] for i, pieces in enumerate(answers)}
+    items = [chat_tasks.Item("gsm8k", i, question, "1") for i, question in enumerate(planted)]
+    records = ask(Planted(planted), items, batch)
+    assert list(map(records.get, range(len(items)))) == [ask(Planted(planted), [item])[0] for item in items]
+    for record in records.values():
+        assert json.loads(json.dumps(record)) == record
+        parts = record["answer"] if isinstance(record["answer"], list) else []
+        assert parts == [] or {"python", "python_output"} & {part["type"] for part in parts}
+        outputs = [part for part in parts if part["type"] == "python_output"]
+        assert len(outputs) == record["results"] <= record["calls"] or record["cut_off"]
+        assert record["correct"] == (record["choice"] == "1") and record["in_form"] == (record["choice"] is not None)
+        assert 0 <= record["tokens"] <= 40 and (record["tokens"] == 40 or not record["cut_off"])
+    score = chat_tasks.task_score(GSM8K, list(records.values()))
+    assert all(value is None or 0 <= value <= 1 for name, value in score.items() if name != "n")
+    assert score["accuracy"] <= score["in_form"]
+
+
 def test_an_error_on_one_rank_is_raised_on_all(monkeypatch):
     letter = chat_tasks.Item("mmlu", 0, "q", "A", "AB")
     questions = chat_tasks.Questions([MMLU], [], [letter], "")
@@ -287,6 +311,22 @@ def test_what_is_asked():
             chat_tasks.Item(task.label, 3, question, "B", "AB")]
     row = {"question": "How much?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"}
     assert chat_tasks.make_items(GSM8K, [(0, row)], data) == [chat_tasks.Item("gsm8k", 0, "How much?", "1200")]
+
+
+@pytest.mark.parametrize("merges", [(), MERGES], ids=["bytes", "merges"])
+def test_what_is_asked_and_scored_is_what_training_shows(merges):
+    """The conversations of data/chat.py begin as the prompts do, and go on with the letter's token."""
+    tokenizer = sample.Tokenizer(json.loads(chat_json(merges)))
+    row = {"question": "The 12 which a\n- cat?", "choices": ["A", "the cat", "=A", "12"], "answer": 2}
+    item, = chat_tasks.make_items(MMLU, [(0, row)], data)
+    ids, mask = data.render(data.mmlu_messages(row), tokenizer)
+    asked = data.prime([{"role": "user", "content": item.question}], tokenizer)
+    assert ids == [*asked, *tokenizer.encode("C"), tokenizer.special("<|assistant_end|>")]
+    assert mask == [0] * len(asked) + [1, 1]
+    row = {"question": "How much?", "answer": "<<1+1=2>>2\n#### 2"}
+    item, = chat_tasks.make_items(GSM8K, [(0, row)], data)
+    asked = data.prime([{"role": "user", "content": item.question}], tokenizer)
+    assert data.render(data.gsm8k_messages(row), tokenizer)[0][:len(asked)] == asked
 
 
 def test_spellingbee_asks_about_words_that_are_never_trained():
