@@ -12,6 +12,7 @@ trained. The steps follow from the data and --epochs. A step has no average that
 is not finite changes no weight and ends the run.
 """
 import argparse
+import errno
 import glob
 import hashlib
 import json
@@ -186,8 +187,8 @@ def fill_slot(found: list[Conversation], length: int, bos_id: int, doc_tokens: i
     return inputs, targets
 
 def num_steps(slots: int, slots_per_step: int) -> int:
-    """Steps that the slots are shared out over: an even number, since half of the weights move at odd steps only."""
-    return 2 * max(1, round(slots / slots_per_step / 2))
+    """Steps of at most so many slots: an even number of them, since half of the weights move at odd steps only."""
+    return 2 * math.ceil(slots / slots_per_step / 2)
 
 def step_batches(job: "Job", machine, step: int) -> tuple[list[tuple], int]:
     """This rank's micro-batches of a step, and the trained targets of the step over all ranks.
@@ -199,8 +200,7 @@ def step_batches(job: "Job", machine, step: int) -> tuple[list[tuple], int]:
         return range(index * number // parts, (index + 1) * number // parts)
     of_step = share(len(job.slots), job.steps, step)
     mine = share(len(of_step), machine.world_size, machine.rank)
-    busiest = math.ceil(len(job.slots) / job.steps)
-    wanted = math.ceil(math.ceil(busiest / machine.world_size) / job.micro_slots) * job.micro_slots
+    wanted = math.ceil(math.ceil(len(of_step) / machine.world_size) / job.micro_slots) * job.micro_slots
     filled = [fill_slot([job.train[i] for i in job.slots[of_step[n]]], job.slot_tokens, job.bos_id) for n in mine]
     filled += [fill_slot([], job.slot_tokens, job.bos_id)] * (wanted - len(filled))
     targets = sum(int(job.train[i].mask[1:].sum()) for n in of_step for i in job.slots[n])
@@ -308,14 +308,14 @@ class Speed:
     """Training with the Optimizer of train_gpt.py and its like."""
     resumable = True
 
-    def __init__(self, args, parent: Parent, cfg, machine, log, tools):
-        self.args, self.cfg, self.machine, self.module = args, cfg, machine, parent.module
-        self.backward, self.optimizer = self.module.build(cfg, machine)
-        self.model, self.micro_slots = self.optimizer.model, 0
+    def __init__(self, module, cfg, machine, log, tools):
+        self.module, self.cfg, self.machine = module, cfg, machine
+        self.backward, self.optimizer = module.build(cfg, machine)
+        self.model, self.forward = self.optimizer.model, self.backward.model
         if cfg.compile:
-            self.micro_slots = self.module.warm_up(self.backward, self.optimizer, machine, SimpleNamespace(print=log))
+            self.micro_slots = module.warm_up(self.backward, self.optimizer, machine, SimpleNamespace(print=log))
         else:
-            self.micro_slots = self.module.largest_micro_batch(self.backward, self.optimizer, machine)
+            self.micro_slots = module.largest_micro_batch(self.backward, self.optimizer, machine)
 
     def begin(self):
         """Takes the weights that the model has now as those to start from."""
@@ -330,9 +330,11 @@ class Speed:
         return self.module.training_step(self.backward, self.optimizer, batches, step, plan, self.machine, votes)
 
     def gather(self, everything: bool) -> dict:
+        """The model's tensors by name, or everything that training changes, in CPU memory of the first rank."""
         return self.module.gather_state(self.model, self.optimizer, self.machine, everything)
 
     def restore(self, folder: Path, meta: dict):
+        """Makes model and optimizer what the checkpoint holds."""
         self.module.restore_state(folder, meta, self.model, self.optimizer, self.machine)
 
 class Plain:
@@ -340,17 +342,16 @@ class Plain:
     resumable = False
     micro_slots = 1
 
-    def __init__(self, args, parent: Parent, cfg, machine, log, tools):
+    def __init__(self, module, cfg, machine, log, tools):
         import torch
-        self.args, self.cfg, self.machine, self.module, self.tools = args, cfg, machine, parent.module, tools
+        self.machine, self.tools = machine, tools
         with torch.device(machine.device):
-            self.model = self.module.GPT(cfg)
-        self.optimizers = self.module.make_optimizers(self.model)
-        for group in self.groups():
-            group["highest"] = group.get("initial_lr", group["lr"])
+            self.model = module.GPT(cfg)
+        self.optimizers = module.make_optimizers(self.model)
         self.forward = torch.compile(self.model, dynamic=False, fullgraph=True) if cfg.compile else self.model
 
-    def groups(self):
+    def groups(self) -> list[dict]:
+        """The parameter groups of all optimizers; base_lr is the peak rate of each."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def begin(self):
@@ -372,13 +373,15 @@ class Plain:
             for param in self.model.parameters():
                 dist.all_reduce(param.grad)
         for group in self.groups():
-            group["lr"] = group["highest"] * factor
+            group["lr"] = group["base_lr"] * factor
+            group["momentum"] = 0.85 + 0.1 * min(1, step / 300)     # of Muon, as in pretraining
         for optimizer in self.optimizers if torch.isfinite(totals[0]) else ():
             optimizer.step()
         self.model.zero_grad()
         return totals
 
     def gather(self, everything: bool) -> dict:
+        """The model's tensors by name, in CPU memory."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
 
 def rate_factor(args, steps: int, step: int) -> float:
@@ -400,7 +403,7 @@ class Job:
     val_bytes: int
     summary: list[str]
 
-def make_job(args, parent: Parent, cfg, shards: tuple, tokenizer: bytes, micro_slots: int) -> Job:
+def make_job(args, parent: Parent, cfg, shards: tuple, tokenizer: bytes, micro_slots: int, machine) -> Job:
     """Reads and packs the conversations; raises UserError if they give nothing to train on."""
     slot_tokens, lines = cfg.pack_tokens, []
     sides = []
@@ -428,14 +431,17 @@ def make_job(args, parent: Parent, cfg, shards: tuple, tokenizer: bytes, micro_s
     filled = sum(len(train[i].ids) for slot in slots for i in slot)
     padding = 1 - filled / len(slots) / slot_tokens
     lines.append(f"{len(slots):,} slots of {slot_tokens} tokens, {padding:.1%} padding, in {steps:,} steps")
-    val_slots = [fill_slot([val[i] for i in slot], slot_tokens, cfg.bos_id)
-                 for slot in plan_slots(val, slot_tokens, 1, 0)]
+    val_tokens = cfg.val_stream_tokens if cfg.compile else slot_tokens      # of this length the script has compiled it
+    val_slots = [fill_slot([val[i] for i in slot], val_tokens, cfg.bos_id)
+                 for slot in plan_slots(val, val_tokens, 1, 0)]
     spec = json.loads(tokenizer)
     sizes = np.zeros(cfg.vocab_size, np.int64)
     sizes[:len(spec["ranks"])] = [len(sample.base64.b64decode(rank)) for rank in spec["ranks"]]
     wanted = np.concatenate([targets[targets >= 0] for _, targets in val_slots])
-    return Job(train, slots, steps, slot_tokens, min(micro_slots, math.ceil(len(slots) / steps)), cfg.bos_id, val_slots,
-               len(wanted), int(sizes[wanted].sum()), lines)
+    if not cfg.compile:                  # compiled code is for micro-batches of one size; else they need no padding
+        micro_slots = min(micro_slots, math.ceil(math.ceil(len(slots) / steps) / machine.world_size))
+    return Job(train, slots, steps, slot_tokens, micro_slots, cfg.bos_id, val_slots, len(wanted),
+               int(sizes[wanted].sum()), lines)
 
 def last_batch(cfg) -> int:
     """Tokens of the last step of pretraining."""
@@ -506,6 +512,7 @@ class Run:
         self.args, self.argv, self.parent, self.saved = args, argv, parent, saved
         self.machine, self.tokenizer, self.tools = machine, tokenizer, tools
         self.master = machine.rank == 0
+        self.has_markers = "<|assistant_end|>" in json.loads(tokenizer)["special_tokens"]       # not the plain template
         self.sources = [Path(__file__).resolve(), parent.source]
         self.history, self.train_losses = [], []
         self.tokens_seen, self.live, self.wrote, self.log_file, self.checkpoint = 0, False, 0.0, None, None
@@ -621,7 +628,8 @@ class Run:
         meta = {"format": 1, "script": self.parent.meta["script"], "config": asdict(self.saved),
                 "sources": {f"{self.parent.meta['script']}.py": self.tools.file_sha256(self.parent.source)},
                 "source_sha256": self.tools.file_sha256(self.parent.source),
-                "step": step, "stage": self.parent.meta["stage"], "chat": True, "parent": self.origin_of_weights(),
+                "step": step, "stage": self.parent.meta["stage"],
+                "chat": self.has_markers, "parent": self.origin_of_weights(),
                 "val_loss": self.history[-1][2] if self.history[-1][0] == step else None,
                 "best_val_loss": min(loss for _, _, loss in self.history), "history": self.history,
                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(), "train_time": seconds,
@@ -650,10 +658,9 @@ class Run:
 
 def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer, chat):
     """Validates, and makes the spelling test if the vocabulary has the tokens for it."""
-    forward = getattr(trainer, "forward", None) or trainer.backward.model
-    measured = validate(forward, job, run.machine, run.tools)
+    measured = validate(trainer.forward, job, run.machine, run.tools)
     test = ()
-    if run.master and "<|python_start|>" in json.loads(run.tokenizer)["special_tokens"]:
+    if run.master and run.has_markers:
         trainer.model.eval()
         test = spelling_test(trainer.model, tokenizer, chat)
         trainer.model.train()
@@ -674,11 +681,12 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     if args.resume and not hasattr(parent.module, "Optimizer"):
         raise UserError(f"--resume={args.resume}: runs of {parent.source.name} cannot be resumed; start a new one")
     lines = []
-    trainer = (Speed if hasattr(parent.module, "Optimizer") else Plain)(args, parent, cfg, machine, lines.append, tools)
+    kind = Speed if hasattr(parent.module, "Optimizer") else Plain
+    trainer = kind(parent.module, cfg, machine, lines.append, tools)
     with torch.no_grad():
         load_parent(trainer.model, parent, tokenizer_json)
     trainer.begin()
-    job = make_job(args, parent, cfg, shards, tokenizer_json, trainer.micro_slots)
+    job = make_job(args, parent, cfg, shards, tokenizer_json, trainer.micro_slots, machine)
     run = Run(args, argv, parent, saved, machine, tokenizer_json, tools)
     tools.on_rank0(machine, run.open)
     run.print("\n".join([f"chat_sft.py: {machine.world_size} x {machine.name}, from {parent.folder}", *job.summary,
@@ -746,7 +754,9 @@ def main(argv: list[str] | None = None) -> int:
         say("interrupted before the first step; nothing was saved")
         return 130
     except Exception as error:           # each module has a UserError of its own
-        if type(error).__name__ not in ("UserError", "RankError", "FloatingPointError", "OutOfMemoryError"):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        if not full and type(error).__name__ not in ("UserError", "RankError", "FloatingPointError",
+                                                     "OutOfMemoryError"):
             raise
         if os.environ.get("RANK", "0") == "0" or type(error).__name__ == "RankError":
             say(error)

@@ -16,7 +16,9 @@ are skipped. Without a GPU it trains the preset "tiny" on text of this machine, 
 GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "speedrun" on all GPUs.
 
 options:
-  --prompt=TEXT   beginning of the sample
+  --prompt=TEXT   beginning of the sample, or with --chat the question to answer
+  --chat          teach the model to spell, to count letters and to say who it is, then talk to it in the terminal;
+                  the teaching takes a few minutes more
   --retrain       train again, even if there is a trained model
   --cpu           train the preset "tiny" on the CPU, even if there is a GPU
   --setup         only make the virtual environment
@@ -130,9 +132,9 @@ prepare_local() {
   say data "data/local has text of this machine ($(took "$start")); your own: .venv/bin/python data/text.py --help"
 }
 
-newest_checkpoint() { # run folders begin with date and time, so the last one is the newest
+newest_checkpoint() { # newest_checkpoint SCRIPT: of its runs; their folders begin with date and time, so the last one
   local folder newest=""
-  for folder in logs/*/checkpoint; do [[ ! -d $folder ]] || newest=$folder; done
+  for folder in logs/*_"$1"_*/checkpoint; do [[ ! -d $folder ]] || newest=$folder; done
   echo "$newest"
 }
 
@@ -147,7 +149,7 @@ train() { # train PRESET COMMAND...: trains, unless there is a checkpoint of thi
   fi
   say train "$(printf '%q ' "$@")" # quoted as a shell needs it
   run train "$@"
-  checkpoint=$(newest_checkpoint)
+  checkpoint=$(newest_checkpoint train_gpt)
   [[ -n $checkpoint ]] || fail "train failed: no logs/*/checkpoint afterwards" 1
   printf '%s\n' "$checkpoint" >"$finished"
   say train "the $preset model is trained ($(took "$start")); its log, curve and checkpoint: ${checkpoint%/*}"
@@ -159,12 +161,38 @@ sample() {
   say sample "that was the model's text ($(took "$start")); give it a beginning: ./run.sh --prompt='The old house'"
 }
 
+teach() { # teach PRESET TOKENIZER: teaches $checkpoint to chat, unless that was done; sets the global variable taught
+  local start=$SECONDS finished=logs/finished_chat_$1 base=""
+  taught=""
+  if ((!retrain)) && [[ -f $finished ]]; then
+    { read -r base && read -r taught; } <"$finished" || true
+  fi
+  if [[ $base == "$checkpoint" && -n $taught && -d $taught ]]; then
+    say teach "nothing to teach, ${taught%/*} has the chat model; ./run.sh --chat --retrain trains both again"
+    return
+  fi
+  # More spelling than questions: copying a word letter by letter is the harder task.
+  run data .venv/bin/python data/chat.py identity:1200 spelling:3000 spellingbee:2000 --turns=4 \
+    "--tokenizer=$2" --out=data/chat
+  run teach .venv/bin/python chat_sft.py "--checkpoint=$checkpoint" --data=data/chat --lr=0.8 \
+    ${device:+"--device=$device"}
+  taught=$(newest_checkpoint chat_sft)
+  printf '%s\n' "$checkpoint" "$taught" >"$finished"
+  say teach "the model has learned to chat ($(took "$start")); its log, curve and checkpoint: ${taught%/*}"
+}
+
+talk() {
+  say chat "talk to it again: .venv/bin/python chat.py --checkpoint=$taught; /help lists its commands"
+  run chat .venv/bin/python chat.py "--checkpoint=$taught" ${prompt:+"--prompt=$prompt"} ${device:+"--device=$device"}
+}
+
 main() {
-  prompt="" checkpoint="" device="" retrain=0 gpu=0 setup_only=0
-  local option
+  prompt="" checkpoint="" device="" retrain=0 gpu=0 setup_only=0 chat=0
+  local option preset=tiny tokenizer=bytes
   for option in "$@"; do
     case $option in
       --prompt=?*) prompt=${option#--prompt=} ;;
+      --chat) chat=1 ;;
       --retrain) retrain=1 ;;
       --cpu) device=cpu ;;
       --setup) setup_only=1 ;;
@@ -181,6 +209,8 @@ main() {
   ((!setup_only)) || return 0
   [[ -n $device ]] || find_gpus
   if ((gpu)) && prepare_fineweb; then
+    preset=speedrun tokenizer=gpt2
+    [[ ! -f data/fineweb10B/tokenizer.json ]] || tokenizer=data/fineweb10B/tokenizer.json
     train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
   else
     ((!gpu)) || say data "no speedrun without FineWeb: training the tiny preset on one GPU, on the text of this machine"
@@ -188,7 +218,12 @@ main() {
     train tiny .venv/bin/python train_gpt.py --preset=tiny \
       --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin' ${device:+"--device=$device"}
   fi
-  sample
+  if ((chat)); then
+    teach "$preset" "$tokenizer"
+    talk
+  else
+    sample
+  fi
 }
 
 main "$@"

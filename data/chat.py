@@ -293,12 +293,15 @@ def is_held_out(word):
 
 
 def make_word(rng):
-    """A word of 3 to 12 letters: made of syllables, or of any letters, or a common one."""
+    """A word of 3 to 12 letters: a common one, or made of any letters, of repeated parts, or of syllables."""
     kind = rng.random()
     if kind < 0.2:
         return rng.choice(COMMON_WORDS)
-    if kind < 0.5:
+    if kind < 0.4:
         return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 12)))
+    if kind < 0.6:  # as mississippi: where to go on after a part that comes twice is the hardest of copying
+        parts = ["".join(rng.choices("aeioubdlmnprst", k=rng.randint(1, 3))) for _ in range(2)]
+        return "".join(rng.choices(parts, k=rng.randint(3, 5)))[:12]
     syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(1, 4)))
     return "".join(syllables)[:12].ljust(3, "e")
 
@@ -580,33 +583,68 @@ def cut(turns, limit):
     return ids[:kept], mask[:kept], len(ids) - kept
 
 
+def join(made, turns, seed):
+    """The conversations in another order, some joined: each result has up to `turns` of them, one after the other.
+
+    Two of five stay alone, and so do those that begin with a system message.
+    """
+    rng = random.Random(f"join {seed}")
+    made = rng.sample(made, len(made))
+    joined = []
+    room = 0
+    for messages in made:
+        if room and messages[0]["role"] == "user":
+            joined[-1] = joined[-1] + messages
+            room -= 1
+        else:
+            joined.append(messages)
+            room = 0 if rng.random() < 0.4 else rng.randrange(turns)
+    return joined
+
+
+def read_sources(sources, args, counts, skipped):
+    """Yields (messages, Source) of all conversations; those that are made are joined if --turns is more than 1."""
+    made = {}
+    for source in sources:
+        for messages in tqdm(conversations(source, args.seed, skipped), source.given, leave=False, disable=None):
+            counts["read"] += 1
+            if source.kind in MAKERS and args.turns > 1:
+                made.setdefault(source.weight, (source, []))[1].append(messages)
+            else:
+                yield messages, source
+    for weight, (source, found) in made.items():
+        joined = join(found, args.turns, f"{args.seed} {weight}")
+        counts["joined"] += len(found) - len(joined)
+        yield from ((messages, source) for messages in joined)
+
+
 def render_sources(sources, tokenizer, args):
     """([Rendered] of all conversations, counts by name, skipped by reason); what is refused or left out is counted."""
     found, counts, skipped = [], Counter(), {}
     refused = test_items(args.refuse)
     id_type = np.uint16 if tokenizer.vocab_size <= 65_536 else np.uint32
-    for source in sources:
-        for messages in tqdm(conversations(source, args.seed, skipped), source.given, leave=False, disable=None):
-            counts["read"] += 1
-            if any(hash_question(_text(message["content"])) in refused for message in messages
-                   if message["role"] == "user"):
-                shards.note(skipped, "conversation with a question of a test set", source.given)
-                continue
-            ids, mask, lost = cut(render_turns(messages, tokenizer, args.template), args.max_tokens)
-            if not any(mask):
-                shards.note(skipped, f"conversation without an answer in its first {args.max_tokens} tokens",
-                            source.given)
-                continue
-            counts["cut"] += lost > 0
-            counts["tokens_cut"] += lost
-            ids, mask = np.array(ids, id_type), np.array(mask, np.uint8)
-            key = int.from_bytes(hashlib.sha256(ids.tobytes() + mask.tobytes()).digest()[:8], "little")
-            found.append(Rendered(ids, mask, key, source.weight))
+    for messages, source in read_sources(sources, args, counts, skipped):
+        if any(hash_question(_text(message["content"])) in refused for message in messages
+               if message["role"] == "user"):
+            shards.note(skipped, "conversation with a question of a test set", source.given)
+            continue
+        ids, mask, lost = cut(render_turns(messages, tokenizer, args.template), args.max_tokens)
+        if not any(mask):
+            shards.note(skipped, f"conversation without an answer in its first {args.max_tokens} tokens", source.given)
+            continue
+        counts["cut"] += lost > 0
+        counts["tokens_cut"] += lost
+        ids, mask = np.array(ids, id_type), np.array(mask, np.uint8)
+        key = int.from_bytes(hashlib.sha256(ids.tobytes() + mask.tobytes()).digest()[:8], "little")
+        found.append(Rendered(ids, mask, key, source.weight))
     return found, counts, skipped
 
 
 def split(found, val_fraction):
-    """(training, validation) indexes of the conversations. Identical ones are on one side, chosen by their sha256."""
+    """(training, validation) indexes of the conversations. Identical ones are on one side, chosen by their sha256.
+
+    Validation has each conversation once, because a second time would measure the same.
+    """
     keys = sorted({one.key for one in found})
     if val_fraction and len(keys) < 2:
         raise InputError("there is one conversation, which cannot be divided into training and validation; give more, "
@@ -618,7 +656,7 @@ def split(found, val_fraction):
     for i, one in enumerate(found):
         if one.key not in held_out:
             sides[0].append(i)
-        elif one.key not in seen:  # a second time would measure the same
+        elif one.key not in seen:
             sides[1].append(i)
             seen.add(one.key)
     return sides
@@ -760,6 +798,9 @@ def parse_args(argv=None):
         help="chat: special tokens between the turns; plain: texts such as '### User' (default: %(default)s)")
     add("--max_tokens", type=int, default=2048,
         help="a longer conversation is cut after the last answer that fits (default: %(default)s)")
+    add("--turns", type=int, default=1, metavar="N",
+        help="join up to N of the conversations that are made (identity, spelling, spellingbee) into one, so that the "
+             "model learns to go on after an answer (default: %(default)s)")
     add("--tokens", type=int, default=0, help="training tokens to write, at most; 0: all (default)")
     add("--val_fraction", type=float, default=0.02,
         help="share of the conversations held out for validation, chosen by their sha256 (default: %(default)s)")
@@ -773,8 +814,9 @@ def parse_args(argv=None):
     if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
         fail(f"{empty[0]} has no value")
     args = parser.parse_args(argv)
-    for name, low, high in (("max_tokens", 16, 1 << 24), ("tokens", 0, 1 << 40), ("val_fraction", 0, 0.5),
-                            ("show", 0, 1 << 20), ("seed", 0, 1 << 62), ("shard_tokens", 1, 1 << 31)):
+    for name, low, high in (("max_tokens", 16, 1 << 24), ("turns", 1, 1000), ("tokens", 0, 1 << 40),
+                            ("val_fraction", 0, 0.5), ("show", 0, 1 << 20), ("seed", 0, 1 << 62),
+                            ("shard_tokens", 1, 1 << 31)):
         if not low <= getattr(args, name) <= high:
             fail(f"--{name}={getattr(args, name)}: must be {low} to {high}")
     if not shards.shown(args.out).isprintable():
@@ -797,8 +839,12 @@ def summarize(manifest, out_dir):
     """Prints what was read, what was left out, and what was written."""
     counts, files = manifest["made_by"]["counts"], manifest["files"]
     print(f"{counts['read']:,} conversations read")
+    if counts["joined"]:
+        print(f"  joined into {counts['read'] - counts['joined']:,}")
     for reason, (count, example) in sorted(manifest["made_by"]["skipped"].items()):
         print(shards.one_line(f"  left out: {count:,} x {reason} ({example})"))
+    if counts["copies_in_validation"]:
+        print(f"  left out: {counts['copies_in_validation']:,} x copy of a validation conversation")
     if counts["over_budget"]:
         print(f"  left out: {counts['over_budget']:,} x beyond --tokens")
     if counts["cut"]:
@@ -832,8 +878,9 @@ def main(argv=None):
         colour = sys.stdout.isatty()
         print("\n\n".join(show(found[i], tokenizer_json, colour) for i in order[:args.show]))
         return
-    options = {name: getattr(args, name) for name in "template max_tokens tokens val_fraction seed".split()}
-    names = "read cut tokens_cut over_budget".split()
+    options = {name: getattr(args, name) for name in "template max_tokens turns tokens val_fraction seed".split()}
+    counts["copies_in_validation"] = len(found) - len(train) - len(val)
+    names = "read joined cut tokens_cut over_budget copies_in_validation".split()
     made_by = {"script": "chat.py", "sources": args.sources, "options": options, "skipped": skipped,
                "counts": {name: counts[name] for name in names}}
     summarize(write_shards(args.out, found, (order, val), tokenizer, tokenizer_json, made_by, args.shard_tokens),

@@ -259,6 +259,18 @@ def test_the_result_is_the_same_again_and_the_seed_changes_it(run, tmp_path):
     assert contents() == first and contents("--seed=1")["train_000000.bin"] != first["train_000000.bin"]
 
 
+def test_made_conversations_are_joined(run, tmp_path):
+    rows = write_rows(tmp_path / "my.jsonl", talks(5))
+    out, folder = run(rows, "spelling:60", "spellingbee:60", "--turns=4", "--val_fraction=0")
+    start = byte_tokenizer().special("<|assistant_start|>")
+    written = [ids for ids, _ in read_side(folder, "train")]
+    exchanges = Counter(ids.count(start) for ids in written)
+    assert f"125 conversations read\n  joined into {len(written)}\n" in out
+    assert sum(number * count for number, count in exchanges.items()) == 60 + 60 + 7 and {*exchanges} == {1, 2, 3, 4}
+    alone = [{"role": "system", "content": "s"}, *talks(1)[0]["messages"]]
+    assert sorted(map(len, chat.join([alone] * 20, 5, 0))) == [3] * 20
+
+
 def test_weights_repeat_and_thin_out(run, tmp_path):
     twice = write_rows(tmp_path / "a=1.jsonl", talks(40))
     third = write_rows(tmp_path / "b.jsonl", [{"messages": [user(f"b{i}"), assistant("b")]} for i in range(400)])
@@ -272,7 +284,8 @@ def test_weights_repeat_and_thin_out(run, tmp_path):
 
 def test_identical_conversations_are_on_one_side(run, tmp_path):
     rows = talks(50) * 3
-    _, folder = run(write_rows(tmp_path / "my.jsonl", rows), "--val_fraction=0.2")
+    out, folder = run(write_rows(tmp_path / "my.jsonl", rows), "--val_fraction=0.2")
+    assert "left out: 20 x copy of a validation conversation" in out
     train, val = ([tuple(ids) for ids, _ in read_side(folder, side)] for side in ("train", "val"))
     assert not {*train} & {*val} and len(val) == len({*val}) == 10 and len(train) == 120
 

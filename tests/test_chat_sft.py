@@ -2,7 +2,7 @@
 
 Proves: which targets are trained; every token of 10,000 random mixtures is in one slot or counted as left out; steps
 are finite whatever the mixture; 1, 2 and 3 ranks train the same model; a resumed run ends bit for bit as one that was
-not interrupted; the first checkpoint never changes; new special tokens get rows in every table; a mistake gets one line.
+not interrupted; the first checkpoint never changes; new special tokens get rows in every table; a mistake gets a line.
 Against: targets written out by hand, counts by a plain loop, a model whose logits are scripted.
 Run: python -m pytest tests/test_chat_sft.py
 """
@@ -61,11 +61,11 @@ def test_the_output_of_the_calculator_is_no_target():
     _, targets = chat_sft.fill_slot([one], 256, 256)
     names = {token: name for name, token in BYTES_CHAT["special_tokens"].items()}
     text = "".join(names.get(token, chr(token)) for token in targets[targets >= 0].tolist())
-    assert text == ("<|python_start|>'river'.count('r')<|python_end|>The answer is 2.\n#### 2<|assistant_end|>")
+    assert text == "<|python_start|>'river'.count('r')<|python_end|>The answer is 2.\n#### 2<|assistant_end|>"
 
 
 def random_conversation(rng, longest):
-    """Tokens and a mask as they may come: without an answer, with an empty one, longer than a slot, in several turns."""
+    """Tokens and a mask as they may come: without an answer, or an empty one, longer than a slot, in several turns."""
     size = rng.choice((1, 2, 3, rng.randint(1, longest), rng.randint(1, 3 * longest)))
     mask = np.zeros(size, np.uint8)
     for _ in range(rng.randint(0, 3)):
@@ -121,7 +121,7 @@ def test_ranks_share_out_the_slots(world_size):
     found = [conversation(talk(str(i), "x" * (i % 7))) for i in range(50)]
     slots = chat_sft.plan_slots(found, 32, 1, 0)
     steps = chat_sft.num_steps(len(slots), 4)
-    assert steps % 2 == 0
+    assert steps % 2 == 0 and len(slots) <= 4 * steps < len(slots) + 8
     job = SimpleNamespace(train=found, slots=slots, steps=steps, slot_tokens=32, micro_slots=2, bos_id=256)
     seen = []
     for step in range(steps):
@@ -286,7 +286,7 @@ def test_steps_are_finite_whatever_the_mixture(parent):
     shard = SimpleNamespace(vocab_size=265, bos_id=256, path="")
     machine = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
     cfg, _ = chat_sft.choose_config(args, found, machine, shard)
-    trainer = chat_sft.Speed(args, found, cfg, machine, print, train_gpt)
+    trainer = chat_sft.Speed(train_gpt, cfg, machine, print, train_gpt)
     with torch.no_grad():
         chat_sft.load_parent(trainer.model, found, json.dumps(BYTES_CHAT).encode())
     trainer.begin()
@@ -316,6 +316,14 @@ def test_a_vocabulary_with_room_keeps_its_size(run, parent, tmp_path):
     after = weights(done.folder)["lm_head"]
     assert after.shape == (288, 48) and torch.allclose(after[265:], torch.tensor(-3.0), atol=1e-4)
     assert torch.allclose(after[257:265], tensors["lm_head"][:256].mean(0).expand(8, 48), atol=1e-5)
+
+
+def test_the_plain_template_needs_no_special_tokens(run, tmp_path):
+    chat.main(["spelling:30", "--tokenizer=bytes", "--template=plain", f"--out={tmp_path / 'plain'}"])
+    done = run(f"--data={tmp_path / 'plain'}")
+    assert (done.code, done.err) == (0, "") and "spelling_right" not in done.out
+    model, tokenizer, meta = sample.load_checkpoint(sample.resolve_checkpoint(done.folder), "cpu")
+    assert meta["chat"] is False and model.cfg.vocab_size == tokenizer.vocab_size == 257
 
 
 # -----------------------------------------------------------------------------
@@ -402,9 +410,13 @@ def test_a_model_of_the_plain_script(run, data, talks, tmp_path):
     import train_gpt_simple
     flags = ["--preset=tiny", f"--train_files={data}/train_*.bin", f"--val_files={data}/val_*.bin", "--depth=2",
              "--model_dim=96", "--pack_tokens=256", "--batch_tokens=512", "--num_iterations=2", "--val_tokens=2000",
-             "--device=cpu", f"--out_dir={tmp_path / 'base'}"]
+             "--width_rule=none", "--device=cpu", f"--out_dir={tmp_path / 'base'}"]
     assert train_gpt_simple.train(train_gpt_simple.parse_config(flags), flags) == 0
-    done = run(f"--checkpoint={only_folder(tmp_path / 'base')}")
+    done = run(f"--checkpoint={only_folder(tmp_path / 'base')}", "--lr=1")
     assert (done.code, done.err) == (0, "")
+    losses = [float(loss) for loss in re.findall(r"val_loss:(\S+)", (done.folder / "log.txt").read_text())]
+    assert losses[-1] < losses[0] - 0.5
+    before, after = weights(only_folder(tmp_path / "base")), weights(done.folder)
+    assert not any(torch.equal(tensor, after[name]) for name, tensor in before.items() if tensor.dim() == 2)
     model, tokenizer, meta = sample.load_checkpoint(sample.resolve_checkpoint(done.folder), "cpu")
     assert meta["script"] == "train_gpt_simple" and model.cfg.vocab_size >= tokenizer.vocab_size == 265

@@ -29,6 +29,9 @@ INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
            "python: -c import torch.distributed.run, safetensors.torch, tiktoken, requests, huggingface_hub, "
            "matplotlib.figure, matplotlib.backends.backend_svg; "
            "torch.cuda.is_available() and __import__('torch._inductor.compile_fx')"]
+DATA_CHAT = "data/chat.py identity:1200 spelling:3000 spellingbee:2000 --turns=4 --tokenizer=bytes --out=data/chat"
+TEACH = "chat_sft.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint --data=data/chat --lr=0.8"
+CHAT = "chat.py --checkpoint=logs/2026-01-09_10-00-00_chat_sft_aa/checkpoint"
 DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=1024 --out=data/local"
 
 # One stand-in for every command: it looks at its own name and at its arguments.
@@ -58,6 +61,11 @@ case "$*" in
     code=$(answer train 0)
     ((code != 0)) || mkdir -p "logs/2026-01-0$(answer day 1)_10-00-00_train_gpt_aa/checkpoint"
     exit "$code" ;;
+  chat_sft.py*)
+    code=$(answer teach 0)
+    ((code != 0)) || mkdir -p logs/2026-01-09_10-00-00_chat_sft_aa/checkpoint
+    exit "$code" ;;
+  chat.py*) echo "Hello! I am minutegpt." ;;
   sample.py*) echo "Once there was a model." ;;
 esac
 """
@@ -222,6 +230,36 @@ def test_without_the_hub_the_gpu_trains_the_tiny_model_and_says_so(machine):
     assert done.calls[3:] == ["python: data/fineweb.py 9", f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}",
                               f"python: {SAMPLE}"]
     assert len([line for line in done.stdout.splitlines() if "no speedrun without FineWeb" in line]) == 1
+
+
+def test_chat_teaches_the_model_once_and_opens_the_chat(machine):
+    machine.start()
+    done = machine.start("--chat", "--prompt=Who are you?")
+    assert done.returncode == 0, done.stderr
+    assert done.calls == [f"python: {DATA_LOCAL}", f"python: {DATA_CHAT}", f"python: {TEACH}",
+                          f"python: {CHAT} --prompt=Who are you?"]
+    assert phases(done) == ["setup", "data", "train", "teach", "chat"] and "I am minutegpt." in done.stdout
+    done = machine.start("--chat")
+    assert done.calls == [f"python: {DATA_LOCAL}", f"python: {CHAT}"] and "nothing to teach" in done.stdout
+    machine.answer(day=2)
+    assert f"python: {TEACH.replace('01-01', '01-02')}" in machine.start("--chat", "--retrain").calls
+
+
+def test_chat_on_a_gpu_uses_the_vocabulary_of_the_shards(machine):
+    machine.answer(nvidia_smi=0, torch_cuda=0)
+    assert f"python: {DATA_CHAT.replace('bytes', 'gpt2')}" in machine.start("--chat").calls
+    (machine.project / "data" / "fineweb10B").mkdir(parents=True)
+    (machine.project / "data" / "fineweb10B" / "tokenizer.json").write_text("")
+    calls = machine.start("--chat", "--retrain").calls
+    assert f"python: {DATA_CHAT.replace('bytes', 'data/fineweb10B/tokenizer.json')}" in calls
+
+
+def test_a_failing_lesson_is_not_taken_for_a_finished_one(machine):
+    machine.answer(teach=3)
+    done = machine.start("--chat")
+    assert (done.returncode, done.stderr[:47]) == (3, "run.sh: teach failed with exit code 3: .venv/bi")
+    machine.answer(teach=0)
+    assert f"python: {CHAT}" in machine.start("--chat").calls
 
 
 # -----------------------------------------------------------------------------
