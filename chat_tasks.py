@@ -52,7 +52,8 @@ LETTERS = "ABCDEFGHIJ"
 RATES = ("in_form", "tool_calls", "results", "cut_off")
 BEE_ITEMS = 256                          # questions of spellingbee
 BEE_SEED = "evaluate"
-BATCH_TOKENS = 1 << 14                   # of multiple-choice questions that are read together
+# Tokens of multiple-choice questions that are read together. A CPU is faster when they stay in its cache (+40 %).
+CPU_TOKENS, GPU_TOKENS = 1 << 12, 1 << 15
 
 @dataclass(frozen=True)
 class Item:
@@ -236,7 +237,8 @@ def answer_items(format: Format, items: list[Item], batch: int, max_tokens: int,
     prompts = [format.prompt(item) for item in items]
     records = {}
     letters = [i for i, item in enumerate(items) if item.letters]
-    batches = sorted_batches([len(prompts[i]) for i in letters], batch, BATCH_TOKENS)[rank::world_size]
+    tokens = CPU_TOKENS if next(model.parameters()).device.type == "cpu" else GPU_TOKENS
+    batches = sorted_batches([len(prompts[i]) for i in letters], batch, tokens)[rank::world_size]
     quiet = None if rank == 0 else True
     for part in tqdm(batches, unit=" batches", disable=quiet):
         part = [letters[i] for i in part]
