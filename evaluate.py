@@ -1,9 +1,10 @@
-"""Scores of a trained model: validation loss, bits per byte, HellaSwag and CORE, each with its standard error.
+"""Scores of a trained model: validation loss, bits per byte, HellaSwag, CORE and chat tasks, with standard errors.
 
     python evaluate.py                                                      # the newest run under logs/, all scores
     python evaluate.py --checkpoint=logs/<run> --tasks=val,hellaswag
     torchrun --standalone --nproc_per_node=8 evaluate.py --tasks=core --items_out=items.jsonl
     python evaluate.py --model=gpt2 --tasks=hellaswag,core                  # the original weights, to calibrate
+    python evaluate.py --tasks=chatcore                                     # a chat model, made by chat_sft.py
 
 Fetch the questions first with python data/evals.py. This script downloads nothing but the weights that --model names.
 
@@ -11,6 +12,9 @@ val         the validation loss, as the training script computes it
 bpb         bits per byte of the validation text
 hellaswag   accuracy: the ending with the lowest summed loss (plain), or with the lowest mean loss (norm)
 core        22 tasks, as nanochat computes them: the mean of (accuracy - baseline) / (1 - baseline)
+arc, mmlu, gsm8k, spellingbee
+            accuracy of a chat model's answers: a letter, or a number that it works out with the calculator
+chatcore    these tasks, and the mean of (accuracy - chance) / (1 - chance)
 
 The scores do not depend on the number of GPUs or on how prompts are packed. docs/evaluation.md explains each score.
 """
@@ -32,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
+import chat_tasks
 import sample
 from sample import GPT2_PATTERN, JOINED_PATTERNS, UserError
 
@@ -85,7 +90,9 @@ TASKS = (
 HELLASWAG = replace(TASKS[0], label="hellaswag", kind="ending")
 SHUFFLE_SEED = 1337                      # of the order of items
 SHOTS_SEED = 1234                        # plus the number of the item: of its examples
-SCORES = ("val", "bpb", "hellaswag", "core")
+BASE_SCORES = ("val", "bpb", "hellaswag", "core")
+SCORES = (*BASE_SCORES, *chat_tasks.SCORES)
+FETCH_AGAIN = "fetch it again with python data/evals.py --force"
 QUESTIONS_BYTES, LINE_BYTES = 1 << 26, 1 << 20      # the largest file of questions and the longest line
 
 # -----------------------------------------------------------------------------
@@ -99,8 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "checkpoint is taken; default: the newest run in --out_dir")
     add("--model", metavar="NAME", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder with such a model, instead "
         "of a checkpoint (default: none)")
-    add("--tasks", default=",".join(SCORES), metavar="LIST", help="the scores to compute, separated by commas "
-        "(default: %(default)s)")
+    add("--tasks", default=",".join(BASE_SCORES), metavar="LIST", help="the scores to compute, separated by commas, "
+        f"from {','.join(SCORES)} (default: %(default)s)")
     add("--evals", type=sample.path_flag, default=Path("data/evals"), metavar="FOLDER",
         help="folder with the questions (default: %(default)s)")
     add("--shards", metavar="GLOB", help="token shards for val and bpb (default: the validation shards of the training "
@@ -111,6 +118,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "shuffling, also for the examples; 0: all items (default: %(default)s)")
     add("--items_out", type=sample.path_flag, metavar="FILE", help="write the result of every item to FILE, one JSON "
         "object a line (default: none)")
+    add("--max_tokens", type=int, default=512, metavar="N", help="longest answer of a chat task, in tokens with the "
+        "calculator's results (default: %(default)s)")
+    add("--batch", type=int, default=64, metavar="N", help="number of questions of chat tasks that are answered at the "
+        "same time (default: %(default)s)")
     add("--stream_tokens", type=int, default=0, metavar="N", help="length of a packed stream, a multiple of 128; "
         "default: 131072 on cuda, else as much as 1 GiB of logits allows")
     sample.add_model_flags(add, "evaluate.py")
@@ -119,25 +130,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 def check_args(args: argparse.Namespace):
-    """Splits --tasks; raises UserError for a value out of range or for flags that contradict each other."""
+    """Splits --tasks into `tasks` and `chat_tasks`.
+
+    Raises UserError for a value out of range or for flags that contradict each other.
+    """
     args.tasks = args.tasks.split(",")
     for name in args.tasks:
         if name not in SCORES:
             raise UserError(f"--tasks={name} does not exist; choose from {','.join(SCORES)}")
+    args.chat_tasks = [name for name in args.tasks if name in chat_tasks.SCORES]
 
     def need(good, name, remedy):
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} {remedy}")
-    most = max(task.shots for task in TASKS)
+    most = 0 if args.tasks == args.chat_tasks else max(task.shots for task in TASKS)
     for name in ("checkpoint", "vocab_dir"):
         need(not args.model or not getattr(args, name), "model", f"and --{name}={getattr(args, name)} are both given, "
              f"but --{name} is for checkpoints; give one of them")
     need(not (args.model and "val" in args.tasks), "model", "has no training script to compute val; use bpb instead")
     need(not (args.model and "bpb" in args.tasks) or args.shards, "model", "needs --shards=GLOB for bpb")
+    need(not (args.model and args.chat_tasks), "model", f"has no tokens for conversations, which "
+         f"{','.join(args.chat_tasks)} needs; name a chat model with --checkpoint= instead")
+    need(args.max_tokens >= 1, "max_tokens", "must be at least 1")
+    need(args.batch >= 1, "batch", "must be at least 1")
     need(args.stream_tokens >= 0 and args.stream_tokens % 128 == 0, "stream_tokens", "must be a multiple of 128")
     need(args.bpb_tokens >= 0, "bpb_tokens", "must be 0 (all) or a positive number")
-    need(args.max_items == 0 or args.max_items > most, "max_items", f"must be 0 (all) or above {most}, which is the "
-         "number of examples before a question")
+    need(args.max_items == 0 or args.max_items > most, "max_items", f"must be 0 (all) or above {most}" + (
+        ", which is the number of examples before a question" if most else ""))
     need(0 <= args.threads <= 1024, "threads", "must be 0 (chosen by trying) or a number up to 1024")
     if args.items_out:
         need(args.items_out.absolute().parent.is_dir(), "items_out", "is in a folder that does not exist; create it "
@@ -204,7 +223,8 @@ class Item:
 
 FIELDS = {                       # of an item, by kind: question, answer, right option; a list has one text per option
     "choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
-    "lm": ("context", "continuation", None), "ending": ("ctx", "endings", "label")}
+    "lm": ("context", "continuation", None), "ending": ("ctx", "endings", "label"),
+    "mmlu": ("question", "choices", "answer"), "gsm8k": ("question", "answer", None)}
 
 def task_file(evals: Path, task: Task) -> Path | None:
     """The file with a task's items, or None if it is not there."""
@@ -232,8 +252,11 @@ def check_item(kind: str, row: dict) -> dict:
         raise IndexError(f"{gold} {str(row[gold]):.40} is not an option")
     return {name: row[name] for name in FIELDS[kind] if name}
 
-def read_rows(path: Path, kind: str, max_items: int) -> list[tuple[int, dict]]:
-    """(line, item) of a task file in the order of the evaluation; raises UserError, or what check_item raises."""
+def read_rows(path: Path, kind: str, max_items: int, remedy: str = FETCH_AGAIN) -> list[tuple[int, dict]]:
+    """(line, item) of a task file in the order of the evaluation; raises UserError, or what check_item raises.
+
+    remedy: the end of an error's text.
+    """
     rows = []
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
@@ -242,7 +265,7 @@ def read_rows(path: Path, kind: str, max_items: int) -> list[tuple[int, dict]]:
                 if file.tell() > QUESTIONS_BYTES:
                     raise ValueError(f"more than {QUESTIONS_BYTES} bytes")
     except (OSError, ValueError, EOFError, lzma.LZMAError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again with python data/evals.py --force") from None
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
     random.Random(SHUFFLE_SEED).shuffle(rows)
     return rows[:max_items or None]
 
@@ -327,8 +350,8 @@ def read_items(args: argparse.Namespace, tasks: list[Task], cuts: bool, apart: b
         try:
             items += render(task, read_rows(path, task.kind, args.max_items), cuts, apart)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); fetch it "
-                            "again with python data/evals.py --force") from None
+            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); "
+                            f"{FETCH_AGAIN}") from None
     return items
 
 # -----------------------------------------------------------------------------
@@ -677,10 +700,8 @@ def judge(items: list[Item], results: np.ndarray) -> list[dict]:
 
 def task_score(task: Task, records: list[dict], key: str = "correct") -> dict:
     """Accuracy, its standard error over items (None for a single one), n, chance and the published accuracies."""
-    n = len(records)
-    mean = sum(record[key] for record in records) / n
-    se = math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
-    score = {"accuracy": round(mean, 6), "se": rounded(se), "n": n, "chance": task.baseline}
+    mean, se = chat_tasks.share([record[key] for record in records])
+    score = {"accuracy": round(mean, 6), "se": rounded(se), "n": len(records), "chance": task.baseline}
     return score | {"gpt2": task.gpt2} if key == "correct" else score
 
 def core_score(scores: dict[str, dict]) -> dict:
@@ -727,14 +748,59 @@ def prepare_items(args: argparse.Namespace, tasks: list[Task], subject: Subject)
     threads = max(1, (os.cpu_count() or 1) // subject.machine.world_size)
     return items, encode_all(subject.tokenizer, sorted(texts), threads)
 
+def read_questions(args: argparse.Namespace) -> chat_tasks.Questions:
+    """The questions of the chat tasks in --tasks; raises UserError."""
+    tasks, missing = chat_tasks.find_tasks(args.evals, args.chat_tasks)
+    data = chat_tasks.load_data() if tasks else None
+    items = []
+    words = ""
+    for task in tasks:
+        if not task.file:
+            path = chat_tasks.find_file(args.evals, "words_alpha.txt")
+            words = path.name if path else "made up"
+            count = min(chat_tasks.BEE_ITEMS, args.max_items or chat_tasks.BEE_ITEMS)
+            items += chat_tasks.make_bee_items(chat_tasks.read_words(path, data) if path else [], count, data)
+            continue
+        path = chat_tasks.find_file(args.evals, f"{task.file}.jsonl")
+        try:
+            items += chat_tasks.make_items(task, read_rows(path, task.kind, args.max_items, task.remedy), data)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} does not hold items of {task.label} ({type(error).__name__}: {error}); "
+                            f"{task.remedy}") from None
+    return chat_tasks.Questions(tasks, missing, items, words)
+
+def ask(args: argparse.Namespace, questions: chat_tasks.Questions, format: chat_tasks.Format,
+        machine) -> tuple[dict, list[dict]]:
+    """The scores of the chat tasks and the records of their items; the same on every rank. Raises UserError."""
+    start = time.perf_counter()
+    items = questions.items
+    try:
+        mine = chat_tasks.answer_items(format, items, args.batch, args.max_tokens, machine.rank, machine.world_size)
+    except UserError as error:           # the other ranks wait for this one
+        mine = error
+    found = {}
+    for part in gather(machine, mine):
+        if isinstance(part, UserError):
+            raise part
+        found |= part
+    records = [found[i] for i in range(len(items))]
+    scores = chat_tasks.summarize(questions, records, "chatcore" in args.tasks)
+    scores["chat"]["seconds"] = round(time.perf_counter() - start, 3)
+    return scores, records
+
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """All scores, and the records of all items; the same on every rank. Raises UserError."""
     start = time.perf_counter()
     tasks = find_tasks(args)
+    questions = read_questions(args)
     subject = load_subject(args)
+    format = chat_tasks.Format(subject.model, subject.tokenizer, subject.name) if questions.items else None
     machine, longest, bos_id = subject.machine, subject.longest, subject.model.cfg.bos_id
     if not args.checkpoint and not args.model and machine.rank == 0:
         print(f"evaluate.py: {sample.one_line(subject.name)}", file=sys.stderr)
+    if format and not subject.meta.get("chat") and machine.rank == 0:
+        print(f"evaluate.py: note: {sample.one_line(subject.name)} has tokens for conversations, but has not learned "
+              "to chat; chat_sft.py teaches it", file=sys.stderr)
     cfg, streams, texts = read_streams(args, subject)
     set_threads(args, subject)
     join_ranks(machine)
@@ -759,17 +825,22 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     total = sum(len(tokens) for tokens, _, _ in texts) + sum(
         min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
     results = score_documents(subject, score, documents(), total) if texts or tasks else np.empty((0, 3))
-    seconds = time.perf_counter() - start - subject.compile_seconds
     if texts:
         scores["bpb"] = bits_per_byte(texts, results[:len(texts)], subject.tokenizer)
     records = judge(items, results[len(texts):])
+    scores |= summarize(tasks, records)
+    if format:
+        spoken, answers = ask(args, questions, format, machine)
+        scores |= spoken
+        records += answers
+    seconds = time.perf_counter() - start - subject.compile_seconds
     return {"model": subject.name, "script": subject.meta["script"], "step": subject.meta["step"],
             "device": machine.name, "world_size": machine.world_size, "max_items": args.max_items,
             "answers_apart": subject.apart, "cut_documents": too_long,
             "tokens": total + (cfg.val_tokens if streams else 0),
             "compile_seconds": round(subject.compile_seconds, 1), "score_seconds": round(subject.score_seconds, 3),
             "seconds": round(seconds, 3),
-            "scores": scores | summarize(tasks, records)}, records
+            "scores": scores}, records
 
 def write_items(path: Path, records: list[dict]):
     """Writes the records as JSON lines, first under a temporary name; raises UserError."""
@@ -803,8 +874,10 @@ def short(seconds: float) -> str:
 
 def table(result: dict) -> str:
     """The table of all scores for the console."""
-    lines = [sample.one_line(f"{result['model']}, {result['script']} after {result['step']} steps"),
-             f"{'':34}{'score':>10}{'+-':>9}{'n':>9}{'chance':>9}   {'gpt2':>7}{'medium':>8}{'large':>8}{'xl':>8}"]
+    lines = [sample.one_line(f"{result['model']}, {result['script']} after {result['step']} steps")]
+    if result["scores"].keys() & {*BASE_SCORES}:
+        lines.append(f"{'':34}{'score':>10}{'+-':>9}{'n':>9}{'chance':>9}   {'gpt2':>7}{'medium':>8}{'large':>8}"
+                     f"{'xl':>8}")
 
     def row(name, value, score, digits=4):
         error = "-" if score["se"] is None else f"{score['se']:.{digits}f}"
@@ -826,6 +899,8 @@ def table(result: dict) -> str:
         if core["missing"]:
             lines.append(f"CORE, also of GPT-2, is over {core['n']} of {len(TASKS)} tasks; missing: "
                          f"{', '.join(core['missing'])}")
+    if "chat" in scores:
+        lines += chat_tasks.table(scores)
     if result["max_items"]:
         lines.append(f"only {result['max_items']} items of each task: not comparable with the published scores")
     if result["answers_apart"] and "core" in scores:
@@ -833,8 +908,12 @@ def table(result: dict) -> str:
     if result["cut_documents"]:
         lines.append(f"{result['cut_documents']:,} prompts were too long and lost their first tokens")
     compilation = f"; compilation took {result['compile_seconds']} s more" if result["compile_seconds"] else ""
-    lines.append(f"{result['tokens']:,} tokens in {short(result['score_seconds'])}, {short(result['seconds'])} with "
-                 f"loading{compilation}")
+    times = []
+    if "chat" in scores:
+        times.append(f"{scores['chat']['n']:,} chat questions in {short(scores['chat']['seconds'])}")
+    if result["tokens"]:
+        times.append(f"{result['tokens']:,} tokens in {short(result['score_seconds'])}")
+    lines.append(f"{', '.join(times)}, {short(result['seconds'])} with loading{compilation}")
     return "\n".join(lines)
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Downloads the questions of evaluate.py into data/evals/: HellaSwag's validation set and the CORE bundle.
+"""Downloads the questions of evaluate.py into data/evals/: HellaSwag's validation set, the CORE bundle, and GSM8K.
 
     python data/evals.py                        # from where they are published
     python data/evals.py --from=/mnt/disk       # from a folder or from http(s)://host/path
@@ -6,10 +6,11 @@
 A source holds hellaswag_val.jsonl and the CORE bundle. The bundle is eval_bundle.zip or its content: core.yaml,
 eval_meta_data.csv and eval_data/CATEGORY/TASK.jsonl, in the folder itself, in eval_bundle/ or in core/. A .jsonl may
 also be a .jsonl.xz. Only the files that core.yaml names are taken. Tasks without a file are listed; evaluate.py leaves
-them out and says so.
+them out and says so. A source may also hold what the chat tasks need: gsm8k/test.jsonl, mmlu/test.jsonl and
+words_alpha.txt. Of these only GSM8K is published in this form; docs/evaluation.md describes the others.
 
-The result has hellaswag_val.jsonl, the folder core/, and manifest.json with the sha256, size and number of items of
-each file. A second run compares the files with it, and downloads again only if one is missing or differs.
+The result has the same files, CORE's in the folder core/, and manifest.json with the sha256, size and number of items
+of each file. A second run compares the files with it, and downloads again only if one is missing or differs.
 """
 
 import argparse
@@ -34,7 +35,10 @@ from fineweb import (RETRY_WAITS, Refused, Transient, Web, given_source, one_lin
 PUBLISHED = {
     "eval_bundle.zip": "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip",
     "hellaswag_val.jsonl": "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    "gsm8k/test.jsonl": "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+                        "test.jsonl",
 }
+CHAT_FILES = ("gsm8k/test.jsonl", "mmlu/test.jsonl", "words_alpha.txt")  # of the chat tasks; a source may lack them
 ROOTS = ("core/", "eval_bundle/", "")  # where core.yaml may be
 ENDS = ("", ".xz")
 MAX_LINE, MAX_FILE, MAX_ZIP = 1 << 20, 1 << 26, 1 << 31  # bytes; what is longer is refused
@@ -53,7 +57,7 @@ def fail(message):
 
 
 def published_source():
-    """Web source of the two published files. It has no other files."""
+    """Web source of the published files. It has no other files."""
     def url_of(name):
         if name not in PUBLISHED:
             raise FileNotFoundError(name)
@@ -216,7 +220,7 @@ def intact(out_dir):
 
 
 def fetch_all(source, out_dir, about):
-    """Fetch both sets, check them, and put them into out_dir; returns the manifest. Refused if the source has neither.
+    """Fetch the sets, check them, and put them into out_dir; returns the manifest. Refused if the source has neither.
 
     Files are moved to their places when all of them are right, the manifest last.
     """
@@ -234,6 +238,8 @@ def fetch_all(source, out_dir, about):
                 missing = ["core.yaml or eval_bundle.zip"]
         if not first_of(source, [f"hellaswag_val.jsonl{end}" for end in ENDS], work / "hellaswag_val.jsonl"):
             missing.append("hellaswag_val.jsonl")
+        for name in CHAT_FILES:
+            first_of(source, [f"{name}{end}" for end in ENDS], work / name)
         names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
         if not any(".jsonl" in name for name in names):
             raise Refused(f"{source.address} has neither core.yaml nor eval_bundle.zip nor hellaswag_val.jsonl; name "
@@ -248,7 +254,7 @@ def fetch_all(source, out_dir, about):
                               "the link")
             folder.mkdir(parents=True, exist_ok=True)
             os.replace(work / name, out_dir / name)
-            other = f"{name}.xz" if name.endswith(".jsonl") else name.removesuffix(".xz")
+            other = name.removesuffix(".xz") if name.endswith(".xz") else f"{name}.xz"
             if other not in files:
                 (out_dir / other).unlink(missing_ok=True)  # what an earlier fetch left under the other name
         os.replace(work / "manifest.json", out_dir / "manifest.json")
@@ -308,6 +314,9 @@ def main(argv=None):
         print(one_line(f"{args.out}: {len(manifest['files'])} files, {items:,} items"))
         if manifest["missing"]:
             print(one_line(f"missing at the source: {', '.join(manifest['missing'])}"))
+        absent = [name for name in CHAT_FILES if not any(f"{name}{end}" in manifest["files"] for end in ENDS)]
+        if absent:
+            print(f"of the chat tasks, without a file: {', '.join(absent)}; docs/evaluation.md describes them")
         print(next_line(args.out, manifest))
     except Refused as error:
         fail(error)

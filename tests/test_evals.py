@@ -147,7 +147,7 @@ def test_the_published_addresses_are_asked_by_default(tmp_path, server, monkeypa
     assert evals.PUBLISHED["eval_bundle.zip"].startswith("https://karpathy-public.s3.us-west-2.amazonaws.com/")
     monkeypatch.setattr(evals, "PUBLISHED", {name: f"{address}/{name}" for name in evals.PUBLISHED})
     evals.main([f"--out={tmp_path / 'out'}"])
-    assert asked == ["/eval_bundle.zip", "/hellaswag_val.jsonl"]
+    assert asked == ["/eval_bundle.zip", "/hellaswag_val.jsonl", "/gsm8k/test.jsonl"]
     assert RESULT.items() <= files_in(tmp_path / "out").items()
 
 
@@ -180,6 +180,23 @@ def test_a_file_that_comes_packed_replaces_the_plain_one(tmp_path, fetch):
     fetch(write(tmp_path / "plain", prefixed("core/") | HELLASWAG))
     made, _ = fetch(write(tmp_path / "packed", packed(prefixed("core/") | HELLASWAG)), "--force")
     assert made.keys() == packed(RESULT).keys() | {"manifest.json"}
+
+
+def test_files_of_the_chat_tasks_are_taken_if_they_are_there(tmp_path, fetch):
+    source = write(tmp_path / "in", prefixed("core/") | HELLASWAG)
+    made, out = fetch(source)
+    assert "chat tasks, without a file: gsm8k/test.jsonl, mmlu/test.jsonl, words_alpha.txt; docs/evaluation.md" in out
+    files = packed({"gsm8k/test.jsonl": ROWS}) | {"mmlu/test.jsonl": ROWS, "words_alpha.txt.xz": lzma.compress(b"a\n")}
+    write(source, files | {"gsm8k/other.jsonl": ROWS})
+    _, again = fetch(source)
+    assert again == out                  # nothing is fetched until --force
+    made, out = fetch(source, "--force")
+    assert made == RESULT | files | {"manifest.json": made["manifest.json"]} and "chat tasks" not in out
+    items = json.loads(made["manifest.json"])["files"]
+    assert items["gsm8k/test.jsonl.xz"]["items"] == items["mmlu/test.jsonl"]["items"] == ROWS.count(b"\n")
+    write(source, {"words_alpha.txt": b"a\n"})
+    made, _ = fetch(source, "--force")
+    assert "words_alpha.txt" in made and "words_alpha.txt.xz" not in made
 
 
 def test_only_hellaswag_is_a_source_too(tmp_path, fetch):

@@ -615,7 +615,7 @@ def refused(run, evals, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--tasks=val,mmlu"], ["--tasks=mmlu does not exist; choose from val,bpb,hellaswag,core"]),
+    (["--tasks=val,coqa"], ["--tasks=coqa does not exist; choose from val,bpb,hellaswag,core,arc,mmlu"]),
     (["--tasks="], ["--tasks= does not exist"]),
     (["--evals=nowhere"], ["--evals=nowhere has no data of hellaswag", "python data/evals.py"]),
     (["--stream_tokens=1000"], ["--stream_tokens=1000 must be a multiple of 128"]),
