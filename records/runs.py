@@ -22,6 +22,8 @@ from student import describe, detectable, interval, needed_n, t_test
 MAX_JSON, MAX_LOG, MAX_RUNS = 4 << 20, 64 << 20, 1000    # bytes, bytes, runs in a ledger
 COMPANIONS = ("harness.py", "triton_kernels.py")         # what scripts import from their folder, in a log's order;
 #                                                          harness.py only in older records
+LEAST = 3                                                # runs or pairs that a verdict needs: two can agree by chance
+LOSS_STEP, TIME_STEP = 1e-6, 1e-3                        # what the numbers of logs are rounded to: nats, seconds
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder in a record
 SCRIPT = re.compile(r"[\w(\[][\w .,+~()\[\]-]{0,95}\.py")   # of a training script
 REGION = re.compile(r"(<!-- records\.py: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -482,11 +484,13 @@ class Verdict:
     differences: list[float]             # arm - reference of each pair; of logarithms if relative
     relative: bool
     level: float                         # p at which a difference counts
+    step: float = 0.0                    # what the two numbers of a pair are rounded to
 
-    p = property(lambda self: t_test(self.differences, sides=2))
-    interval = property(lambda self: interval(self.differences, 1 - self.level))
+    floor = property(lambda self: self.step / math.sqrt(6))      # sd of the difference of two rounding errors
+    p = property(lambda self: t_test(self.differences, sides=2, floor=self.floor))
+    interval = property(lambda self: interval(self.differences, 1 - self.level, floor=self.floor))
     mean = property(lambda self: describe(self.differences)[1])
-    sd = property(lambda self: describe(self.differences)[2])
+    sd = property(lambda self: max(describe(self.differences)[2], self.floor))
 
     @property
     def words(self) -> str:
@@ -505,9 +509,10 @@ class Verdict:
         return detectable(len(self.differences), self.level) * self.sd
 
     def show(self, value: float) -> str:
-        """A difference as text: in percent if relative."""
+        """A difference as text: in percent if relative. A loss that is not 0 is never shown as 0."""
         if not self.relative:
-            return f"{value:+.4f}"
+            digits = 4 if abs(value) >= 5e-5 else 7
+            return f"{value:+.{digits}f}"
         if value > math.log(10):
             return f"{math.exp(value):.3g}-fold" if value < math.log(1e6) else "more than a million-fold"
         return f"{100 * math.expm1(value):+.2f} %"
@@ -522,7 +527,7 @@ class Verdict:
         words, more = f"**{self.words}**", ["-", "-"]
         if self.words == "not distinguishable":
             words = self.words
-            if self.sd:
+            if any(self.differences):
                 more = [self.pairs_needed or "> 1000", self.show(self.visible)]
             else:
                 words += ", the same in every pair"
@@ -537,16 +542,17 @@ def pairs_of(record: Record, arm: str) -> list[tuple[Run, Run]]:
 
 
 def verdicts_of(record: Record, arm: str) -> list[Verdict]:
-    """Time, loss, and time at equal loss of an arm against the first one; empty with fewer than two pairs."""
+    """Time, loss, and time at equal loss of an arm against the first one; empty with fewer than LEAST pairs."""
     pairs, level = pairs_of(record, arm), record.ledger["p"]
-    if len(pairs) < 2:
+    if len(pairs) < LEAST:
         return []
     times = [math.log(b.seconds / a.seconds) for a, b in pairs]
     losses = [b.loss - a.loss for a, b in pairs]
     equal = [equal_loss_times(a, b) for a, b in pairs]
     at_equal_loss = [] if None in equal else [math.log(b / a) for a, b in equal]
-    return [Verdict(arm, "time", times, True, level), Verdict(arm, "loss", losses, False, level),
-            Verdict(arm, "time at equal loss", at_equal_loss, True, level)]
+    step = TIME_STEP / min(min(a.seconds, b.seconds) for a, b in pairs)
+    return [Verdict(arm, "time", times, True, level, step), Verdict(arm, "loss", losses, False, level, LOSS_STEP),
+            Verdict(arm, "time at equal loss", at_equal_loss, True, level, step)]
 
 
 def verdict_text(record: Record) -> str:
@@ -560,7 +566,8 @@ def verdict_text(record: Record) -> str:
     found = {arm: verdicts_of(record, arm) for arm in others}
     rows = [verdict.row() for verdicts in found.values() for verdict in verdicts]
     if few := [arm for arm in others if not found[arm]]:
-        lines.append(f"- no verdict for {', '.join(few)}: it takes 2 finished rounds together with {first}.")
+        lines.append(f"- no verdict for {', '.join(few)}: it takes {LEAST} finished rounds together with "
+                     f"{first}.")
     if not rows:
         return "\n".join(lines)
     lines.append(f"- A difference is the arm minus {first}; lower is better. `pairs needed` would show a difference of "
