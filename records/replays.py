@@ -68,7 +68,7 @@ def shortened_arm(record: Record, num_iterations: int) -> str:
 
 
 def environment(record: Record, there: dict, plan: list[str]) -> list[str]:
-    """What differs here from a run's machine, a line each; raises UserError if the validation shards do."""
+    """What differs here from a run's machine, a line each; raises UserError if the shards do."""
     here = {"python": sys.version.split()[0]}
     for package in ("torch", "numpy"):
         try:
@@ -77,15 +77,16 @@ def environment(record: Record, there: dict, plan: list[str]) -> list[str]:
             raise UserError(f"{package} is not installed; pip install -r requirements.txt") from None
     lines = [f"{name} {there['versions'].get(name)} there, {version} here" for name, version in here.items()
              if str(there["versions"].get(name)).split("+")[0] != version.split("+")[0]]
-    pattern = next((flag.partition("=")[2] for flag in reversed(plan) if flag.startswith("--val_files=")),
-                   str(there["config"].get("val_files", "")))
-    pinned = {name: shard["sha256"] for name, shard in record.track.get("val_data", {}).items() if shard["sha256"]}
-    pinned |= base_names(there.get("data_sha256"))
-    for path in matching_files(pattern):
-        if (digest := sha256(path)) != pinned.get(path.name, digest):
-            raise UserError(f"{path} has sha256 {digest[:12]}, the record's {path.name} {pinned[path.name][:12]}: "
-                            "losses on different texts cannot be compared")
-        lines += [f"the record names no sha256 for {path.name}"] * (path.name not in pinned)
+    for flag, side, said in (("train_files", "train_data", {}), ("val_files", "val_data", there.get("data_sha256"))):
+        pattern = next((word.partition("=")[2] for word in reversed(plan) if word.startswith(f"--{flag}=")),
+                       str(there["config"].get(flag, "")))
+        pinned = {name: shard["sha256"] for name, shard in record.track.get(side, {}).items() if shard["sha256"]}
+        pinned |= base_names(said)
+        for path in matching_files(pattern) if pinned or side == "val_data" else []:
+            if (digest := sha256(path)) != pinned.get(path.name, digest):
+                raise UserError(f"{path} has sha256 {digest[:12]}, the record's {path.name} {pinned[path.name][:12]}: "
+                                "losses on different texts cannot be compared")
+            lines += [f"the record names no sha256 for {path.name}"] * (path.name not in pinned)
     return lines
 
 

@@ -23,6 +23,7 @@ MAX_JSON, MAX_LOG, MAX_RUNS = 4 << 20, 64 << 20, 1000    # bytes, bytes, runs in
 COMPANIONS = ("harness.py", "triton_kernels.py")         # what scripts import from their folder, in a log's order;
 #                                                          harness.py only in older records
 LEAST = 3                                                # runs or pairs that a verdict needs: two can agree by chance
+SLOWER = 0.01                                            # how much longer a record may train than the standing one
 LOSS_STEP, TIME_STEP = 1e-6, 1e-3                        # what the numbers of logs are rounded to: nats, seconds
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder in a record
 SCRIPT = re.compile(r"[\w(\[][\w .,+~()\[\]-]{0,95}\.py")   # of a training script
@@ -268,6 +269,10 @@ def read_record(folder: Path) -> Record:
         if not in_folder or not all(isinstance(f, str) for f in arm["flags"]):
             raise UserError(f"{path} has the script {arm['script'][:60]!r}, which is no file of the folder, or flags "
                             "that are not strings")
+    if ledger.get("standing") is not None:
+        check_fields(ledger["standing"], {"record": str, "arm": str}, f"{path}, standing")
+        if ledger["standing"]["arm"] not in ledger["arms"]:
+            raise UserError(f"{path} has no arm {ledger['standing']['arm'][:40]!r}, which it says is the standing one")
     runs = []
     for entry in ledger["runs"]:
         check_fields(entry, ENTRY, f"{path}, runs")
@@ -291,15 +296,23 @@ def read_record(folder: Path) -> Record:
 
 
 def read_track(folder: Path) -> dict:
-    """The track.json of a track folder; raises UserError."""
+    """The track.json of a track folder; raises UserError.
+
+    A track asks for a target loss in the shortest time, or, if it has `seconds`, for the lowest loss in that time.
+    """
     path = folder / "track.json"
     track = read_json(path)
-    check_fields(track, {"title": str, "target": float, "p": float, "val_tokens": int, "val_data": dict, "ranks": int,
-                         "hardware": str, "text": str, "commands": list, "exempt": dict}, path)
+    kind = {"seconds": float} if "seconds" in track else {"target": float}
+    check_fields(track, {"title": str, "p": float, "val_tokens": int, "val_data": dict, "ranks": int, "hardware": str,
+                         "text": str, "commands": list, "exempt": dict} | kind, path)
     if not 0 < track["p"] < 0.5:
         raise UserError(f"{path} has p {track['p']}; the level of a test is above 0 and below 0.5")
-    for name, shard in track["val_data"].items():
+    track = {"train_data": {}, "flags": []} | track
+    check_fields(track, {"train_data": dict, "flags": list}, path)
+    for name, shard in [*track["val_data"].items(), *track["train_data"].items()]:
         check_fields(shard, {"sha256": str, "tokens": int}, f"{path}, {name}")
+    if not all(isinstance(flag, str) and flag.startswith("--") for flag in track["flags"]):
+        raise UserError(f"{path} has flags that do not begin with --")
     return track | {"name": folder.name}
 
 
@@ -411,26 +424,65 @@ def runs_table(runs: list[Run], lost: list[dict] = ()) -> str:
 
 def result_text(record: Record) -> str:
     """The sentences a record is about."""
-    runs, track = record.of_arm(record.main), record.track
+    runs = record.of_arm(record.main)
     n, loss, sd = describe(run.loss for run in runs)
     _, seconds, seconds_sd = describe(run.seconds for run in runs)
-    info, p = runs[0].info, t_test([run.loss for run in runs], track["target"])
     spread = (f"sd {sd:.4f}, n = {n}", f" (sd {seconds_text(seconds_sd)})") if n > 1 else ("n = 1", "")
     text = (f"**{loss:.4f}** ({spread[0]}) after {runs[0].steps} steps in **{seconds_text(seconds)} s**{spread[1]} of "
-            f"training on {info['world_size']} x {info['device']}.")
+            f"training on {runs[0].info['world_size']} x {runs[0].info['device']}.")
+    return f"{text} {judge(record)[1]}"
+
+
+def judge(record: Record) -> tuple[bool, str]:
+    """(whether the runs show what a record of their track must show, the sentence that says so)."""
+    if "seconds" in record.track:
+        return judge_pairs(record)
+    losses, track = [run.loss for run in record.of_arm(record.main)], record.track
+    n, loss, sd = describe(losses)
+    p = t_test(losses, track["target"], floor=LOSS_STEP / math.sqrt(12))
     more = needed_n((track["target"] - loss) / sd, track["p"], sides=1) if sd > 0 else None
     words = claim_of_format_1 if record.ledger["format"] == 1 else claim_text
-    return f"{text} {words(n, p, track, more)}"
+    return n >= LEAST and p < track["p"], words(n, p, track, more)
+
+
+def judge_pairs(record: Record) -> tuple[bool, str]:
+    """`judge` for a track that asks for the lowest loss in a given time.
+
+    The first record keeps within that time. Each later one has a lower loss than the standing record in pairs of runs
+    on one machine, and takes no more time than it.
+    """
+    track, runs, standing = record.track, record.of_arm(record.main), record.ledger.get("standing")
+    if not standing:
+        slowest = max(run.seconds for run in runs)
+        if len(runs) < LEAST:
+            return False, f"A reference, not a record. The first record of a track needs {LEAST} runs."
+        if slowest > track["seconds"]:
+            return False, (f"A reference, not a record. Its slowest run trains for {seconds_text(slowest)} s, and "
+                           f"{track['seconds']:g} s are allowed.")
+        return True, f"A record, the first one of its track: no run trains for more than {track['seconds']:g} s."
+    pairs = pairs_of(record, standing["arm"])
+    if len(pairs) < LEAST:
+        return False, f"A reference, not a record. It takes {LEAST} pairs of runs with {standing['record']}."
+    losses = [own.loss - other.loss for own, other in pairs]
+    times = [math.log(own.seconds / other.seconds) for own, other in pairs]
+    loss = Verdict(record.main, "loss", losses, False, track["p"], LOSS_STEP)
+    time = Verdict(record.main, "time", times, True, track["p"])
+    good = loss.words == "better" and math.expm1(time.mean) <= SLOWER
+    low, high = map(loss.show, loss.interval)
+    return good, (f"{'A record' if good else 'A reference, not a record'}. In {len(pairs)} pairs with "
+                  f"{standing['record']} on this machine the loss differs by {loss.show(loss.mean)} ({low} to {high} "
+                  f"at {100 * (1 - track['p']):g} %, {p_text(loss.p)}) and the training time by {time.show(time.mean)}."
+                  f" A record needs a lower loss at p < {track['p']:g} in at most {100 * SLOWER:g} % more time.")
 
 
 def claim_text(n: int, p: float, track: dict, more: int | None) -> str:
     """Why a record is one, or why it is a reference; `more`: how many runs would show it."""
-    if n > 1 and p < track["p"]:
+    if n >= LEAST and p < track["p"]:
         return (f"A record: the {n} runs show that the mean loss is below the target {track['target']:g} "
                 f"({p_text(p)}; a record needs p < {track['p']:g}).")
     text = f"A reference, not a record. A record must show that its mean loss is below {track['target']:g}"
-    if n == 1:
-        return text + ", and one run cannot show that."
+    if n < LEAST:
+        return text + (", and one run cannot show that." if n == 1 else f", which takes {LEAST} runs.")
     text += f" at p < {track['p']:g}. These {n} runs give {p_text(p)}."
     return text + (f" About {more} runs with this mean and sd would show it." if more else
                    " More runs with this mean and sd would not show it.")

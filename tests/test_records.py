@@ -25,17 +25,18 @@ from conftest import ROOT, call_with_output, run_python, small_flags
 sys.path.insert(0, str(ROOT / "records"))
 records, runs, student, comparison, diffs, launcher, replays = map(importlib.import_module, (
     "records", "runs", "student", "comparison", "diffs", "launcher", "replays"))
-FIRST = "track_0_dev/2026-11-21_FirstRuns"
+FIRST = "dev/track_0_dev/2026-11-21_FirstRuns"
 NUMBERS = [3.885228, 3.898051, 3.890992, 3.9, 3.8712, 3.8953]
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """A copy of the archive for the tool to work on: its track_0_dev with the first record only."""
+    """The folder of a project with a copy of its archive, which holds the first record of track_0_dev only."""
     shutil.copytree(ROOT / "records", tmp_path / "records", ignore=shutil.ignore_patterns("__pycache__", "2026-*"))
-    shutil.copytree(ROOT / "records" / FIRST, tmp_path / "records" / FIRST)
+    shutil.copytree(ROOT / FIRST, tmp_path / FIRST)
+    shutil.copy(ROOT / FIRST / "../track.json", tmp_path / FIRST / "../track.json")
     monkeypatch.setattr(records, "HERE", tmp_path / "records")
-    return tmp_path / "records"
+    return tmp_path
 
 
 @pytest.fixture
@@ -309,7 +310,7 @@ LIES = {
     other_flags: "seed0 did not run with the flags of train_gpt in runs.json: --lr=1.1",
     compiled_late: "seed0 compiled 2 graphs after the clock had started",
     two_gpus: "seed0 ran on 2 x NVIDIA H200, the track is for 1 x H200",
-    claimed_too_much: "claims a record, but its 3 runs do not show at p < 0.01 that the mean loss is below 3.902",
+    claimed_too_much: "claims a record, but: A reference, not a record: that the mean loss is below 3.902 is not shown",
     question_left_open: "still asks for something",
 }
 
@@ -351,7 +352,7 @@ def test_the_archive_as_it_is_passes(tool, fast_run, monkeypatch):
     code, out, errors = tool("check", "--all", "--no_guard")
     assert (code, errors) == (0, []) and f"{FIRST}: ok" in out
     monkeypatch.setattr(subprocess, "run", fast_run)
-    newest = {path.parent.parent: path.parent for path in sorted((ROOT / "records").glob("*/*/runs.json"))}
+    newest = {path.parent: path for path in records.record_folders()}
     code, out, errors = tool("check", *newest.values())
     assert (code, errors) == (0, []) and len(newest) > 1
 
@@ -359,9 +360,13 @@ def test_the_archive_as_it_is_passes(tool, fast_run, monkeypatch):
 def test_a_board_that_is_not_what_the_records_say(archive, tool):
     tool("board")
     assert tool("check", "--all", "--no_guard")[0] == 0
-    replace(archive / "README.md", "3.8914", "3.8814")
+    replace(archive / "dev/records.md", "3.8914", "3.8814")
     code, _, errors = tool("check", "--all", "--no_guard")
-    assert code == 1 and "records/README.md" in errors[0]
+    assert code == 1 and "dev/records.md is not what the records say" in errors[0]
+    tool("board")
+    replace(archive / "records/README.md", "## Rules", "## Advice")
+    code, _, errors = tool("check", "--all", "--no_guard")
+    assert code == 1 and "records/README.md is not what the records say" in errors[0]
 
 
 def test_a_record_without_a_ledger_is_found(archive, tool):
@@ -446,7 +451,7 @@ def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
     (["compare", "train_gpt.py", "--b_flags=--lr=2", "--at_once", "--gpus=2"], "exclude each other"),
     (["compare", "train_gpt.py", "--b_flags=--lr=2", "--limit=-1"], "nothing below 0"),
     (["compare", "train_gpt.py", "--arms=nowhere"], "nowhere is not there"),
-    (["replay", f"records/{FIRST}", "--num_iterations=7"], "reference runs of 120 iterations only")])
+    (["replay", FIRST, "--num_iterations=7"], "reference runs of 120 iterations only")])
 def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, errors = tool(*argv)
@@ -625,10 +630,10 @@ while len(list(Path().glob(f"seen_{seed}_?"))) < 2:
 
 def test_a_comparison_is_checked_and_summarized_like_a_record(toy, tool):
     toy("train_a.py")
-    tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
+    tool("compare", "train_a.py", "--noise", "--n=3", toy.state, "--out=here")
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
     _, out, _ = tool("summarize", "here")
-    assert "| A | 2 |" in out and verdicts(out)["time"].verdict == "not distinguishable"
+    assert "| A | 3 |" in out and verdicts(out)["time"].verdict == "not distinguishable"
     edit(Path("here/A_seed1/run.json"), lambda info: info.update(train_time_ms=1500))
     code, _, errors = tool("check", "here", "--no_guard")
     assert code == 1 and "A_seed1: run.json says a training time of 1500 ms" in errors[0]
@@ -916,6 +921,26 @@ def test_check_names_a_harness_that_is_not_what_ran(toy_with_harness, tool, lie,
     assert code == 1 and words in errors[0], errors
 
 
+@pytest.mark.parametrize("differences, words, shown", [
+    ([-1e-5, -1e-5, -1.00000001e-5], "better", "-0.0000100"),    # more than rounding, in every pair
+    ([-4e-7, -4e-7, -4.00001e-7], "not distinguishable", "-0.0000004"),    # less than the last digit of a log
+    ([0.0, 0.0, 0.0], "not distinguishable", "+0.0000000"), ([-0.1, -0.1, -0.1], "better", "-0.1000")])
+def test_no_spread_is_smaller_than_what_the_logs_are_rounded_to(differences, words, shown):
+    verdict = runs.Verdict("B", "loss", differences, False, 0.05, runs.LOSS_STEP)
+    assert (verdict.words, verdict.show(verdict.mean)) == (words, shown)
+    low, high = verdict.interval
+    assert high - low > 1e-6 and "0.0000 to" not in verdict.row()[3].removeprefix("+").removeprefix("-")
+    assert ("the same in every pair" in verdict.row()[6]) == (not any(differences))
+    assert verdict.p > 1e-12 or differences[0] == -0.1   # a spread of nearly 0 made anything certain
+
+
+def test_two_pairs_give_no_verdict(toy, tool):
+    toy("train_a.py")
+    _, out, _ = tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=2", toy.state)
+    assert not verdicts(out) and "no verdict for B: it takes 3 finished rounds together with A" in out
+    assert "| B | 2 |" in out
+
+
 def test_time_at_equal_loss_by_hand(tmp_path):
     def run(points):
         losses = [{"step": s, "train_time_ms": t, "val_loss": loss, "tokens": 1} for s, t, loss in points]
@@ -951,7 +976,7 @@ if __name__ == "__main__":""".replace("\n", "")
 
 def test_verdicts_on_the_training_script(fast_start, data, tool):
     flags = small_flags(data, num_iterations=4, val_every=2, val_tokens=500)
-    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=2", "--p=0.0001", *flags)
+    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=3", "--p=0.0001", *flags)
     assert code == 0 and all("not distinguishable" in found.verdict for found in verdicts(out).values()), out
     assert "the same in every pair" in verdicts(out)["loss"].verdict    # the same seeds on the same machine
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "--n=3", *flags, f"--arm=slow: --lr=0.02 | {SLOW_BACKWARD}",
@@ -968,13 +993,13 @@ def test_verdicts_on_the_training_script(fast_start, data, tool):
 @pytest.fixture
 def toy_track(archive, tool, toy):
     """A track of the stand-in, empty, and three finished runs and a diverged one under logs/."""
-    edit(archive / "track_1_small" / "track.json", lambda track: track.update(
+    edit(archive / "records/track_1_small/track.json", lambda track: track.update(
         target=2.6, val_tokens=1000, ranks=1, hardware="cpu",
         val_data={"val_000000.bin": {"sha256": "", "tokens": 2000}}))
     toy("train_toy.py")
     for seed, lr in ((0, 1), (1, 1), (2, 1), (3, 20)):
         subprocess.run([sys.executable, "train_toy.py", toy.state, f"--seed={seed}", f"--lr={lr}", "--out_dir=logs"])
-    return archive / "track_1_small"
+    return archive / "records/track_1_small"
 
 
 def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
@@ -1213,6 +1238,7 @@ def test_a_result_in_plain_words():
         "A reference, not a record. A record must show that its mean loss is below 3.28 at p < 0.01. These 3 runs give "
         "p = 0.0101. About 4 runs with this mean and sd would show it.")
     assert runs.claim_text(1, 1.0, track, None).endswith("below 3.28, and one run cannot show that.")
+    assert runs.claim_text(2, 1e-9, track, None).endswith("below 3.28, which takes 3 runs.")
     assert runs.claim_of_format_1(3, 0.0101, track, 4) == (
         "A reference, not a record: that the mean loss is below 3.28 is not shown at p < 0.01 (p = 0.0101); about 4 "
         "runs with this mean and sd would show it.")
@@ -1297,10 +1323,11 @@ def test_board_and_pictures(toy_track, tool):
     assert tool("board")[0] == 0
     text = (toy_track.parent / "README.md").read_text()
     assert "2026-12-01_Toy/" in text and "| p < 0.0001 |" in text and text.count("No run") + text.count("no run") >= 1
-    assert "FirstRuns" in (toy_track.parent / "history.svg").read_text()
+    assert "Toy" in (toy_track.parent / "history.svg").read_text()
+    assert "FirstRuns" in (toy_track.parent.parent / "dev/records.md").read_text()
     assert "2026-12-01_Toy (n = 3)" in (toy_track / "curves.svg").read_text()
     assert f"{toy_track.name}/curves.svg" in text and "track_2_medium/curves.svg" not in text
-    code, out, _ = tool("plot", toy_track / "2026-12-01_Toy", toy_track.parent / FIRST, "--out=picture")
+    code, out, _ = tool("plot", toy_track / "2026-12-01_Toy", toy_track.parent.parent / FIRST, "--out=picture")
     assert code == 0 and Path("picture.png").read_bytes()[:4] == b"\x89PNG"
     assert "train_toy" in Path("picture.svg").read_text()
     code, out, _ = tool("summarize", *sorted(Path("logs").iterdir()), "--target=2.6")
@@ -1309,7 +1336,7 @@ def test_board_and_pictures(toy_track, tool):
 
 def test_the_backend_of_a_notebook_does_not_matter(tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, ROOT / "records/records.py", "plot", ROOT / "records" / FIRST, "--out=picture"]
+    command = [sys.executable, ROOT / "records/records.py", "plot", ROOT / FIRST, "--out=picture"]
     environment = os.environ | {"MPLBACKEND": "module://nowhere.backend"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "picture.png").is_file()
