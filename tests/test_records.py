@@ -459,7 +459,7 @@ def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypa
     assert errors[0].startswith("records.py: ") and words in errors[0]
 
 
-@pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new"])
+@pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new", "shards"])
 def test_help_is_printed(command, tool, capsys):
     with pytest.raises(SystemExit) as end:
         tool(*filter(None, [command]), "--help")
@@ -1118,6 +1118,177 @@ def test_files_have_the_modes_that_the_umask_says(umask, mode, toy_track, tool):
     made = [*(toy_track / "2026-12-01_Toy").rglob("*"), *Path("here").rglob("*"), *board]
     assert {oct(path.stat().st_mode & 0o777) for path in made if path.is_file()} == {oct(mode)}
     assert {oct(path.stat().st_mode & 0o777) for path in made if path.is_dir()} == {oct(0o777 & ~umask)}
+
+
+# -----------------------------------------------------------------------------
+# Tracks with a training time: the first record, pairs with the standing one, and lies about them
+
+@pytest.fixture
+def timed(archive, tool, toy):
+    """An empty track of the stand-in for the lowest loss in 3 s, and function that makes its record `First`."""
+    track = {"title": "Timed", "seconds": 3.0, "p": 0.01, "val_tokens": 1000, "ranks": 1, "hardware": "cpu",
+             "val_data": {"val_000000.bin": {"sha256": "ab" * 32, "tokens": 2000}}, "train_data": {}, "text": "Toys.",
+             "flags": [toy.state], "commands": ["python train_toy.py"], "exempt": {}}
+    folder = archive / "records/track_0_toy"
+    folder.mkdir()
+    (folder / "track.json").write_text(json.dumps(track))
+    toy("train_toy.py")
+
+    def first(count=3, name="First", date="2026-12-01"):
+        for seed in range(count):
+            subprocess.run([sys.executable, "train_toy.py", toy.state, f"--seed={seed}", f"--out_dir={name}"])
+        code, out, errors = tool("new", name, "--track=track_0_toy", f"--date={date}", name)
+        assert (code, errors) == (0, [])
+        return answered(folder / f"{date}_{name}")
+    first.folder = folder
+    return first
+
+
+def answered(record):
+    """The folder of a record, with the questions of its README answered."""
+    path = record / "README.md"
+    path.write_text(path.read_text().replace("TODO", ""))
+    return record
+
+
+def challenge(tool, script, *flags, date="2026-12-02", n=6):
+    """Runs a script in pairs with the standing record; the folder of the record made of them, named after the date."""
+    name = f"Idea{date[-2:]}"
+    code, _, errors = tool("compare", script, "--track=track_0_toy", f"--n={n}", f"--out=logs/{name}", *flags)
+    assert (code, errors) == (0, [])
+    code, _, errors = tool("new", name, "--track=track_0_toy", f"--date={date}", f"logs/{name}")
+    assert (code, errors) == (0, [])
+    return answered(records.HERE / "track_0_toy" / f"{date}_{name}")
+
+
+def claim(record):
+    return json.loads((record / "runs.json").read_text())["claim"]
+
+
+def test_the_first_record_keeps_within_the_time(timed, tool):
+    few = timed(count=2, name="Few")
+    assert claim(few) == "reference" and "The first record of a track needs 3 runs" in (few / "README.md").read_text()
+    assert tool("compare", "train_toy.py", "--track=track_0_toy")[2][0].endswith("as records/README.md says")
+    record = timed()
+    assert claim(record) == "record" and "no run trains for more than 3 s" in (record / "README.md").read_text()
+    assert tool("board")[0] == 0 and tool("check", "--all", "--no_guard")[::2] == (0, [])
+    edit(timed.folder / "track.json", lambda track: track.update(seconds=1.5))
+    code, _, errors = tool("check", record, "--no_guard")
+    assert code == 1 and "claims a record, but: A reference, not a record. Its slowest run trains for" in errors[0]
+
+
+def test_a_later_record_has_a_lower_loss_in_pairs(timed, tool, toy):
+    timed()
+    better = challenge(tool, "train_toy.py", "--lr=0.7")
+    text, ledger = (better / "README.md").read_text(), json.loads((better / "runs.json").read_text())
+    assert claim(better) == "record" and "A record. In 6 pairs with 2026-12-01_First on this machine" in text
+    assert list(ledger["arms"]) == ["B", "A"] and ledger["standing"] == {"record": "2026-12-01_First", "arm": "A"}
+    assert ledger["arms"]["B"]["flags"] == [toy.state, "--lr=0.7"] and ledger["arms"]["A"]["flags"] == [toy.state]
+    toy("train_slow.py", slow=1.1)       # a still lower loss, in ten percent more time
+    slow = challenge(tool, "train_slow.py", "--lr=0.5", date="2026-12-03", n=3)
+    assert claim(slow) == "reference" and "with 2026-12-02_Idea02 on this machine" in (slow / "README.md").read_text()
+    same = challenge(tool, "train_toy.py", "--lr=0.7", "--noise_of=nothing", date="2026-12-04", n=3)
+    assert claim(same) == "reference" and "p < 0.01 in at most 1 % more time" in (same / "README.md").read_text()
+    assert tool("board")[0] == 0 and tool("check", "--all", "--no_guard")[::2] == (0, [])
+    board = (records.HERE / "README.md").read_text()
+    assert "| the first |" in board and ", n = 6 |" in board and "history.svg" in board
+    code, out, _ = tool("replay", better)
+    assert code == 0 and "loss" in out and "lies in" in out
+
+
+def test_a_record_of_a_timed_track_needs_runs_of_the_standing_one(timed, tool):
+    timed()
+    for seed in range(3):
+        toy_run(seed, "--lr=0.5", out="alone")
+    code, _, errors = tool("new", "Alone", "--track=track_0_toy", "alone")
+    assert code == 2 and "no run is of the standing record 2026-12-01_First" in errors[0]
+    assert "--track=track_0_toy makes" in errors[0]
+
+
+def compared_with_another(record):
+    edit(record / "runs.json", lambda ledger: ledger["standing"].update(record="2026-11-30_Weak"))
+
+
+def compared_with_nothing(record):
+    edit(record / "runs.json", lambda ledger: ledger.pop("standing"))
+
+
+def weaker_flags(record):
+    edit(record / "runs.json", lambda ledger: ledger["arms"]["A"]["flags"].append("--lr=1"))
+    for folder in record.glob("A_seed*"):
+        edit(folder / "run.json", lambda info: info["argv"].insert(1, "--lr=1"))
+
+
+def weaker_script(record):
+    script = record / "A" / "train_toy.py"
+    before = script.read_text()
+    script.write_text(before + "# worse\n")
+    for folder in record.glob("A_seed*"):
+        edit(folder / "run.json", lambda info: info.update(
+            source_sha256=hashlib.sha256(script.read_bytes()).hexdigest()))
+        replace(folder / "log.txt", before, script.read_text())
+
+
+def other_machine(record):
+    for folder in record.glob("A_seed*"):
+        edit(folder / "run.json", lambda info: info.update(device="cpu, older"))
+
+
+def other_training_text(record):
+    edit(record.parent / "track.json", lambda track: track.update(
+        train_data={"train_000000.bin": {"sha256": "", "tokens": 5}}))
+
+
+@pytest.mark.parametrize("lie, words", [
+    (compared_with_another, "the standing record was 2026-11-30_Weak, but it was 2026-12-01_First"),
+    (compared_with_nothing, "the standing record was None, but it was 2026-12-01_First"),
+    (weaker_flags, "did not run the script of 2026-12-01_First with its flags"),
+    (weaker_script, "did not run the script of 2026-12-01_First with its flags"),
+    (other_machine, "the runs were made on different machines"),
+    (other_training_text, "was trained on another text: train_000000.bin with no tokens, not 5")])
+def test_lies_about_pairs_are_named(lie, words, timed, tool, toy):
+    timed()
+    toy("train_toy.py").write_text((timed.folder / "2026-12-01_First/train_toy.py").read_text() + "# mine\n")
+    record = challenge(tool, "train_toy.py", "--lr=0.7", n=3)
+    assert claim(record) == "record" and tool("check", record, "--no_guard")[::2] == (0, [])
+    lie(record)
+    cover_up(record)
+    code, _, errors = tool("check", record, "--no_guard")
+    assert code == 1 and words in errors[0], errors
+
+
+def test_shards_that_are_not_those_of_the_track(timed, tool):
+    folder = Path("data/toys")
+    folder.mkdir(parents=True)
+    (folder / "val_000000.bin").write_bytes(b"these")
+    edit(timed.folder / "track.json", lambda track: track.update(
+        flags=["--val_files=data/toys/val_*.bin", "--train_files=data/toys/train_*.bin"], train_data={},
+        val_data={"val_000000.bin": {"sha256": hashlib.sha256(b"these").hexdigest(), "tokens": 5}}))
+    assert tool("shards", "track_0_toy") == (0, "data/toys/val_000000.bin: ok\n", [])
+    edit(timed.folder / "track.json", lambda track: track.update(
+        train_data={"train_000000.bin": {"sha256": "0" * 64, "tokens": 5}}))
+    (folder / "val_000000.bin").write_bytes(b"others")
+    code, out, errors = tool("shards", "track_0_toy")
+    assert (code, len(errors)) == (1, 1) and "2 shard(s) of track_0_toy" in errors[0]
+    assert out.splitlines() == ["data/toys/train_000000.bin: is not here", "data/toys/val_000000.bin: is another file"]
+
+
+def test_a_replay_refuses_another_training_text(timed, tool):
+    record = timed()
+    edit(timed.folder / "track.json", lambda track: track.update(
+        train_data={"train_000000.bin": {"sha256": "0" * 64, "tokens": 5}}))
+    Path("train_000000.bin").write_text("not that file")
+    code, _, errors = tool("replay", record, "--train_files=train_*.bin")
+    assert code == 2 and "losses on different texts cannot be compared" in errors[0]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"seconds": "3"}, "has seconds '3'"), ({"flags": ["lr=1"]}, "do not begin with --"),
+    ({"train_data": {"x": 1}}, "has sha256"), ({"p": 2}, "the level of a test")])
+def test_a_damaged_track_is_named(change, words, timed, tool):
+    edit(timed.folder / "track.json", lambda track: track.update(change))
+    code, _, errors = tool("shards", "track_0_toy")
+    assert (code, len(errors)) == (2, 1) and words in errors[0], errors
 
 
 # -----------------------------------------------------------------------------
