@@ -199,9 +199,8 @@ def run_pip(packages, folder):
     if done.returncode:
         lines = [line.strip() for line in done.stderr.decode(errors="replace").splitlines()]
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-        named = [line for line in lines if "from https" in line or "from http" in line]
-        wrong = next((package for package in packages for line in named
-                      if line.lower().replace("_", "-").startswith(f"{package.name}=={package.version} ")), None)
+        wrong = next((package for package in packages for line in lines
+                      if line.replace("_", "-").startswith(f"{package.name}=={package.version} from ")), None)
         if wrong and any("HASHES" in line for line in errors):
             raise InputError(f"the wheel of {wrong.name} {wrong.version} on the index has another sha256 than "
                              f"{wrong.sha256[:12]}; use another index, or take its line out of the list")
