@@ -497,8 +497,8 @@ def parse_args(argv=None):
     for name, low in (("processes", 1), ("max_package_bytes", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             fail(f"--{name}={getattr(args, name)}: must be at least {low}")
-    if args.packages and not args.out and not args.text_only:
-        fail("--packages makes other shards than those of the tracks; name a folder for them with --out")
+    if (args.packages or args.list != LIST) and not args.out and not args.text_only:
+        fail("--packages and --list make other shards than those of the tracks; name a folder for them with --out")
     args.out = args.out or HERE / ("code" + f"_{args.slice}" * bool(args.slice))
     for flag, path in (("out", args.out), ("text_only", args.text_only)):
         if path and not text.shown(path).isprintable():

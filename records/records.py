@@ -74,7 +74,7 @@ scripts that ran, the logs of all runs, and a README whose tables are computed f
 ```bash
 pip install -r requirements.txt
 python data/code.py --slice=cpu                          # track_0_cpu: 5 MB of packages from the package index
-python data/code.py                                      # track_0_code: 310 MB
+python data/code.py                                      # track_0_code: 323 MB
 python data/fineweb.py 9                                 # tracks 1 and 2
 python records/records.py shards track_0_cpu             # are the shards here those of the track?
 python records/records.py replay records/TRACK/RECORD
@@ -546,7 +546,8 @@ In an edit \\n is a new line, \\| a bar and \\\\ a backslash. All other flags of
 The output folder receives the logs, README.md, table.md, table.json, and what failed runs printed. The same command
 goes on where it was stopped, and adds rounds if --n is larger. An arm that fails is left out of later rounds.""")
     add("scripts", nargs="+", type=user_path, metavar="SCRIPT", help="training scripts; the first one is the reference")
-    add("--n", type=int, default=6, help="number of rounds; 1 gives a table without verdicts (default: %(default)s)")
+    add("--n", type=int, default=6, help="number of rounds; fewer than 3 give a table without "
+        "verdicts (default: %(default)s)")
     add("--arm", action="append", default=[], metavar="ARM", help="a further arm, as above; may be repeated")
     add("--arms", type=user_path, metavar="FILE", help="further arms, one a line")
     add("--a_flags", default="", help='flags of A only, as in --a_flags="--lr=0.8 --cooldown=0.5"')
