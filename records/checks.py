@@ -237,7 +237,7 @@ def check_target(record: Record) -> list[str]:
 
 
 def check_standing(record: Record) -> list[str]:
-    """On a track with a time, a record is compared with the one that stood before it, and with that one's own script."""
+    """On a track with a time, a record is compared with the one that stood before it, as that one was."""
     if "seconds" not in record.track:
         return []
     before, said = standing_record(record.folder.resolve().parent, record), record.ledger.get("standing")

@@ -45,9 +45,9 @@ from student import describe, t_test
 HERE = Path(__file__).resolve().parent
 DEV = "dev"                                              # folder of the tracks whose text only we have
 RULES = """\
-A track sets a task: the text, the hardware, and either a target loss or a training time. A record is a set of runs which
-together show that a script does the task better than all records before it. Each record is a folder. It holds the
-scripts that ran, the logs of all runs, and a README whose tables are computed from those logs.
+A track sets a task: the text, the hardware, and either a target loss or a training time. A record is a set of runs
+which together show that a script does the task better than all records before it. Each record is a folder. It holds
+the scripts that ran, the logs of all runs, and a README whose tables are computed from those logs.
 
 ## Rules
 
@@ -112,8 +112,8 @@ python records/records.py check records/TRACK/DATE_MyIdea && python records/reco
 ## Submit it
 
 Open a pull request that adds the folder of the record and what `board` wrote, and nothing else. Its README says what
-changed, why it helps, and what you tried and dropped. The checks of the pull request run `records.py check --all`, which
-trains no full model. Somebody else replays the record before it is merged."""
+changed, why it helps, and what you tried and dropped. The checks of the pull request run `records.py check --all`,
+which trains no full model. Somebody else replays the record before it is merged."""
 
 MEANINGS = """\
 A *record* shows what its track asks for. A *reference* does not show it. Times and losses are means, with the standard
@@ -123,10 +123,10 @@ These tracks compare the scripts with the public NanoGPT speedrun. The rules are
 [records/README.md](../records/README.md), with one difference: nobody else has the text, so nobody else can replay the
 losses.
 
-What is known about the text: about half of it is encyclopaedia articles, a fifth is books out of copyright, a tenth each
-is transcripts of talks about software and technical documentation, and the rest is textbooks and the blogs of public
-agencies. Long documents are split, so that the lengths are those of web pages. The sources have many licences, some of
-which forbid handing out a mixture, so it is not here."""
+What is known about the text: about half of it is encyclopaedia articles, a fifth is books out of copyright, a tenth
+each is transcripts of talks about software and technical documentation, and the rest is textbooks and the blogs of
+public agencies. Long documents are split, so that the lengths are those of web pages. The sources have many licences,
+some of which forbid handing out a mixture, so it is not here."""
 
 
 # -----------------------------------------------------------------------------
@@ -147,9 +147,13 @@ def read_archive(folder: Path) -> list[tuple[dict, list[Record]]]:
     tracks = []
     for path in track_folders():
         if path.parent == folder:
-            records = [read_record(found.parent) for found in path.glob("*/runs.json")]
-            tracks.append((read_track(path), sorted(records, key=record_order, reverse=True)))
+            tracks.append((read_track(path), read_records(path)))
     return tracks
+
+
+def read_records(track: Path) -> list[Record]:
+    """The records in a track folder, newest first."""
+    return sorted((read_record(path.parent) for path in track.glob("*/runs.json")), key=record_order, reverse=True)
 
 
 def title_of(record: Record) -> str:
@@ -276,8 +280,7 @@ def find_track(name: str) -> dict:
 
 def previous_record(track: Path) -> Record | None:
     """The standing record of a track folder, or else its newest reference."""
-    references = [read_record(path.parent) for path in track.glob("*/runs.json")]
-    return standing_record(track) or max(references, key=record_order, default=None)
+    return standing_record(track) or next(iter(read_records(track)), None)
 
 
 def runs_of_record(args, track: dict) -> list[Run]:
@@ -462,7 +465,7 @@ def board(args) -> int:
     history(read_archive(HERE), HERE / "history.svg")
     print(f"wrote {HERE / 'history.svg'}")
     for folder in track_folders():
-        records = sorted((read_record(path.parent) for path in folder.glob("*/runs.json")), key=record_order, reverse=True)
+        records = read_records(folder)
         runs = [replace(run, arm=record.folder.name) for record in records for run in record.of_arm(record.main)]
         if runs:
             plot(runs, folder / "curves.svg")
@@ -493,7 +496,7 @@ def shards(args) -> int:
 
 
 def compare_scripts(args, flags: list[str]) -> int:
-    """`compare`; with --track the first arm is the standing record of the track, and the track's flags go to the others."""
+    """`compare`; with --track the standing record is arm A, and the flags of the track go to the other arms."""
     args.standing = None
     if args.track:
         track = find_track(args.track)
@@ -524,7 +527,8 @@ def add_parser(commands, name: str, run, summary: str, story: str = ""):
 
 
 def add_compare(commands):
-    add = add_parser(commands, "compare", compare_scripts, "which script, flag or edit is better, and what is noise?", """\
+    summary = "which script, flag or edit is better, and what is noise?"
+    add = add_parser(commands, "compare", compare_scripts, summary, """\
 The first script is arm A. Further scripts are arms B, C and so on. An arm may also be the first script with other flags
 or with edits of its text. Each round runs every arm once, with the same seed, in turn; every other round runs them
 backwards. At the end each arm is compared with A over the rounds, by two-sided paired t-tests:
@@ -552,8 +556,8 @@ goes on where it was stopped, and adds rounds if --n is larger. An arm that fail
     add("--arms", type=user_path, metavar="FILE", help="further arms, one a line")
     add("--a_flags", default="", help='flags of A only, as in --a_flags="--lr=0.8 --cooldown=0.5"')
     add("--b_flags", default="", help="flags of B only; with one script, B is the same script")
-    add("--track", default="", metavar="TRACK", help="A is the standing record of this track with its own flags, and the "
-        "other arms get the flags of the track")
+    add("--track", default="", metavar="TRACK", help="A is the standing record of this track with its own flags; "
+        "the other arms get the flags of the track")
     add("--noise", action="store_true", help="run A against itself: which differences are noise on this machine?")
     add("--p", type=float, default=0.05, help="level of the tests: how often equal scripts may look different; for a "
         "claim take 0.01 (default: %(default)s)")

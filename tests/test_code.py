@@ -1,9 +1,9 @@
 """data/code.py: the shards are those of the text in the wheels, the same on every machine; a bad wheel leaves nothing.
 
-Proves: what is kept, cut off and left out, each with its count; near-duplicates go, validation first; whole packages are
-held out; neither the order of files nor the locale, the hash seed or the number of processes changes a byte; hostile and
-damaged wheels, wrong hashes and failing downloads get one line and leave nothing; pip's own settings decide where the
-wheels come from; the shipped list and vocabulary are sound.
+Proves: what is kept, cut off and left out, each with its count; near-duplicates go, validation first; whole packages
+are held out; neither the order of files nor the locale, the hash seed or the number of processes changes a byte;
+hostile and damaged wheels, wrong hashes and failing downloads get one line and leave nothing; pip's own settings
+decide where the wheels come from; the shipped list and vocabulary are sound.
 Against: tiny wheels that the tests make, and a slice of the real list whose sha256 is written down here.
 Run: python -m pytest tests/test_code.py (one test downloads 0.6 MB with pip and skips if it cannot)
 """
@@ -40,7 +40,7 @@ def source(seed, lines=60):
 
 
 def make_wheel(folder, name, files, version="1.0"):
-    """A wheel with these files (name -> text or bytes) that pip takes; its line of a list, with the mark `marks`."""
+    """The path of a new wheel with these files (name -> text or bytes), which pip takes."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
     info = f"{name.replace('-', '_')}-{version}.dist-info"
@@ -55,7 +55,7 @@ def make_wheel(folder, name, files, version="1.0"):
 
 
 def line_of(path, marks=""):
-    """The line of a list that pins a wheel."""
+    """The line of a list that pins a wheel; marks as in "; validation"."""
     name, version = path.name.split("-")[:2]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return f"{name.replace('_', '-')}=={version} --hash=sha256:{digest}  # MIT{marks}\n"
@@ -247,8 +247,9 @@ def test_neither_order_nor_locale_nor_processes_change_a_byte(world):
     lines = (world / "list.txt").read_text().splitlines()[::-1]
     (again / "list.txt").write_text("\n".join(lines) + "\n")
     environment = os.environ | {"PYTHONHASHSEED": "77", "LC_ALL": "tr_TR.UTF-8", "TZ": "Asia/Tokyo", "HOME": "/nowhere"}
-    done = subprocess.run([sys.executable, SCRIPT, "--list=list.txt", "--wheels=.", "--out=a b [c]/out", "--processes=2",
-                           "--tokenizer=tokenizer.json"], cwd=again, env=environment, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, "--list=list.txt", "--wheels=.", "--out=a b [c]/out", "--processes=2",
+               "--tokenizer=tokenizer.json"]
+    done = subprocess.run(command, cwd=again, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert digests(again / "a b [c]" / "out") == digests(first)
 
@@ -301,7 +302,8 @@ def test_the_shipped_list_and_vocabulary(capsys):
 
 
 def test_the_standard_module_of_the_same_name_is_still_found():
-    program = f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import pdb, code; print(code.InteractiveConsole)"
+    program = (f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import pdb, code\n"
+               "print(code.InteractiveConsole)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "<class 'code.InteractiveConsole'>\n", "")
 
@@ -403,7 +405,8 @@ def large_directory(path):
 
 
 @pytest.mark.parametrize("write, words", [
-    (entry("../../etc/x.py"), "outside of its folder ('../../etc/x.py')"), (entry("/etc/x.py"), "outside of its folder"),
+    (entry("../../etc/x.py"), "outside of its folder ('../../etc/x.py')"),
+    (entry("/etc/x.py"), "outside of its folder"),
     (entry("a/../../x.py"), "outside of its folder"), (entry("c:/x.py"), "outside of its folder"),
     (patched(lambda raw: b"a/b.py", lambda raw: b"a\\b.py", "a/b.py"), "outside of its folder"),
     (entry("link.py", b"/etc/passwd", external_attr=0o120777 << 16), "a link ('link.py')"),
@@ -411,7 +414,8 @@ def large_directory(path):
     (quiet_bomb, "damaged"), (cut_short, "cut short"), (broken_content, "damaged"), (two_of_a_name, "with one name"),
     (encrypted, "an encrypted file"), (zip64, "more than 50,000 files, or says so"),
     (large_directory, "more than 50,000 files, or says so"),
-    (lambda path: path.write_bytes(b"not a zip at all" * 50), "not a wheel"), (lambda path: path.write_bytes(b""), "not a")
+    (lambda path: path.write_bytes(b"not a zip at all" * 50), "not a wheel"),
+    (lambda path: path.write_bytes(b""), "not a wheel")
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_hostile_wheel_gets_one_line_and_leaves_nothing(write, words, world, capsys):
     path = world / "wheels" / "evil-1.0-py3-none-any.whl"
@@ -523,7 +527,8 @@ def test_a_list_that_is_none(content, words, world, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--processes=0"], "at least 1"), (["--max_package_bytes=0"], "at least 1"), (["--out="], "the path is empty"),
-    (["--slice=gpu"], "invalid choice"), (["--max_doc_tokens=3"], "must be 0 (off) or 16 up"), (["--nothing"], "--help"),
+    (["--slice=gpu"], "invalid choice"), (["--max_doc_tokens=3"], "must be 0 (off) or 16 up"),
+    (["--nothing"], "--help"),
     (["--tokenizer=nowhere"], "cannot be read"), (["--list=nowhere"], "cannot be read"), (["x"], "unrecognized"),
     (["--out=\u202e"], "cannot be typed"), (["--wheels=--"], "has no value")])
 def test_a_flag_that_makes_no_sense(flags, words, world, capsys):
