@@ -10,6 +10,7 @@
     python records/records.py check --all                          # do the tables say what the logs say?
     python records/records.py replay records/TRACK/RECORD          # run a record again here
     python records/records.py compare my_idea.py --track=track_0_cpu                   # pairs with the standing record
+    python records/records.py make MyIdea my_idea.py --track=track_0_cpu               # run, and make the record folder
     python records/records.py shards track_0_cpu                   # are the shards here those of the track?
     python records/records.py board                                # writes records/README.md and its pictures
 
@@ -32,14 +33,15 @@ from functools import partial
 from pathlib import Path
 
 from checks import check_record, record_order, standing_record, track_problem
-from comparison import compare, save_ledger
+from comparison import check_flags, compare, save_ledger
 from diffs import script_diff
-from launcher import keep_run, log_hashes
+from launcher import Job, keep_run, log_hashes
 from pictures import history, plot
-from replays import replay
-from runs import (MAX_JSON, NAME, Record, Run, UserError, arms_table, collect, fill, judge, lost_runs, marked, p_text,
-                  pairs_of, read_json, read_record, read_run, read_text, read_track, regions, runs_table, seconds_text,
-                  sha256, skipped_folders, source_files, table, unix_lines, user_path, verdict_text, write_text)
+from replays import finished_runs, replay
+from runs import (LEAST, MAX_JSON, NAME, Record, Run, UserError, arms_table, collect, fill, judge, lost_runs, marked,
+                  p_text, pairs_of, read_json, read_record, read_run, read_text, read_track, regions, runs_table,
+                  seconds_text, sha256, skipped_folders, source_files, table, unix_lines, user_path, verdict_text,
+                  write_text)
 from student import describe, t_test
 
 HERE = Path(__file__).resolve().parent
@@ -56,8 +58,8 @@ the scripts that ran, the logs of all runs, and a README whose tables are comput
    time: the loss is lower than that of the standing record. Both scripts run in pairs on one machine, with the same
    seeds, and a two-sided paired t-test decides at the p of the track. The new script may take at most 1 % more training
    time than the standing one. The first record keeps within the time of the track.
-2. **At least three runs, or three pairs.** They differ in their seeds only. A folder that does not show what a record
-   must show is kept as a reference.
+2. **At least three runs, or three pairs.** They differ in their seeds only. Their number is decided before the first
+   one starts. A folder that does not show what a record must show is kept as a reference.
 3. **Every run that was started is listed**, also those that failed. Seeds are used without gaps. A run that does not
    count says why.
 4. **The text is fixed.** `track.json` names the validation shards with their sha256. On tracks 0 it names the training
@@ -87,16 +89,14 @@ network takes the wheels from a folder: copy `data/wheels` there, and add `--whe
 
 ## Make a record
 
-On a track with a training time, one command runs your script in pairs with the standing record, and one makes the
-record of them:
+One command runs your script and makes the folder of the record. On a track with a training time, the standing record
+runs beside it, in pairs. The flags of the track are added by themselves:
 
 ```bash
-python records/records.py compare my_idea.py --track=track_0_cpu --n=6 --out=logs/my_idea
-python records/records.py new MyIdea --track=track_0_cpu logs/my_idea
+python records/records.py make MyIdea my_idea.py --track=track_0_cpu --n=6 --preset=tiny --num_iterations=46
 ```
 
-On a track with a target, and for the first record of any track, run the script with several seeds. Then name every run
-that was started:
+You can also start the runs yourself, for example on another machine. Then name every run that was started:
 
 ```bash
 for seed in 0 1 2 3; do python my_idea.py --seed=$seed --val_tokens=... ; done     # with the flags of the track
@@ -123,10 +123,10 @@ These tracks compare the scripts with the public NanoGPT speedrun. The rules are
 [records/README.md](../records/README.md), with one difference: nobody else has the text, so nobody else can replay the
 losses.
 
-What is known about the text: about half of it is encyclopaedia articles, a fifth is books out of copyright, a tenth
-each is transcripts of talks about software and technical documentation, and the rest is textbooks and the blogs of
-public agencies. Long documents are split, so that the lengths are those of web pages. The sources have many licences,
-some of which forbid handing out a mixture, so it is not here."""
+What is known about the text: about half of it is encyclopaedia articles, a fifth is books out of copyright, a tenth is
+transcripts of talks about software, and the rest is textbooks, technical documentation and the blogs of public
+agencies. Long documents are split, so that their lengths are those of web pages. The sources have many licences, so
+the text is not handed out."""
 
 
 # -----------------------------------------------------------------------------
@@ -241,15 +241,8 @@ def board_pages() -> dict[Path, str]:
 
 def new(args) -> int:
     """Makes a record folder from run folders: logs, scripts, ledger, README with its tables, diff with the last one."""
-    date = args.date or time.strftime("%Y-%m-%d")
-    if not NAME.fullmatch(args.name) or not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
-        raise UserError(f"the name {args.name!r} or the date {date!r} cannot be part of a folder's name; use letters "
-                        "and digits, and YYYY-MM-DD")
-    track = find_track(args.track)
+    track, final = find_track(args.track), record_folder(args.name, args.track, args.date)
     runs = runs_of_record(args, track)
-    final = track_folder(args.track) / f"{date}_{args.name}"
-    if final.exists():
-        raise UserError(f"{final} exists; choose another NAME, or remove it")
     previous = previous_record(final.parent)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".new_") as temporary:
         folder = Path(temporary) / final.name
@@ -263,6 +256,18 @@ def new(args) -> int:
     print(f"{final}: {len(runs)} runs, a {record.ledger['claim']}\nNow answer the questions marked TODO in its README. "
           f"Then run: records.py check {final} && records.py board")
     return 0
+
+
+def record_folder(name: str, track: str, date: str = "") -> Path:
+    """The folder that a new record gets; raises UserError if the name or the date is none, or the folder exists."""
+    date = date or time.strftime("%Y-%m-%d")
+    if not NAME.fullmatch(name) or not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise UserError(f"the name {name!r} or the date {date!r} cannot be part of a folder's name; use letters and "
+                        "digits, and YYYY-MM-DD")
+    folder = track_folder(track) / f"{date}_{name}"
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another NAME, or remove it")
+    return folder
 
 
 def track_folder(name: str) -> Path:
@@ -507,12 +512,36 @@ def compare_scripts(args, flags: list[str]) -> int:
     return compare(args, flags)
 
 
+def make(args, flags: list[str]) -> int:
+    """Runs a script for a track, beside the standing record if its track has a time, and makes the record folder."""
+    track, out = find_track(args.track), args.out or Path("logs") / f"make_{args.name}"
+    words = ["new", args.name, f"--track={args.track}", str(out)]
+    record_folder(args.name, args.track)                 # a bad name is refused before the runs, not after
+    if args.n < LEAST:
+        raise UserError(f"--n={args.n}: a record needs at least {LEAST} runs")
+    if not args.script.is_file():
+        raise UserError(f"{args.script} is not a training script; name one, as train_gpt.py")
+    if "seconds" in track and standing_record(track_folder(args.track)):
+        compared = ["compare", str(args.script), f"--track={args.track}", f"--n={args.n}", f"--out={out}",
+                    f"--ranks={track['ranks']}"]
+        compare_scripts(*make_parser().parse_known_args([*compared, *flags]))
+    else:
+        if out.exists():
+            raise UserError(f"{out} exists; remove it, or name another folder with --out")
+        check_flags([*track["flags"], *flags])
+        jobs = (Job(args.script, [*track["flags"], *flags, f"--seed={seed}"], out / f"seed{seed}", seed=seed)
+                for seed in range(args.n))
+        words[-1:] = [str(run.folder) for run in finished_runs(jobs, args.script, track["ranks"])]
+    return new(make_parser().parse_args(words))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line; each command's help is its whole story."""
     parser = argparse.ArgumentParser(prog="records.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in (add_compare, add_summarize, add_plot, add_new, add_check, add_replay, add_board, add_shards):
+    for add_command in (add_compare, add_summarize, add_plot, add_new, add_check, add_replay, add_board, add_shards,
+                        add_make):
         add_command(commands)
     return parser
 
@@ -625,6 +654,18 @@ def add_board(commands):
     add_parser(commands, "board", board, "write records/README.md and its pictures")
 
 
+def add_make(commands):
+    add = add_parser(commands, "make", make, "run a script for a track and make its record folder", """\
+On a track with a training time, the script runs in pairs with the standing record, as `compare --track` does. On other
+tracks, and if there is no record yet, it runs with the seeds 0, 1, 2 and so on. The flags of the track and all other
+flags of the command line go to the script. Then a record folder is made, as `new` does.""")
+    add("name", metavar="NAME", help="as in MyIdea; the folder is DATE_NAME")
+    add("script", metavar="SCRIPT", type=user_path, help="a training script")
+    add("--track", required=True, help="as in track_0_cpu")
+    add("--n", type=int, default=6, help="number of runs, or of pairs (default: %(default)s)")
+    add("--out", type=user_path, metavar="FOLDER", help="where the runs go (default: logs/make_NAME)")
+
+
 def add_shards(commands):
     add = add_parser(commands, "shards", shards, "are the shards here those of a track?",
                      "Compares the sha256 of each shard that the track names; exit code 1 if one differs.")
@@ -647,7 +688,7 @@ def main() -> int:
         if empty := [word for word in sys.argv[1:] if re.fullmatch("--.*=--", word, re.S)]:
             refuse(f"{empty[0]} has no value")                       # argparse would read it as a list
         args, rest = parser.parse_known_args()
-        if args.run in (compare_scripts, replay):
+        if args.run in (compare_scripts, replay, make):
             return args.run(args, rest)
         return refuse(f"unknown argument {rest[0]}") if rest else args.run(args)
     except UserError as error:

@@ -459,7 +459,7 @@ def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypa
     assert errors[0].startswith("records.py: ") and words in errors[0]
 
 
-@pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new", "shards"])
+@pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new", "shards", "make"])
 def test_help_is_printed(command, tool, capsys):
     with pytest.raises(SystemExit) as end:
         tool(*filter(None, [command]), "--help")
@@ -1194,6 +1194,26 @@ def test_a_later_record_has_a_lower_loss_in_pairs(timed, tool, toy):
     assert "| the first |" in board and ", n = 6 |" in board and "history.svg" in board
     code, out, _ = tool("replay", better)
     assert code == 0 and "loss" in out and "lies in" in out
+
+
+def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
+    code, out, errors = tool("make", "First", "train_toy.py", "--track=track_0_toy", "--n=3")
+    assert (code, errors) == (0, []) and "3 runs, a record" in out
+    code, _, errors = tool("make", "Next", "train_toy.py", "--track=track_0_toy", "--n=3", "--lr=0.7", "--out=next")
+    assert (code, errors) == (0, [])
+    first, following = sorted(timed.folder.glob("2*"), key=lambda path: path.name.split("_")[1])
+    assert claim(first) == claim(following) == "record"
+    assert json.loads((following / "runs.json").read_text())["standing"] == {"record": first.name, "arm": "A"}
+    assert [path.name for path in sorted(first.glob("*/run.json"))] == ["run.json"] * 3
+    for record in (first, following):
+        assert tool("check", answered(record), "--no_guard")[::2] == (0, [])
+    count = Path("count").read_text()
+    for argv, words in ((["First", "train_toy.py"], "exists; choose another NAME"), (["X", "no.py"], "no.py is not a"),
+                        (["X", "train_toy.py", "--n=2"], "at least 3 runs"), (["../X", "train_toy.py"], "the name"),
+                        (["X", "train_toy.py", "--seed=3"], "--seed=3 cannot be passed on")):
+        code, _, errors = tool("make", *argv, "--track=track_0_toy")
+        assert (code, len(errors)) == (2, 1) and words in errors[0], errors
+    assert Path("count").read_text() == count            # refused before any run
 
 
 def test_a_record_of_a_timed_track_needs_runs_of_the_standing_one(timed, tool):
