@@ -109,8 +109,8 @@ def named_arm(text: str, script: Path, flags: list[str]) -> tuple[str, Arm]:
 def comparison_plan(args, flags: list[str]) -> dict[str, Arm]:
     """The arms by name, the reference first; raises UserError if they are not what the command needs."""
     scripts, letters, standing = args.scripts, string.ascii_uppercase, args.standing
-    if len(scripts) > len(letters):
-        raise UserError(f"{len(scripts)} scripts are too many; compare at most {len(letters)}, or use --arms=FILE")
+    if len(scripts) + bool(standing) > len(letters):
+        raise UserError(f"{len(scripts)} scripts are too many; compare fewer than {len(letters)}, or use --arms=FILE")
     if (args.noise or args.b_flags) and len(scripts) == 1 and not standing:
         scripts = scripts * 2
     own = {"A": split_flags(args.a_flags), "B": split_flags(args.b_flags)}

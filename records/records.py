@@ -504,6 +504,8 @@ def compare_scripts(args, flags: list[str]) -> int:
     """`compare`; with --track the standing record is arm A, and the flags of the track go to the other arms."""
     args.standing = None
     if args.track:
+        if args.a_flags or args.noise:
+            raise UserError(f"--track={args.track} fixes the flags of A; leave --a_flags and --noise out")
         track = find_track(args.track)
         args.standing = standing_record(track_folder(args.track))
         if not args.standing:

@@ -5,6 +5,7 @@ This is a module of records.py, not a command: python records/records.py replay 
 import contextlib
 import glob
 import importlib.metadata
+import math
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from checks import base_names
 from launcher import Job, launch
-from runs import Record, Run, UserError, read_record, read_run, seconds_text, sha256
+from runs import LOSS_STEP, TIME_STEP, Record, Run, UserError, read_record, read_run, seconds_text, sha256
 from student import describe, interval
 
 
@@ -107,8 +108,9 @@ def replay_report(runs: list[Run], done: list[Run]) -> list[str]:
     lines = lines or ["device, ranks and data are those of the record"]
     if len(runs) < 2:
         return lines + ["the record has one run, so it predicts no interval for another one"]
-    for what, get, unit in (("loss", lambda run: run.loss, ""), ("training time", lambda run: run.seconds, " s")):
-        low, high = interval([get(run) for run in runs], 0.95, new=True)
+    for what, get, unit, step in (("loss", lambda run: run.loss, "", LOSS_STEP),
+                                  ("training time", lambda run: run.seconds, " s", TIME_STEP)):
+        low, high = interval([get(run) for run in runs], 0.95, new=True, floor=step / math.sqrt(12))
         mean = describe(get(run) for run in runs)[1]
         for run in done:
             value = get(run)

@@ -215,6 +215,8 @@ def read_run(folder: Path, **ledger) -> Run:
     if odd or info["script"] not in info.get("sources", {info["script"]: ""}):
         raise UserError(f"{path} has sources {', '.join(info['sources'])[:60]!r}; they must be {info['script'][:60]} "
                         f"and may be {' and '.join(COMPANIONS)}")
+    if info["status"] == "finished" and not info["train_time_ms"]:
+        raise UserError(f"{path} says that a finished run trained for 0 ms, so no time can be compared with it")
     steps = [point["step"] for point in points]
     if steps != sorted(set(steps)) or (info["status"] == "finished" and len(points) < 2):
         raise UserError(f"{path} has validations at steps {str(steps)[:60]}; steps must rise, and a finished run has "

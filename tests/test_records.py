@@ -398,7 +398,7 @@ def test_damaged_files_are_named(path, content, words, archive, tool):
 
 @pytest.mark.parametrize("change, words", [
     ({"val_losses": [{"step": 0}]}, "train_time_ms"), ({"seed": True}, "seed 'True'"), ({"seed": -1}, "seed '-1'"),
-    ({"val_losses": []}, "must rise"), ({"world_size": "1"}, "world_size"), ({"device": None}, "device"),
+    ({"train_time_ms": 0}, "trained for 0 ms"), ({"val_losses": []}, "must rise"), ({"world_size": "1"}, "world_size"), ({"device": None}, "device"),
     ({"config": {"stages": [{}]}}, "stage table"), ({"config": {"stages": 3}}, "stage table")])
 def test_a_run_with_fields_of_the_wrong_kind_is_refused(change, words, archive, tool):
     edit(archive / FIRST / "seed0" / "run.json", lambda info: info.update(change))
@@ -451,6 +451,8 @@ def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
     (["compare", "train_gpt.py", "--b_flags=--lr=2", "--at_once", "--gpus=2"], "exclude each other"),
     (["compare", "train_gpt.py", "--b_flags=--lr=2", "--limit=-1"], "nothing below 0"),
     (["compare", "train_gpt.py", "--arms=nowhere"], "nowhere is not there"),
+    (["compare", "train_gpt.py", "--track=track_0_cpu", "--a_flags=--lr=2"], "fixes the flags of A"),
+    (["compare", *["train_gpt.py"] * 27], "27 scripts are too many"), (["shards", "track_9"], "is not a track"),
     (["replay", FIRST, "--num_iterations=7"], "reference runs of 120 iterations only")])
 def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypatch):
     monkeypatch.chdir(ROOT)
