@@ -5,7 +5,7 @@
     python train_gpt_medium.py --preset=single                            # the same tokens on one GPU, in small batches
     python train_gpt_medium.py --preset=tiny                              # three minutes on a laptop CPU
 
-Result: no run on FineWeb has been made yet. One H200 trains 0.312 M tokens/s (records/track_0_medium).
+Result: no run on FineWeb has been made yet. One H200 trains 0.312 M tokens/s (dev/track_0_medium).
 Only the tables below differ from train_gpt.py: 16 layers of width 1024; batches up to 524,288 tokens, windows up to
 2944; two thirds of its Muon rates, half of its Adam rates, a longer cooldown; head and embedding are one matrix for a
 sixth of the run. The figures are those of track 2 of the public speedrun (KellerJordan/modded-nanogpt, its record 18),

@@ -10,9 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 from launcher import child_environment, log_hashes
-from runs import (MAX_JSON, MAX_LOG, REGION, Record, Run, UserError, marked, p_text, read_record, read_text, regions,
+from runs import (MAX_JSON, MAX_LOG, REGION, Record, Run, UserError, judge, marked, read_record, read_text, regions,
                   sha256, source_files, tokens_after, unix_lines)
-from student import t_test
 
 GUARD = Path(__file__).resolve().with_name("guard.py")
 RULE = "=" * 100 + "\n"                                  # ends each source at the head of a log
@@ -161,7 +160,7 @@ def check_arms(record: Record) -> list[str]:
                 problems.append(f"{name} has another config than {runs[0].folder.name}, with the same flags")
             elif info["recompiles"]:
                 problems.append(f"{name} compiled {info['recompiles']} graphs after the clock had started")
-    if len(machines) > 1 and record.ledger["kind"] == "comparison":
+    if len(machines) > 1 and (record.ledger["kind"] == "comparison" or "seconds" in record.track):
         problems.append("the runs were made on different machines or versions: "
                         + "; ".join(f"{ranks} x {device}, {versions}" for device, ranks, versions in sorted(machines)))
     return problems
@@ -214,21 +213,63 @@ def data_problem(track: dict, info: dict, no_hash: bool) -> str:
             return (f"was validated on another file: {name} has sha256 {str(hashes.get(name))[:12]}, the track's "
                     f"{pinned['sha256'][:12]}")
     odd = sorted(hashes.keys() - track["val_data"].keys())
-    return f"was validated on another file: {odd[0]} is not the track's" if odd else ""
+    return f"was validated on another file: {odd[0]} is not the track's" if odd else training_problem(track, shards)
+
+
+def training_problem(track: dict, shards: dict) -> str:
+    """What is wrong with the names and sizes of the training shards, if the track fixes them, or nothing."""
+    wanted = {name: shard["tokens"] for name, shard in track["train_data"].items()}
+    found = {name: tokens for name, tokens in shards.items() if name not in track["val_data"]}
+    if not wanted or found == wanted:
+        return ""
+    name = min(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    return f"was trained on another text: {name} with {found.get(name, 'no')} tokens, not {wanted.get(name, 'any')}"
 
 
 def check_target(record: Record) -> list[str]:
-    """A record that claims the target shows it; one that does not is called a reference."""
+    """A folder claims to be a record if and only if its runs show what its track asks for."""
     if not record.track:
         return []
-    claim, losses = record.ledger.get("claim"), [run.loss for run in record.of_arm(record.main)]
-    target, found = record.track["target"], t_test(losses, record.track["target"])
-    shown = found < record.track["p"]
+    claim, (shown, sentence) = record.ledger.get("claim"), judge(record)
     if claim in ("record", "reference") and (claim == "record") == shown:
+        return check_standing(record)
+    return [f"runs.json claims a {claim}, but: {sentence}"]
+
+
+def check_standing(record: Record) -> list[str]:
+    """On a track with a time, a record is compared with the one that stood before it, as that one was."""
+    if "seconds" not in record.track:
         return []
-    does = "show" if shown else "do not show"
-    return [f"runs.json claims a {claim}, but its {len(losses)} runs {does} at p < {record.track['p']:g} that the "
-            f"mean loss is below {target:g} ({p_text(found)})"]
+    before, said = standing_record(record.folder.resolve().parent, record), record.ledger.get("standing")
+    name = said["record"] if said else None
+    if name != (before.folder.name if before else None):
+        return [f"runs.json says that the standing record was {name}, but it was {before and before.folder.name}"]
+    if before and not same_arm(record, said["arm"], before):
+        return [f"{said['arm']} did not run the script of {name} with its flags, so the pairs say nothing"]
+    return []
+
+
+def standing_record(track: Path, new: Record | None = None) -> Record | None:
+    """The newest record of a track folder, or the newest before `new`; references do not count."""
+    found = [read_record(path.parent) for path in track.glob("*/runs.json")]
+    found = [record for record in found if record.ledger.get("claim") == "record"]
+    if new:
+        found = [record for record in found if record_order(record) < record_order(new)]
+    return max(found, key=record_order, default=None)
+
+
+def record_order(record: Record) -> tuple[str, str, str]:
+    """Sorts records by their date, then by when their first run began."""
+    return record.folder.name[:10], record.runs[0].info["started"], record.folder.name
+
+
+def same_arm(record: Record, arm: str, standing: Record) -> bool:
+    """Whether an arm of a record has the files and the flags of the main arm of the standing record."""
+    one, other = source_files(record.script(arm)), source_files(standing.script(standing.main))
+    flags = [record.ledger["arms"][arm]["flags"], standing.ledger["arms"][standing.main]["flags"]]
+    return (flags[0] == flags[1] and [path.name for path in one] == [path.name for path in other]
+            and [unix_lines(read_text(path, MAX_JSON)) for path in one]
+            == [unix_lines(read_text(path, MAX_JSON)) for path in other])
 
 
 def check_readme(record: Record) -> list[str]:

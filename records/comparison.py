@@ -108,13 +108,17 @@ def named_arm(text: str, script: Path, flags: list[str]) -> tuple[str, Arm]:
 
 def comparison_plan(args, flags: list[str]) -> dict[str, Arm]:
     """The arms by name, the reference first; raises UserError if they are not what the command needs."""
-    scripts, letters = args.scripts, string.ascii_uppercase
-    if len(scripts) > len(letters):
-        raise UserError(f"{len(scripts)} scripts are too many; compare at most {len(letters)}, or use --arms=FILE")
-    if (args.noise or args.b_flags) and len(scripts) == 1:
+    scripts, letters, standing = args.scripts, string.ascii_uppercase, args.standing
+    if len(scripts) + bool(standing) > len(letters):
+        raise UserError(f"{len(scripts)} scripts are too many; compare fewer than {len(letters)}, or use --arms=FILE")
+    if (args.noise or args.b_flags) and len(scripts) == 1 and not standing:
         scripts = scripts * 2
     own = {"A": split_flags(args.a_flags), "B": split_flags(args.b_flags)}
-    plan = {letter: make_arm(path, flags + own.get(letter, [])) for letter, path in zip(letters, scripts)}
+    plan = {}
+    if standing:
+        plan["A"] = make_arm(standing.script(standing.main), standing.ledger["arms"][standing.main]["flags"])
+    for letter, path in zip(letters[len(plan):], scripts):
+        plan[letter] = make_arm(path, flags + own.get(letter, []))
     texts = args.arm + (read_arms(args.arms) if args.arms else [])
     for text in texts:
         name, arm = named_arm(text, scripts[0], flags)

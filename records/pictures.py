@@ -94,23 +94,31 @@ def label_ends(axis, ends: list[tuple], gap: float):
 
 
 def history(tracks: list[tuple[dict, list[Record]]], path: Path):
-    """Training time of each record of the tracks that have some, oldest first; filled: the target is shown."""
+    """What each record of the tracks reached, oldest first; filled: a record, open: a reference.
+
+    That is the training time, or on a track with a fixed training time the validation loss.
+    """
     tracks = [(track, records) for track, records in tracks if records]
     figure = new_figure(9, 0.4 + 3.2 * max(1, len(tracks)))
     for axis, (track, records) in zip(figure.subplots(len(tracks), 1, squeeze=False)[:, 0] if tracks else [], tracks):
-        records = records[::-1]
-        times = [describe(run.seconds for run in record.of_arm(record.main))[1] for record in records]
-        axis.plot(range(len(times)), times, color="0.6", linewidth=1)
-        for i, (record, seconds) in enumerate(zip(records, times)):
-            loss = describe(run.loss for run in record.of_arm(record.main))[1]
-            axis.plot(i, seconds, "o", color="black", mfc="black" if record.ledger["claim"] == "record" else "white")
-            axis.annotate(f"{seconds_text(seconds)} s to {loss:.4f}", (i, seconds), xytext=(0, 9), fontsize=9,
-                          textcoords="offset points", ha="center",
+        records, timed = records[::-1], "seconds" in track
+        times, losses = ([describe(get(run) for run in record.of_arm(record.main))[1] for record in records]
+                         for get in (lambda run: run.seconds, lambda run: run.loss))
+        values = losses if timed else times
+        axis.plot(range(len(values)), values, color="0.6", linewidth=1)
+        for i, (record, value, seconds, loss) in enumerate(zip(records, values, times, losses)):
+            axis.plot(i, value, "o", color="black", mfc="black" if record.ledger["claim"] == "record" else "white")
+            label = f"{loss:.4f} in {seconds_text(seconds)} s" if timed else f"{seconds_text(seconds)} s to {loss:.4f}"
+            axis.annotate(label, (i, value), xytext=(0, 9), fontsize=9, textcoords="offset points", ha="center",
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-        axis.set_xticks(range(len(times)), ["\n".join(record.folder.name.split("_", 1)) for record in records])
-        axis.set(ylim=(0, 1.25 * max(times)), xlim=(-0.6, len(times) - 0.4), ylabel="training time, s")
-        axis.set_title(f"{track['title']}\nfilled: target {track['target']:g} shown at p < {track['p']:g}; open: a "
-                       "reference", fontsize=10)
+        axis.set_xticks(range(len(values)), ["\n".join(record.folder.name.split("_", 1)) for record in records])
+        room = 0.3 * (max(values) - min(values)) or 0.1 * max(values)
+        low, high = (min(values) - room, max(values) + 2 * room) if timed else (0, 1.25 * max(values))
+        axis.set(ylim=(low, high), xlim=(-0.6, len(values) - 0.4),
+                 ylabel="validation loss" if timed else "training time, s")
+        task = (f"lowest loss in {track['seconds']:g} s" if timed else
+                f"target {track['target']:g} shown at p < {track['p']:g}")
+        axis.set_title(f"{track['title']}\nfilled: {task}; open: a reference", fontsize=10)
         axis.grid(axis="y", alpha=0.25)
     save(figure, path)
 

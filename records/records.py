@@ -8,7 +8,10 @@
     python records/records.py plot logs/* --out=curves             # curves.svg and curves.png
     python records/records.py new MyIdea --track=track_1_small logs/2026-*             # a record folder of these runs
     python records/records.py check --all                          # do the tables say what the logs say?
-    python records/records.py replay records/track_0_dev/2026-11-21_FirstRuns          # run a record again here
+    python records/records.py replay records/TRACK/RECORD          # run a record again here
+    python records/records.py compare my_idea.py --track=track_0_cpu                   # pairs with the standing record
+    python records/records.py make MyIdea my_idea.py --track=track_0_cpu               # run, and make the record folder
+    python records/records.py shards track_0_cpu                   # are the shards here those of the track?
     python records/records.py board                                # writes records/README.md and its pictures
 
 A run folder holds run.json and log.txt. A record or a comparison is a folder with runs.json, the list of all runs that
@@ -29,78 +32,128 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from checks import check_record, track_problem
-from comparison import compare, save_ledger
+from checks import check_record, record_order, standing_record, track_problem
+from comparison import check_flags, compare, save_ledger
 from diffs import script_diff
-from launcher import keep_run, log_hashes
+from launcher import Job, keep_run, log_hashes
 from pictures import history, plot
-from replays import replay
-from runs import (MAX_JSON, NAME, Record, Run, UserError, arms_table, collect, fill, lost_runs, marked, p_text,
-                  read_json, read_record, read_run, read_text, read_track, regions, runs_table, seconds_text, sha256,
-                  skipped_folders, source_files, table, unix_lines, user_path,
-                  verdict_text, write_text)
+from replays import finished_runs, replay
+from runs import (LEAST, MAX_JSON, NAME, Record, Run, UserError, arms_table, collect, fill, judge, lost_runs, marked,
+                  p_text, pairs_of, read_json, read_record, read_run, read_text, read_track, regions, runs_table,
+                  seconds_text, sha256, skipped_folders, source_files, table, unix_lines, user_path, verdict_text,
+                  write_text)
 from student import describe, t_test
 
 HERE = Path(__file__).resolve().parent
+DEV = "dev"                                              # folder of the tracks whose text only we have
 RULES = """\
-A record is a set of training runs that reach the target loss of a track in a short time. A track fixes the target,
-the validation text and the hardware. Each record is a folder with the scripts that ran, the logs of all runs, and a
-README whose tables are computed from those logs.
+A track sets a task: the text, the hardware, and either a target loss or a training time. A record is a set of runs
+which together show that a script does the task better than all records before it. Each record is a folder. It holds
+the scripts that ran, the logs of all runs, and a README whose tables are computed from those logs.
 
 ## Rules
 
-1. **A test shows that the target is reached.** The runs of a record differ in their seeds only. A one-sided t-test over
-   them shows that the mean validation loss is below the target, at the p of the track. A folder that does not show it
-   is kept as a reference.
-2. **Every run that was started is listed**, also those that failed. Seeds are used without gaps. A run that does not
+1. **What a record must show.** On a track with a target loss: the mean validation loss is below the target, in a
+   one-sided t-test at the p of the track. The record with the shortest training time stands. On a track with a training
+   time: the loss is lower than that of the standing record. Both scripts run in pairs on one machine, with the same
+   seeds, and a two-sided paired t-test decides at the p of the track. The new script may take at most 1 % more training
+   time than the standing one. The first record keeps within the time of the track.
+2. **At least three runs, or three pairs.** They differ in their seeds only. Their number is decided before the first
+   one starts. A folder that does not show what a record must show is kept as a reference.
+3. **Every run that was started is listed**, also those that failed. Seeds are used without gaps. A run that does not
    count says why.
-3. **The validation text is fixed.** `track.json` names the file, its number of tokens and, where it is known, its
-   sha256. The training data is free.
-4. **The clock counts training only.** Compilation and validation are off the clock. Nothing is compiled while it runs.
-5. **The loss is that of an honest predictor.** `guard.py` trains each script at a small size. It checks that the
+4. **The text is fixed.** `track.json` names the validation shards with their sha256. On tracks 0 it names the training
+   shards too. On tracks 1 and 2 the training text is free.
+5. **The clock counts training only.** Compilation and validation are off the clock. Nothing is compiled while it runs.
+6. **The loss is that of an honest predictor.** `guard.py` trains each script at a small size. It checks that the
    probabilities sum to 1, that no prediction sees later tokens, that the reported loss covers all validation tokens,
    and that validating does not change training.
-6. **Every number comes from a log.** `check` computes the tables again and compares them with the README.
-7. **A record is never edited** after it was added.
-
-```bash
-python records/records.py check --all        # does everything below follow these rules?
-```
+7. **Every number comes from a log.** `check` computes the tables again and compares them with the README.
+8. **A record is never edited** after it was added.
 
 ## Replay a record
 
 ```bash
 pip install -r requirements.txt
-python data/fineweb.py 9       # tracks 1 and 2; for track 0, put the files that the record's README names in data/dev
+python data/code.py --slice=cpu                          # track_0_cpu: 5 MB of packages from the package index
+python data/code.py                                      # track_0_code: 323 MB
+python data/fineweb.py 9                                 # tracks 1 and 2
+python records/records.py shards track_0_cpu             # are the shards here those of the track?
 python records/records.py replay records/TRACK/RECORD
 ```
 
 The last line runs the record's own script with its own flags and a new seed. It first compares the versions and the
-sha256 of the validation files. At the end it says whether loss and time lie where the record predicts them. Add
-`--train_files=...` and `--val_files=...` if your files have other names than those of the record.
+sha256 of the shards. At the end it says whether loss and time lie where the record predicts them. Add
+`--train_files=...` and `--val_files=...` if your files have other names than those of the record. A machine without a
+network takes the wheels from a folder: copy `data/wheels` there, and add `--wheels=data/wheels` to `data/code.py`.
 
 ## Make a record
 
+One command runs your script and makes the folder of the record. On a track with a training time, the standing record
+runs beside it, in pairs. The flags of the track are added by themselves:
+
+```bash
+python records/records.py make MyIdea my_idea.py --track=track_0_cpu --n=6 --preset=tiny --num_iterations=46
+```
+
+You can also start the runs yourself, for example on another machine. Then name every run that was started:
+
 ```bash
 for seed in 0 1 2 3; do python my_idea.py --seed=$seed --val_tokens=... ; done     # with the flags of the track
-python records/records.py new MyIdea --track=TRACK logs/*_my_idea_*                # all runs, also those that failed
+python records/records.py new MyIdea --track=TRACK logs/*_my_idea_*
+```
+
+Answer the questions marked TODO in the README that `new` has written. Then:
+
+```bash
 python records/records.py check records/TRACK/DATE_MyIdea && python records/records.py board
 ```
 
-Between the second and the third line, answer the questions marked TODO in the README that `new` has written."""
+## Submit it
+
+Open a pull request that adds the folder of the record and what `board` wrote, and nothing else. Its README says what
+changed, why it helps, and what you tried and dropped. The checks of the pull request run `records.py check --all`,
+which trains no full model. Somebody else replays the record before it is merged."""
+
+MEANINGS = """\
+A *record* shows what its track asks for. A *reference* does not show it. Times and losses are means, with the standard
+deviation over the n runs in parentheses."""
+DEV_RULES = """\
+These tracks compare the scripts with the public NanoGPT speedrun. The rules are those of
+[records/README.md](../records/README.md), with one difference: nobody else has the text, so nobody else can replay the
+losses.
+
+What is known about the text: about half of it is encyclopaedia articles, a fifth is books out of copyright, a tenth is
+transcripts of talks about software, and the rest is textbooks, technical documentation and the blogs of public
+agencies. Long documents are split, so that their lengths are those of web pages. The sources have many licences, so
+the text is not handed out."""
 
 
 # -----------------------------------------------------------------------------
 # The archive
 
-def read_archive() -> list[tuple[dict, list[Record]]]:
-    """Each track with its records, newest first."""
+def track_folders() -> list[Path]:
+    """The folder of each track: those beside this file, then those of development."""
+    return [path.parent for folder in (HERE, HERE.parent / DEV) for path in sorted(folder.glob("track_*/track.json"))]
+
+
+def record_folders() -> list[Path]:
+    """The folder of each record of all tracks."""
+    return [path.parent for folder in track_folders() for path in sorted(folder.glob("*/runs.json"))]
+
+
+def read_archive(folder: Path) -> list[tuple[dict, list[Record]]]:
+    """Each track in a folder with its records, newest first."""
     tracks = []
-    for path in sorted(HERE.glob("track_*/track.json")):
-        records = [read_record(found.parent) for found in path.parent.glob("*/runs.json")]
-        records.sort(key=lambda record: (record.folder.name[:10], record.runs[0].info["started"]), reverse=True)
-        tracks.append((read_track(path.parent), records))
+    for path in track_folders():
+        if path.parent == folder:
+            tracks.append((read_track(path), read_records(path)))
     return tracks
+
+
+def read_records(track: Path) -> list[Record]:
+    """The records in a track folder, newest first."""
+    return sorted((read_record(path.parent) for path in track.glob("*/runs.json")), key=record_order, reverse=True)
 
 
 def title_of(record: Record) -> str:
@@ -110,19 +163,33 @@ def title_of(record: Record) -> str:
 def board_text() -> str:
     """records/README.md: the rules, and a table per track."""
     parts = ["# Records", "This page is written by `python records/records.py board` from the logs in these folders.",
-             RULES, "## Records so far", "A *record* shows that its mean loss is below the target. A *reference* does "
-             "not show it. Times and losses are means, with the standard deviation over the n runs in parentheses.",
-             "![training time of the records](history.svg)"]
-    for track, records in read_archive():
+             RULES, "## Records so far", MEANINGS, "![the records of each track](history.svg)",
+             *track_texts(read_archive(HERE)), "### Development",
+             f"Earlier records used a text that cannot be handed out: [{DEV}/records.md](../{DEV}/records.md)."]
+    return "\n\n".join(parts) + "\n"
+
+
+def dev_board_text() -> str:
+    """dev/records.md: the tracks of development."""
+    parts = ["# Records of development", "This page is written by `python records/records.py board`.", DEV_RULES,
+             MEANINGS, *track_texts(read_archive(HERE.parent / DEV))]
+    return "\n\n".join(parts) + "\n"
+
+
+def track_texts(tracks: list[tuple[dict, list[Record]]]) -> list[str]:
+    """The paragraphs of some tracks: what they are, and the table of their records or the commands that make one."""
+    parts = []
+    for track, records in tracks:
         parts += [f"### {track['title']}", track["text"]]
         if records:
-            header = (f"date | what changed | claim | training time, s (sd): | validation loss (sd): | n: | below "
-                      f"{track['target']:g}?: | steps: | hardware")
+            test = "against the standing record" if "seconds" in track else f"below {track['target']:g}?:"
+            header = (f"date | what changed | claim | training time, s (sd): | validation loss (sd): | n: | {test} | "
+                      "steps: | hardware")
             parts += [table(header, [board_row(record) for record in records]),
                       f"![validation loss along these runs]({track['name']}/curves.svg)"]
         else:
             parts.append("```bash\n" + "\n".join(track["commands"]) + "\n```")
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def board_row(record: Record) -> list:
@@ -131,18 +198,42 @@ def board_row(record: Record) -> list:
     n, loss, sd = describe(run.loss for run in runs)
     _, seconds, seconds_sd = describe(run.seconds for run in runs)
     info = runs[0].info
-    shown = p_text(t_test([run.loss for run in runs], track["target"])) if n > 1 else "-"
+    if "seconds" in track:
+        standing = record.ledger.get("standing")
+        shown = standing_text(record, standing) if standing else "the first"
+    else:
+        shown = p_text(t_test([run.loss for run in runs], track["target"])) if n > 1 else "-"
     return [name.split("_")[0], f"[{title_of(record)}]({track['name']}/{name}/)", record.ledger["claim"],
             seconds_text(seconds) + f" ({seconds_text(seconds_sd)})" * (n > 1),
             f"{loss:.4f}" + f" ({sd:.4f})" * (n > 1), n, shown, runs[0].steps,
             f"{info['world_size']} x {info['device']}"]
 
 
+def standing_text(record: Record, standing: dict) -> str:
+    """By how much the loss of a record differs from that of the standing one in their pairs."""
+    pairs = pairs_of(record, standing["arm"])
+    if not pairs:
+        return "-"
+    _, mean, sd = describe(own.loss - other.loss for own, other in pairs)
+    return f"{mean:+.4f} ({sd:.4f}), n = {len(pairs)}"
+
+
 def board_problem() -> list[str]:
-    """Whether records/README.md is what `board` writes."""
-    path = HERE / "README.md"
-    same = path.is_file() and read_text(path, MAX_JSON) == board_text()
-    return [] if same else ["records/README.md is not what the records say; write it again with records.py board"]
+    """Whether records/README.md and dev/records.md are what `board` writes."""
+    problems = []
+    for path, text in board_pages().items():
+        if not path.is_file() or read_text(path, MAX_JSON) != text:
+            problems.append(f"{path.parent.name}/{path.name} is not what the records say; write it again with "
+                            "records.py board")
+    return problems
+
+
+def board_pages() -> dict[Path, str]:
+    """The pages that `board` writes."""
+    pages = {HERE / "README.md": board_text()}
+    if read_archive(HERE.parent / DEV):
+        pages[HERE.parent / DEV / "records.md"] = dev_board_text()
+    return pages
 
 
 # -----------------------------------------------------------------------------
@@ -150,16 +241,9 @@ def board_problem() -> list[str]:
 
 def new(args) -> int:
     """Makes a record folder from run folders: logs, scripts, ledger, README with its tables, diff with the last one."""
-    date = args.date or time.strftime("%Y-%m-%d")
-    if not NAME.fullmatch(args.name) or not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
-        raise UserError(f"the name {args.name!r} or the date {date!r} cannot be part of a folder's name; use letters "
-                        "and digits, and YYYY-MM-DD")
-    track = find_track(args.track)
+    track, final = find_track(args.track), record_folder(args.name, args.track, args.date)
     runs = runs_of_record(args, track)
-    final = HERE / args.track / f"{date}_{args.name}"
-    if final.exists():
-        raise UserError(f"{final} exists; choose another NAME, or remove it")
-    previous = next((record for other, records in read_archive() if other == track for record in records), None)
+    previous = previous_record(final.parent)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".new_") as temporary:
         folder = Path(temporary) / final.name
         folder.mkdir()
@@ -174,12 +258,34 @@ def new(args) -> int:
     return 0
 
 
+def record_folder(name: str, track: str, date: str = "") -> Path:
+    """The folder that a new record gets; raises UserError if the name or the date is none, or the folder exists."""
+    date = date or time.strftime("%Y-%m-%d")
+    if not NAME.fullmatch(name) or not re.fullmatch(r"\d{4}-\d\d-\d\d", date):
+        raise UserError(f"the name {name!r} or the date {date!r} cannot be part of a folder's name; use letters and "
+                        "digits, and YYYY-MM-DD")
+    folder = track_folder(track) / f"{date}_{name}"
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another NAME, or remove it")
+    return folder
+
+
+def track_folder(name: str) -> Path:
+    """The folder of the track of that name; raises UserError that lists those there are."""
+    folders = {path.name: path for path in track_folders()}
+    if name not in folders:
+        raise UserError(f"--track={name} is not a track; choose one of {', '.join(sorted(folders))}")
+    return folders[name]
+
+
 def find_track(name: str) -> dict:
     """The track of that name; raises UserError that lists those there are."""
-    names = sorted(path.parent.name for path in HERE.glob("track_*/track.json"))
-    if name not in names:
-        raise UserError(f"--track={name} is not a track; choose one of {', '.join(names)}")
-    return read_track(HERE / name)
+    return read_track(track_folder(name))
+
+
+def previous_record(track: Path) -> Record | None:
+    """The standing record of a track folder, or else its newest reference."""
+    return standing_record(track) or next(iter(read_records(track)), None)
 
 
 def runs_of_record(args, track: dict) -> list[Run]:
@@ -193,11 +299,25 @@ def runs_of_record(args, track: dict) -> list[Run]:
             raise UserError(f"{run.folder} has the status running in run.json; wait for its end, or say with --killed "
                             "that such runs were killed")
     runs = [replace(run, why="killed while it ran") if run.why == "running" else run for run in runs]
-    main = next((run.arm for run in runs if run.counted), None)
+    standing = standing_arm(runs, track, args.track)
+    main = next((run.arm for run in runs if run.counted and run.arm != standing), None)
     if main is None:
         ends = ", ".join(sorted({run.info["status"] for run in runs}))
         raise UserError(f"none of the {len(runs)} runs counts (status: {ends}); a record needs a finished run")
     return sorted(runs, key=lambda run: run.arm != main)
+
+
+def standing_arm(runs: list[Run], track: dict, name: str) -> str:
+    """The arm among the runs that is the standing record of a track with a time; "" if there is nothing to beat."""
+    standing = standing_record(track_folder(name)) if "seconds" in track else None
+    if not standing:
+        return ""
+    first = standing.of_arm(standing.main)[0]
+    for run in runs:
+        if run.counted and (run.info["source_sha256"], run.flags) == (first.info["source_sha256"], first.flags):
+            return run.arm
+    raise UserError(f"no run is of the standing record {standing.folder.name}; a record of {name} needs pairs of runs "
+                    f"with it, which records.py compare SCRIPT --track={name} makes")
 
 
 def fill_record(folder: Path, track: dict, runs: list[Run], lost: list[dict]) -> Record:
@@ -210,9 +330,10 @@ def fill_record(folder: Path, track: dict, runs: list[Run], lost: list[dict]) ->
     ledger["runs"] += [entry for entry in lost if entry["arm"] in ledger["arms"]]
     if odd := [entry for entry in lost if entry["arm"] not in ledger["arms"]]:
         raise UserError(f"no run of {odd[0]['arm']} left a folder; leave this comparison out, or run it to its end")
+    if arm := standing_arm(runs, track, track["name"]):
+        ledger["standing"] = {"record": standing_record(track_folder(track["name"])).folder.name, "arm": arm}
     record = Record(folder, ledger, copies, track)
-    losses = [run.loss for run in record.of_arm(record.main)]
-    if t_test(losses, track["target"]) < track["p"]:
+    if judge(record)[0]:
         ledger["claim"] = "record"
     save_ledger(folder, ledger)
     return record
@@ -293,7 +414,7 @@ def summarize(args) -> int:
             write_text(path, fill(unix_lines(read_text(path, MAX_JSON)), regions(read_record(folder))))
             print(f"{path} is up to date")
         return 0
-    target = find_track(args.track)["target"] if args.track else args.target
+    target = find_track(args.track).get("target", 0) if args.track else args.target
     runs = collect_and_say(args.runs)
     print(arms_table(runs, target) + "\n\n" + runs_table(runs))
     for folder in args.runs:
@@ -304,8 +425,9 @@ def summarize(args) -> int:
 
 def check(args) -> int:
     """Prints a line for each lie; 1 if there is one."""
-    folders = sorted(p.parent for p in HERE.glob("track_*/*/runs.json")) if args.all else args.records
-    unlisted = [p for p in sorted(HERE.glob("track_*/*")) if p.is_dir() and not (p / "runs.json").is_file()]
+    folders = record_folders() if args.all else args.records
+    unlisted = [path for folder in track_folders() for path in sorted(folder.iterdir())
+                if path.is_dir() and not (path / "runs.json").is_file()]
     if not args.all and not folders:
         raise UserError("name a record or comparison folder, or --all")
     lies = [f"{path}: a record folder without runs.json" for path in unlisted if args.all]
@@ -342,15 +464,77 @@ def plot_runs(args) -> int:
 
 def board(args) -> int:
     """Writes records/README.md, records/history.svg, and curves.svg in the folder of each track that has records."""
-    write_text(HERE / "README.md", board_text())
-    history(read_archive(), HERE / "history.svg")
-    print(f"wrote {HERE / 'README.md'} and {HERE / 'history.svg'}")
-    for track, records in read_archive():
+    for path, text in board_pages().items():
+        write_text(path, text)
+        print(f"wrote {path}")
+    history(read_archive(HERE), HERE / "history.svg")
+    print(f"wrote {HERE / 'history.svg'}")
+    for folder in track_folders():
+        records = read_records(folder)
         runs = [replace(run, arm=record.folder.name) for record in records for run in record.of_arm(record.main)]
         if runs:
-            plot(runs, HERE / track["name"] / "curves.svg")
-            print(f"wrote {HERE / track['name'] / 'curves.svg'}")
+            plot(runs, folder / "curves.svg")
+            print(f"wrote {folder / 'curves.svg'}")
     return 0
+
+
+def shards(args) -> int:
+    """Compares the shards on this machine with those of a track; 1 if one is missing or another."""
+    track, bad = find_track(args.track), 0
+    patterns = {flag.partition("=")[0]: flag.partition("=")[2] for flag in track["flags"]}
+    for side, flag in (("train_data", "--train_files"), ("val_data", "--val_files")):
+        folder = Path(patterns.get(flag, "data")).parent
+        for name, shard in sorted(track[side].items()):
+            path = folder / name
+            if not shard["sha256"]:
+                state = "the track names no sha256"
+            elif not path.is_file():
+                state = "is not here"
+            else:
+                state = "ok" if sha256(path) == shard["sha256"] else "is another file"
+            bad += state not in ("ok", "the track names no sha256")
+            print(f"{path}: {state}")
+    if bad:
+        print(f"records.py: {bad} shard(s) of {args.track} are missing or not the track's; make them as its page says",
+              file=sys.stderr)
+    return int(bad > 0)
+
+
+def compare_scripts(args, flags: list[str]) -> int:
+    """`compare`; with --track the standing record is arm A, and the flags of the track go to the other arms."""
+    args.standing = None
+    if args.track:
+        if args.a_flags or args.noise:
+            raise UserError(f"--track={args.track} fixes the flags of A; leave --a_flags and --noise out")
+        track = find_track(args.track)
+        args.standing = standing_record(track_folder(args.track))
+        if not args.standing:
+            raise UserError(f"--track={args.track} has no record yet; make the first one as records/README.md says")
+        flags = [*track["flags"], *flags]
+    return compare(args, flags)
+
+
+def make(args, flags: list[str]) -> int:
+    """Runs a script for a track, beside the standing record if its track has a time, and makes the record folder."""
+    track, out = find_track(args.track), args.out or Path("logs") / f"make_{args.name}"
+    words = ["new", args.name, f"--track={args.track}", str(out)]
+    record_folder(args.name, args.track)                 # a bad name is refused before the runs, not after
+    if args.n < LEAST:
+        raise UserError(f"--n={args.n}: a record needs at least {LEAST} runs")
+    if not args.script.is_file():
+        raise UserError(f"{args.script} is not a training script; name one, as train_gpt.py")
+    if "seconds" in track and standing_record(track_folder(args.track)):
+        compared = ["compare", str(args.script), f"--track={args.track}", f"--n={args.n}", f"--out={out}",
+                    f"--ranks={track['ranks']}"]
+        compare_scripts(*make_parser().parse_known_args([*compared, *flags]))
+    else:
+        if out.exists():
+            raise UserError(f"{out} exists; remove it, or name another folder with --out")
+        check_flags([*track["flags"], *flags])
+        jobs = (Job(args.script, [*track["flags"], *flags, f"--seed={seed}"], out / f"seed{seed}", seed=seed)
+                for seed in range(args.n))
+        words[-1:] = [str(run.folder) for run in finished_runs(jobs, args.script, track["ranks"])]
+    return new(make_parser().parse_args(words))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -358,7 +542,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="records.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add_command in (add_compare, add_summarize, add_plot, add_new, add_check, add_replay, add_board):
+    for add_command in (add_compare, add_summarize, add_plot, add_new, add_check, add_replay, add_board, add_shards,
+                        add_make):
         add_command(commands)
     return parser
 
@@ -373,7 +558,8 @@ def add_parser(commands, name: str, run, summary: str, story: str = ""):
 
 
 def add_compare(commands):
-    add = add_parser(commands, "compare", compare, "which script, flag or edit is better, and what is noise?", """\
+    summary = "which script, flag or edit is better, and what is noise?"
+    add = add_parser(commands, "compare", compare_scripts, summary, """\
 The first script is arm A. Further scripts are arms B, C and so on. An arm may also be the first script with other flags
 or with edits of its text. Each round runs every arm once, with the same seed, in turn; every other round runs them
 backwards. At the end each arm is compared with A over the rounds, by two-sided paired t-tests:
@@ -395,11 +581,14 @@ In an edit \\n is a new line, \\| a bar and \\\\ a backslash. All other flags of
 The output folder receives the logs, README.md, table.md, table.json, and what failed runs printed. The same command
 goes on where it was stopped, and adds rounds if --n is larger. An arm that fails is left out of later rounds.""")
     add("scripts", nargs="+", type=user_path, metavar="SCRIPT", help="training scripts; the first one is the reference")
-    add("--n", type=int, default=6, help="number of rounds; 1 gives a table without verdicts (default: %(default)s)")
+    add("--n", type=int, default=6, help="number of rounds; fewer than 3 give a table without "
+        "verdicts (default: %(default)s)")
     add("--arm", action="append", default=[], metavar="ARM", help="a further arm, as above; may be repeated")
     add("--arms", type=user_path, metavar="FILE", help="further arms, one a line")
     add("--a_flags", default="", help='flags of A only, as in --a_flags="--lr=0.8 --cooldown=0.5"')
     add("--b_flags", default="", help="flags of B only; with one script, B is the same script")
+    add("--track", default="", metavar="TRACK", help="A is the standing record of this track with its own flags; "
+        "the other arms get the flags of the track")
     add("--noise", action="store_true", help="run A against itself: which differences are noise on this machine?")
     add("--p", type=float, default=0.05, help="level of the tests: how often equal scripts may look different; for a "
         "claim take 0.01 (default: %(default)s)")
@@ -467,6 +656,24 @@ def add_board(commands):
     add_parser(commands, "board", board, "write records/README.md and its pictures")
 
 
+def add_make(commands):
+    add = add_parser(commands, "make", make, "run a script for a track and make its record folder", """\
+On a track with a training time, the script runs in pairs with the standing record, as `compare --track` does. On other
+tracks, and if there is no record yet, it runs with the seeds 0, 1, 2 and so on. The flags of the track and all other
+flags of the command line go to the script. Then a record folder is made, as `new` does.""")
+    add("name", metavar="NAME", help="as in MyIdea; the folder is DATE_NAME")
+    add("script", metavar="SCRIPT", type=user_path, help="a training script")
+    add("--track", required=True, help="as in track_0_cpu")
+    add("--n", type=int, default=6, help="number of runs, or of pairs (default: %(default)s)")
+    add("--out", type=user_path, metavar="FOLDER", help="where the runs go (default: logs/make_NAME)")
+
+
+def add_shards(commands):
+    add = add_parser(commands, "shards", shards, "are the shards here those of a track?",
+                     "Compares the sha256 of each shard that the track names; exit code 1 if one differs.")
+    add("track", metavar="TRACK", help="as in track_0_cpu")
+
+
 def main() -> int:
     """Runs the command line. Exit code: 0 done, 1 check found a lie, 2 the user can put it right, 130 interrupted."""
     parser = make_parser()
@@ -483,7 +690,7 @@ def main() -> int:
         if empty := [word for word in sys.argv[1:] if re.fullmatch("--.*=--", word, re.S)]:
             refuse(f"{empty[0]} has no value")                       # argparse would read it as a list
         args, rest = parser.parse_known_args()
-        if args.run in (compare, replay):
+        if args.run in (compare_scripts, replay, make):
             return args.run(args, rest)
         return refuse(f"unknown argument {rest[0]}") if rest else args.run(args)
     except UserError as error:

@@ -5,6 +5,7 @@ This is a module of records.py, not a command: python records/records.py replay 
 import contextlib
 import glob
 import importlib.metadata
+import math
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from checks import base_names
 from launcher import Job, launch
-from runs import Record, Run, UserError, read_record, read_run, seconds_text, sha256
+from runs import LOSS_STEP, TIME_STEP, Record, Run, UserError, read_record, read_run, seconds_text, sha256
 from student import describe, interval
 
 
@@ -68,7 +69,7 @@ def shortened_arm(record: Record, num_iterations: int) -> str:
 
 
 def environment(record: Record, there: dict, plan: list[str]) -> list[str]:
-    """What differs here from a run's machine, a line each; raises UserError if the validation shards do."""
+    """What differs here from a run's machine, a line each; raises UserError if the shards do."""
     here = {"python": sys.version.split()[0]}
     for package in ("torch", "numpy"):
         try:
@@ -77,15 +78,16 @@ def environment(record: Record, there: dict, plan: list[str]) -> list[str]:
             raise UserError(f"{package} is not installed; pip install -r requirements.txt") from None
     lines = [f"{name} {there['versions'].get(name)} there, {version} here" for name, version in here.items()
              if str(there["versions"].get(name)).split("+")[0] != version.split("+")[0]]
-    pattern = next((flag.partition("=")[2] for flag in reversed(plan) if flag.startswith("--val_files=")),
-                   str(there["config"].get("val_files", "")))
-    pinned = {name: shard["sha256"] for name, shard in record.track.get("val_data", {}).items() if shard["sha256"]}
-    pinned |= base_names(there.get("data_sha256"))
-    for path in matching_files(pattern):
-        if (digest := sha256(path)) != pinned.get(path.name, digest):
-            raise UserError(f"{path} has sha256 {digest[:12]}, the record's {path.name} {pinned[path.name][:12]}: "
-                            "losses on different texts cannot be compared")
-        lines += [f"the record names no sha256 for {path.name}"] * (path.name not in pinned)
+    for flag, side, said in (("train_files", "train_data", {}), ("val_files", "val_data", there.get("data_sha256"))):
+        pattern = next((word.partition("=")[2] for word in reversed(plan) if word.startswith(f"--{flag}=")),
+                       str(there["config"].get(flag, "")))
+        pinned = {name: shard["sha256"] for name, shard in record.track.get(side, {}).items() if shard["sha256"]}
+        pinned |= base_names(said)
+        for path in matching_files(pattern) if pinned or side == "val_data" else []:
+            if (digest := sha256(path)) != pinned.get(path.name, digest):
+                raise UserError(f"{path} has sha256 {digest[:12]}, the record's {path.name} {pinned[path.name][:12]}: "
+                                "losses on different texts cannot be compared")
+            lines += [f"the record names no sha256 for {path.name}"] * (path.name not in pinned)
     return lines
 
 
@@ -106,8 +108,9 @@ def replay_report(runs: list[Run], done: list[Run]) -> list[str]:
     lines = lines or ["device, ranks and data are those of the record"]
     if len(runs) < 2:
         return lines + ["the record has one run, so it predicts no interval for another one"]
-    for what, get, unit in (("loss", lambda run: run.loss, ""), ("training time", lambda run: run.seconds, " s")):
-        low, high = interval([get(run) for run in runs], 0.95, new=True)
+    for what, get, unit, step in (("loss", lambda run: run.loss, "", LOSS_STEP),
+                                  ("training time", lambda run: run.seconds, " s", TIME_STEP)):
+        low, high = interval([get(run) for run in runs], 0.95, new=True, floor=step / math.sqrt(12))
         mean = describe(get(run) for run in runs)[1]
         for run in done:
             value = get(run)

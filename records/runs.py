@@ -22,6 +22,9 @@ from student import describe, detectable, interval, needed_n, t_test
 MAX_JSON, MAX_LOG, MAX_RUNS = 4 << 20, 64 << 20, 1000    # bytes, bytes, runs in a ledger
 COMPANIONS = ("harness.py", "triton_kernels.py")         # what scripts import from their folder, in a log's order;
 #                                                          harness.py only in older records
+LEAST = 3                                                # runs or pairs that a verdict needs: two can agree by chance
+SLOWER = 0.01                                            # how much longer a record may train than the standing one
+LOSS_STEP, TIME_STEP = 1e-6, 1e-3                        # what the numbers of logs are rounded to: nats, seconds
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")    # of a folder in a record
 SCRIPT = re.compile(r"[\w(\[][\w .,+~()\[\]-]{0,95}\.py")   # of a training script
 REGION = re.compile(r"(<!-- records\.py: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
@@ -214,6 +217,8 @@ def read_run(folder: Path, **ledger) -> Run:
     if odd or info["script"] not in info.get("sources", {info["script"]: ""}):
         raise UserError(f"{path} has sources {', '.join(info['sources'])[:60]!r}; they must be {info['script'][:60]} "
                         f"and may be {' and '.join(COMPANIONS)}")
+    if info["status"] == "finished" and not info["train_time_ms"]:
+        raise UserError(f"{path} says that a finished run trained for 0 ms, so no time can be compared with it")
     steps = [point["step"] for point in points]
     if steps != sorted(set(steps)) or (info["status"] == "finished" and len(points) < 2):
         raise UserError(f"{path} has validations at steps {str(steps)[:60]}; steps must rise, and a finished run has "
@@ -268,6 +273,10 @@ def read_record(folder: Path) -> Record:
         if not in_folder or not all(isinstance(f, str) for f in arm["flags"]):
             raise UserError(f"{path} has the script {arm['script'][:60]!r}, which is no file of the folder, or flags "
                             "that are not strings")
+    if ledger.get("standing") is not None:
+        check_fields(ledger["standing"], {"record": str, "arm": str}, f"{path}, standing")
+        if ledger["standing"]["arm"] not in ledger["arms"]:
+            raise UserError(f"{path} has no arm {ledger['standing']['arm'][:40]!r}, which it says is the standing one")
     runs = []
     for entry in ledger["runs"]:
         check_fields(entry, ENTRY, f"{path}, runs")
@@ -291,15 +300,23 @@ def read_record(folder: Path) -> Record:
 
 
 def read_track(folder: Path) -> dict:
-    """The track.json of a track folder; raises UserError."""
+    """The track.json of a track folder; raises UserError.
+
+    A track asks for a target loss in the shortest time, or, if it has `seconds`, for the lowest loss in that time.
+    """
     path = folder / "track.json"
     track = read_json(path)
-    check_fields(track, {"title": str, "target": float, "p": float, "val_tokens": int, "val_data": dict, "ranks": int,
-                         "hardware": str, "text": str, "commands": list, "exempt": dict}, path)
+    kind = {"seconds": float} if "seconds" in track else {"target": float}
+    check_fields(track, {"title": str, "p": float, "val_tokens": int, "val_data": dict, "ranks": int, "hardware": str,
+                         "text": str, "commands": list, "exempt": dict} | kind, path)
     if not 0 < track["p"] < 0.5:
         raise UserError(f"{path} has p {track['p']}; the level of a test is above 0 and below 0.5")
-    for name, shard in track["val_data"].items():
+    track = {"train_data": {}, "flags": []} | track
+    check_fields(track, {"train_data": dict, "flags": list}, path)
+    for name, shard in [*track["val_data"].items(), *track["train_data"].items()]:
         check_fields(shard, {"sha256": str, "tokens": int}, f"{path}, {name}")
+    if not all(isinstance(flag, str) and flag.startswith("--") for flag in track["flags"]):
+        raise UserError(f"{path} has flags that do not begin with --")
     return track | {"name": folder.name}
 
 
@@ -411,26 +428,65 @@ def runs_table(runs: list[Run], lost: list[dict] = ()) -> str:
 
 def result_text(record: Record) -> str:
     """The sentences a record is about."""
-    runs, track = record.of_arm(record.main), record.track
+    runs = record.of_arm(record.main)
     n, loss, sd = describe(run.loss for run in runs)
     _, seconds, seconds_sd = describe(run.seconds for run in runs)
-    info, p = runs[0].info, t_test([run.loss for run in runs], track["target"])
     spread = (f"sd {sd:.4f}, n = {n}", f" (sd {seconds_text(seconds_sd)})") if n > 1 else ("n = 1", "")
     text = (f"**{loss:.4f}** ({spread[0]}) after {runs[0].steps} steps in **{seconds_text(seconds)} s**{spread[1]} of "
-            f"training on {info['world_size']} x {info['device']}.")
+            f"training on {runs[0].info['world_size']} x {runs[0].info['device']}.")
+    return f"{text} {judge(record)[1]}"
+
+
+def judge(record: Record) -> tuple[bool, str]:
+    """(whether the runs show what a record of their track must show, the sentence that says so)."""
+    if "seconds" in record.track:
+        return judge_pairs(record)
+    losses, track = [run.loss for run in record.of_arm(record.main)], record.track
+    n, loss, sd = describe(losses)
+    p = t_test(losses, track["target"], floor=LOSS_STEP / math.sqrt(12))
     more = needed_n((track["target"] - loss) / sd, track["p"], sides=1) if sd > 0 else None
     words = claim_of_format_1 if record.ledger["format"] == 1 else claim_text
-    return f"{text} {words(n, p, track, more)}"
+    return n >= LEAST and p < track["p"], words(n, p, track, more)
+
+
+def judge_pairs(record: Record) -> tuple[bool, str]:
+    """`judge` for a track that asks for the lowest loss in a given time.
+
+    The first record keeps within that time. Each later one has a lower loss than the standing record in pairs of runs
+    on one machine, and takes no more time than it.
+    """
+    track, runs, standing = record.track, record.of_arm(record.main), record.ledger.get("standing")
+    if not standing:
+        slowest = max(run.seconds for run in runs)
+        if len(runs) < LEAST:
+            return False, f"A reference, not a record. The first record of a track needs {LEAST} runs."
+        if slowest > track["seconds"]:
+            return False, (f"A reference, not a record. Its slowest run trains for {seconds_text(slowest)} s, and "
+                           f"{track['seconds']:g} s are allowed.")
+        return True, f"A record, the first one of its track: no run trains for more than {track['seconds']:g} s."
+    pairs = pairs_of(record, standing["arm"])
+    if len(pairs) < LEAST:
+        return False, f"A reference, not a record. It takes {LEAST} pairs of runs with {standing['record']}."
+    losses = [own.loss - other.loss for own, other in pairs]
+    times = [math.log(own.seconds / other.seconds) for own, other in pairs]
+    loss = Verdict(record.main, "loss", losses, False, track["p"], LOSS_STEP)
+    time = Verdict(record.main, "time", times, True, track["p"])
+    good = loss.words == "better" and math.expm1(time.mean) <= SLOWER
+    low, high = map(loss.show, loss.interval)
+    return good, (f"{'A record' if good else 'A reference, not a record'}. In {len(pairs)} pairs with "
+                  f"{standing['record']} on this machine the loss differs by {loss.show(loss.mean)} ({low} to {high} "
+                  f"at {100 * (1 - track['p']):g} %, {p_text(loss.p)}) and the training time by {time.show(time.mean)}."
+                  f" A record needs a lower loss at p < {track['p']:g} in at most {100 * SLOWER:g} % more time.")
 
 
 def claim_text(n: int, p: float, track: dict, more: int | None) -> str:
     """Why a record is one, or why it is a reference; `more`: how many runs would show it."""
-    if n > 1 and p < track["p"]:
+    if n >= LEAST and p < track["p"]:
         return (f"A record: the {n} runs show that the mean loss is below the target {track['target']:g} "
                 f"({p_text(p)}; a record needs p < {track['p']:g}).")
     text = f"A reference, not a record. A record must show that its mean loss is below {track['target']:g}"
-    if n == 1:
-        return text + ", and one run cannot show that."
+    if n < LEAST:
+        return text + (", and one run cannot show that." if n == 1 else f", which takes {LEAST} runs.")
     text += f" at p < {track['p']:g}. These {n} runs give {p_text(p)}."
     return text + (f" About {more} runs with this mean and sd would show it." if more else
                    " More runs with this mean and sd would not show it.")
@@ -484,11 +540,13 @@ class Verdict:
     differences: list[float]             # arm - reference of each pair; of logarithms if relative
     relative: bool
     level: float                         # p at which a difference counts
+    step: float = 0.0                    # what the two numbers of a pair are rounded to
 
-    p = property(lambda self: t_test(self.differences, sides=2))
-    interval = property(lambda self: interval(self.differences, 1 - self.level))
+    floor = property(lambda self: self.step / math.sqrt(6))      # sd of the difference of two rounding errors
+    p = property(lambda self: t_test(self.differences, sides=2, floor=self.floor))
+    interval = property(lambda self: interval(self.differences, 1 - self.level, floor=self.floor))
     mean = property(lambda self: describe(self.differences)[1])
-    sd = property(lambda self: describe(self.differences)[2])
+    sd = property(lambda self: max(describe(self.differences)[2], self.floor))
 
     @property
     def words(self) -> str:
@@ -507,9 +565,10 @@ class Verdict:
         return detectable(len(self.differences), self.level) * self.sd
 
     def show(self, value: float) -> str:
-        """A difference as text: in percent if relative."""
+        """A difference as text: in percent if relative. A loss that is not 0 is never shown as 0."""
         if not self.relative:
-            return f"{value:+.4f}"
+            digits = 4 if abs(value) >= 5e-5 else 7
+            return f"{value:+.{digits}f}"
         if value > math.log(10):
             return f"{math.exp(value):.3g}-fold" if value < math.log(1e6) else "more than a million-fold"
         return f"{100 * math.expm1(value):+.2f} %"
@@ -524,7 +583,7 @@ class Verdict:
         words, more = f"**{self.words}**", ["-", "-"]
         if self.words == "not distinguishable":
             words = self.words
-            if self.sd:
+            if any(self.differences):
                 more = [self.pairs_needed or "> 1000", self.show(self.visible)]
             else:
                 words += ", the same in every pair"
@@ -539,16 +598,17 @@ def pairs_of(record: Record, arm: str) -> list[tuple[Run, Run]]:
 
 
 def verdicts_of(record: Record, arm: str) -> list[Verdict]:
-    """Time, loss, and time at equal loss of an arm against the first one; empty with fewer than two pairs."""
+    """Time, loss, and time at equal loss of an arm against the first one; empty with fewer than LEAST pairs."""
     pairs, level = pairs_of(record, arm), record.ledger["p"]
-    if len(pairs) < 2:
+    if len(pairs) < LEAST:
         return []
     times = [math.log(b.seconds / a.seconds) for a, b in pairs]
     losses = [b.loss - a.loss for a, b in pairs]
     equal = [equal_loss_times(a, b) for a, b in pairs]
     at_equal_loss = [] if None in equal else [math.log(b / a) for a, b in equal]
-    return [Verdict(arm, "time", times, True, level), Verdict(arm, "loss", losses, False, level),
-            Verdict(arm, "time at equal loss", at_equal_loss, True, level)]
+    step = TIME_STEP / min(min(a.seconds, b.seconds) for a, b in pairs)
+    return [Verdict(arm, "time", times, True, level, step), Verdict(arm, "loss", losses, False, level, LOSS_STEP),
+            Verdict(arm, "time at equal loss", at_equal_loss, True, level, step)]
 
 
 def verdict_text(record: Record) -> str:
@@ -562,7 +622,8 @@ def verdict_text(record: Record) -> str:
     found = {arm: verdicts_of(record, arm) for arm in others}
     rows = [verdict.row() for verdicts in found.values() for verdict in verdicts]
     if few := [arm for arm in others if not found[arm]]:
-        lines.append(f"- no verdict for {', '.join(few)}: it takes 2 finished rounds together with {first}.")
+        lines.append(f"- no verdict for {', '.join(few)}: it takes {LEAST} finished rounds together with "
+                     f"{first}.")
     if not rows:
         return "\n".join(lines)
     lines.append(f"- A difference is the arm minus {first}; lower is better. `pairs needed` would show a difference of "

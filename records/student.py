@@ -58,23 +58,29 @@ def describe(values) -> tuple[int, float, float]:
     return len(values), mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
 
 
-def interval(values, level: float, new: bool = False) -> tuple[float, float]:
-    """Confidence interval of the mean; `new`: prediction interval for one further value. Infinite for one value."""
+def interval(values, level: float, new: bool = False, floor: float = 0.0) -> tuple[float, float]:
+    """Confidence interval of the mean; `new`: prediction interval for one further value. Infinite for one value.
+
+    floor: the least standard deviation that is assumed, as in `t_test`.
+    """
     n, mean, sd = describe(values)
     if n < 2:
         return -math.inf, math.inf
+    sd = max(sd, floor)
     width = t_quantile((1 + level) / 2, n - 1) * sd * math.sqrt(1 / n + new)
     return mean - width, mean + width
 
 
-def t_test(values, center: float = 0.0, sides: int = 1) -> float:
+def t_test(values, center: float = 0.0, sides: int = 1, floor: float = 0.0) -> float:
     """p of a t-test; one side: that the mean is below `center`, two: that it differs. 1 for a single value.
 
-    On differences of pairs this is the paired t-test.
+    On differences of pairs this is the paired t-test. floor: the least standard deviation that is assumed. Rounded
+    numbers may be equal by chance, and a spread of nearly 0 would make any difference look certain.
     """
     n, mean, sd = describe(values)
     if n < 2:
         return 1.0
+    sd = max(sd, floor)
     if sd == 0:
         return float(mean >= center if sides == 1 else mean == center)
     t = (mean - center) / (sd / math.sqrt(n))

@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL_LAYERS
 
 sys.path.insert(0, str(ROOT / "records"))
 guard, sample = map(importlib.import_module, ("guard", "sample"))
-WITH_HARNESS = ROOT / "records/track_0_dev/2026-11-22_GraphsNarrowKeys"     # an older script, in two files
+WITH_HARNESS = ROOT / "dev/track_0_dev/2026-11-22_GraphsNarrowKeys"     # an older script, in two files
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 
 # what is appended to a script, and what the guard has to say

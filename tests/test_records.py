@@ -25,17 +25,18 @@ from conftest import ROOT, call_with_output, run_python, small_flags
 sys.path.insert(0, str(ROOT / "records"))
 records, runs, student, comparison, diffs, launcher, replays = map(importlib.import_module, (
     "records", "runs", "student", "comparison", "diffs", "launcher", "replays"))
-FIRST = "track_0_dev/2026-11-21_FirstRuns"
+FIRST = "dev/track_0_dev/2026-11-21_FirstRuns"
 NUMBERS = [3.885228, 3.898051, 3.890992, 3.9, 3.8712, 3.8953]
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """A copy of the archive for the tool to work on: its track_0_dev with the first record only."""
+    """The folder of a project with a copy of its archive, which holds the first record of track_0_dev only."""
     shutil.copytree(ROOT / "records", tmp_path / "records", ignore=shutil.ignore_patterns("__pycache__", "2026-*"))
-    shutil.copytree(ROOT / "records" / FIRST, tmp_path / "records" / FIRST)
+    shutil.copytree(ROOT / FIRST, tmp_path / FIRST)
+    shutil.copy(ROOT / FIRST / "../track.json", tmp_path / FIRST / "../track.json")
     monkeypatch.setattr(records, "HERE", tmp_path / "records")
-    return tmp_path / "records"
+    return tmp_path
 
 
 @pytest.fixture
@@ -309,7 +310,7 @@ LIES = {
     other_flags: "seed0 did not run with the flags of train_gpt in runs.json: --lr=1.1",
     compiled_late: "seed0 compiled 2 graphs after the clock had started",
     two_gpus: "seed0 ran on 2 x NVIDIA H200, the track is for 1 x H200",
-    claimed_too_much: "claims a record, but its 3 runs do not show at p < 0.01 that the mean loss is below 3.902",
+    claimed_too_much: "claims a record, but: A reference, not a record: that the mean loss is below 3.902 is not shown",
     question_left_open: "still asks for something",
 }
 
@@ -351,7 +352,7 @@ def test_the_archive_as_it_is_passes(tool, fast_run, monkeypatch):
     code, out, errors = tool("check", "--all", "--no_guard")
     assert (code, errors) == (0, []) and f"{FIRST}: ok" in out
     monkeypatch.setattr(subprocess, "run", fast_run)
-    newest = {path.parent.parent: path.parent for path in sorted((ROOT / "records").glob("*/*/runs.json"))}
+    newest = {path.parent: path for path in records.record_folders()}
     code, out, errors = tool("check", *newest.values())
     assert (code, errors) == (0, []) and len(newest) > 1
 
@@ -359,9 +360,13 @@ def test_the_archive_as_it_is_passes(tool, fast_run, monkeypatch):
 def test_a_board_that_is_not_what_the_records_say(archive, tool):
     tool("board")
     assert tool("check", "--all", "--no_guard")[0] == 0
-    replace(archive / "README.md", "3.8914", "3.8814")
+    replace(archive / "dev/records.md", "3.8914", "3.8814")
     code, _, errors = tool("check", "--all", "--no_guard")
-    assert code == 1 and "records/README.md" in errors[0]
+    assert code == 1 and "dev/records.md is not what the records say" in errors[0]
+    tool("board")
+    replace(archive / "records/README.md", "## Rules", "## Advice")
+    code, _, errors = tool("check", "--all", "--no_guard")
+    assert code == 1 and "records/README.md is not what the records say" in errors[0]
 
 
 def test_a_record_without_a_ledger_is_found(archive, tool):
@@ -393,7 +398,7 @@ def test_damaged_files_are_named(path, content, words, archive, tool):
 
 @pytest.mark.parametrize("change, words", [
     ({"val_losses": [{"step": 0}]}, "train_time_ms"), ({"seed": True}, "seed 'True'"), ({"seed": -1}, "seed '-1'"),
-    ({"val_losses": []}, "must rise"), ({"world_size": "1"}, "world_size"), ({"device": None}, "device"),
+    ({"train_time_ms": 0}, "trained for 0 ms"), ({"val_losses": []}, "must rise"), ({"world_size": "1"}, "world_size"), ({"device": None}, "device"),
     ({"config": {"stages": [{}]}}, "stage table"), ({"config": {"stages": 3}}, "stage table")])
 def test_a_run_with_fields_of_the_wrong_kind_is_refused(change, words, archive, tool):
     edit(archive / FIRST / "seed0" / "run.json", lambda info: info.update(change))
@@ -446,7 +451,9 @@ def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
     (["compare", "train_gpt.py", "--b_flags=--lr=2", "--at_once", "--gpus=2"], "exclude each other"),
     (["compare", "train_gpt.py", "--b_flags=--lr=2", "--limit=-1"], "nothing below 0"),
     (["compare", "train_gpt.py", "--arms=nowhere"], "nowhere is not there"),
-    (["replay", f"records/{FIRST}", "--num_iterations=7"], "reference runs of 120 iterations only")])
+    (["compare", "train_gpt.py", "--track=track_0_cpu", "--a_flags=--lr=2"], "fixes the flags of A"),
+    (["compare", *["train_gpt.py"] * 27], "27 scripts are too many"), (["shards", "track_9"], "is not a track"),
+    (["replay", FIRST, "--num_iterations=7"], "reference runs of 120 iterations only")])
 def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, errors = tool(*argv)
@@ -454,7 +461,7 @@ def test_a_command_that_makes_no_sense_gets_one_line(argv, words, tool, monkeypa
     assert errors[0].startswith("records.py: ") and words in errors[0]
 
 
-@pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new"])
+@pytest.mark.parametrize("command", ["", "summarize", "check", "replay", "compare", "plot", "board", "new", "shards", "make"])
 def test_help_is_printed(command, tool, capsys):
     with pytest.raises(SystemExit) as end:
         tool(*filter(None, [command]), "--help")
@@ -625,10 +632,10 @@ while len(list(Path().glob(f"seen_{seed}_?"))) < 2:
 
 def test_a_comparison_is_checked_and_summarized_like_a_record(toy, tool):
     toy("train_a.py")
-    tool("compare", "train_a.py", "--noise", "--n=2", toy.state, "--out=here")
+    tool("compare", "train_a.py", "--noise", "--n=3", toy.state, "--out=here")
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
     _, out, _ = tool("summarize", "here")
-    assert "| A | 2 |" in out and verdicts(out)["time"].verdict == "not distinguishable"
+    assert "| A | 3 |" in out and verdicts(out)["time"].verdict == "not distinguishable"
     edit(Path("here/A_seed1/run.json"), lambda info: info.update(train_time_ms=1500))
     code, _, errors = tool("check", "here", "--no_guard")
     assert code == 1 and "A_seed1: run.json says a training time of 1500 ms" in errors[0]
@@ -916,6 +923,26 @@ def test_check_names_a_harness_that_is_not_what_ran(toy_with_harness, tool, lie,
     assert code == 1 and words in errors[0], errors
 
 
+@pytest.mark.parametrize("differences, words, shown", [
+    ([-1e-5, -1e-5, -1.00000001e-5], "better", "-0.0000100"),    # more than rounding, in every pair
+    ([-4e-7, -4e-7, -4.00001e-7], "not distinguishable", "-0.0000004"),    # less than the last digit of a log
+    ([0.0, 0.0, 0.0], "not distinguishable", "+0.0000000"), ([-0.1, -0.1, -0.1], "better", "-0.1000")])
+def test_no_spread_is_smaller_than_what_the_logs_are_rounded_to(differences, words, shown):
+    verdict = runs.Verdict("B", "loss", differences, False, 0.05, runs.LOSS_STEP)
+    assert (verdict.words, verdict.show(verdict.mean)) == (words, shown)
+    low, high = verdict.interval
+    assert high - low > 1e-6 and "0.0000 to" not in verdict.row()[3].removeprefix("+").removeprefix("-")
+    assert ("the same in every pair" in verdict.row()[6]) == (not any(differences))
+    assert verdict.p > 1e-12 or differences[0] == -0.1   # a spread of nearly 0 made anything certain
+
+
+def test_two_pairs_give_no_verdict(toy, tool):
+    toy("train_a.py")
+    _, out, _ = tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=2", toy.state)
+    assert not verdicts(out) and "no verdict for B: it takes 3 finished rounds together with A" in out
+    assert "| B | 2 |" in out
+
+
 def test_time_at_equal_loss_by_hand(tmp_path):
     def run(points):
         losses = [{"step": s, "train_time_ms": t, "val_loss": loss, "tokens": 1} for s, t, loss in points]
@@ -951,7 +978,7 @@ if __name__ == "__main__":""".replace("\n", "")
 
 def test_verdicts_on_the_training_script(fast_start, data, tool):
     flags = small_flags(data, num_iterations=4, val_every=2, val_tokens=500)
-    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=2", "--p=0.0001", *flags)
+    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=3", "--p=0.0001", *flags)
     assert code == 0 and all("not distinguishable" in found.verdict for found in verdicts(out).values()), out
     assert "the same in every pair" in verdicts(out)["loss"].verdict    # the same seeds on the same machine
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "--n=3", *flags, f"--arm=slow: --lr=0.02 | {SLOW_BACKWARD}",
@@ -968,13 +995,13 @@ def test_verdicts_on_the_training_script(fast_start, data, tool):
 @pytest.fixture
 def toy_track(archive, tool, toy):
     """A track of the stand-in, empty, and three finished runs and a diverged one under logs/."""
-    edit(archive / "track_1_small" / "track.json", lambda track: track.update(
+    edit(archive / "records/track_1_small/track.json", lambda track: track.update(
         target=2.6, val_tokens=1000, ranks=1, hardware="cpu",
         val_data={"val_000000.bin": {"sha256": "", "tokens": 2000}}))
     toy("train_toy.py")
     for seed, lr in ((0, 1), (1, 1), (2, 1), (3, 20)):
         subprocess.run([sys.executable, "train_toy.py", toy.state, f"--seed={seed}", f"--lr={lr}", "--out_dir=logs"])
-    return archive / "track_1_small"
+    return archive / "records/track_1_small"
 
 
 def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
@@ -1096,6 +1123,197 @@ def test_files_have_the_modes_that_the_umask_says(umask, mode, toy_track, tool):
 
 
 # -----------------------------------------------------------------------------
+# Tracks with a training time: the first record, pairs with the standing one, and lies about them
+
+@pytest.fixture
+def timed(archive, tool, toy):
+    """An empty track of the stand-in for the lowest loss in 3 s, and function that makes its record `First`."""
+    track = {"title": "Timed", "seconds": 3.0, "p": 0.01, "val_tokens": 1000, "ranks": 1, "hardware": "cpu",
+             "val_data": {"val_000000.bin": {"sha256": "ab" * 32, "tokens": 2000}}, "train_data": {}, "text": "Toys.",
+             "flags": [toy.state], "commands": ["python train_toy.py"], "exempt": {}}
+    folder = archive / "records/track_0_toy"
+    folder.mkdir()
+    (folder / "track.json").write_text(json.dumps(track))
+    toy("train_toy.py")
+
+    def first(count=3, name="First", date="2026-12-01"):
+        for seed in range(count):
+            subprocess.run([sys.executable, "train_toy.py", toy.state, f"--seed={seed}", f"--out_dir={name}"])
+        code, out, errors = tool("new", name, "--track=track_0_toy", f"--date={date}", name)
+        assert (code, errors) == (0, [])
+        return answered(folder / f"{date}_{name}")
+    first.folder = folder
+    return first
+
+
+def answered(record):
+    """The folder of a record, with the questions of its README answered."""
+    path = record / "README.md"
+    path.write_text(path.read_text().replace("TODO", ""))
+    return record
+
+
+def challenge(tool, script, *flags, date="2026-12-02", n=6):
+    """Runs a script in pairs with the standing record; the folder of the record made of them, named after the date."""
+    name = f"Idea{date[-2:]}"
+    code, _, errors = tool("compare", script, "--track=track_0_toy", f"--n={n}", f"--out=logs/{name}", *flags)
+    assert (code, errors) == (0, [])
+    code, _, errors = tool("new", name, "--track=track_0_toy", f"--date={date}", f"logs/{name}")
+    assert (code, errors) == (0, [])
+    return answered(records.HERE / "track_0_toy" / f"{date}_{name}")
+
+
+def claim(record):
+    return json.loads((record / "runs.json").read_text())["claim"]
+
+
+def test_the_first_record_keeps_within_the_time(timed, tool):
+    few = timed(count=2, name="Few")
+    assert claim(few) == "reference" and "The first record of a track needs 3 runs" in (few / "README.md").read_text()
+    assert tool("compare", "train_toy.py", "--track=track_0_toy")[2][0].endswith("as records/README.md says")
+    record = timed()
+    assert claim(record) == "record" and "no run trains for more than 3 s" in (record / "README.md").read_text()
+    assert tool("board")[0] == 0 and tool("check", "--all", "--no_guard")[::2] == (0, [])
+    edit(timed.folder / "track.json", lambda track: track.update(seconds=1.5))
+    code, _, errors = tool("check", record, "--no_guard")
+    assert code == 1 and "claims a record, but: A reference, not a record. Its slowest run trains for" in errors[0]
+
+
+def test_a_later_record_has_a_lower_loss_in_pairs(timed, tool, toy):
+    timed()
+    better = challenge(tool, "train_toy.py", "--lr=0.7")
+    text, ledger = (better / "README.md").read_text(), json.loads((better / "runs.json").read_text())
+    assert claim(better) == "record" and "A record. In 6 pairs with 2026-12-01_First on this machine" in text
+    assert list(ledger["arms"]) == ["B", "A"] and ledger["standing"] == {"record": "2026-12-01_First", "arm": "A"}
+    assert ledger["arms"]["B"]["flags"] == [toy.state, "--lr=0.7"] and ledger["arms"]["A"]["flags"] == [toy.state]
+    toy("train_slow.py", slow=1.1)       # a still lower loss, in ten percent more time
+    slow = challenge(tool, "train_slow.py", "--lr=0.5", date="2026-12-03", n=3)
+    assert claim(slow) == "reference" and "with 2026-12-02_Idea02 on this machine" in (slow / "README.md").read_text()
+    same = challenge(tool, "train_toy.py", "--lr=0.7", "--noise_of=nothing", date="2026-12-04", n=3)
+    assert claim(same) == "reference" and "p < 0.01 in at most 1 % more time" in (same / "README.md").read_text()
+    assert tool("board")[0] == 0 and tool("check", "--all", "--no_guard")[::2] == (0, [])
+    board = (records.HERE / "README.md").read_text()
+    assert "| the first |" in board and ", n = 6 |" in board and "history.svg" in board
+    code, out, _ = tool("replay", better)
+    assert code == 0 and "loss" in out and "lies in" in out
+
+
+def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
+    code, out, errors = tool("make", "First", "train_toy.py", "--track=track_0_toy", "--n=3")
+    assert (code, errors) == (0, []) and "3 runs, a record" in out
+    code, _, errors = tool("make", "Next", "train_toy.py", "--track=track_0_toy", "--n=3", "--lr=0.7", "--out=next")
+    assert (code, errors) == (0, [])
+    first, following = sorted(timed.folder.glob("2*"), key=lambda path: path.name.split("_")[1])
+    assert claim(first) == claim(following) == "record"
+    assert json.loads((following / "runs.json").read_text())["standing"] == {"record": first.name, "arm": "A"}
+    assert [path.name for path in sorted(first.glob("*/run.json"))] == ["run.json"] * 3
+    for record in (first, following):
+        assert tool("check", answered(record), "--no_guard")[::2] == (0, [])
+    count = Path("count").read_text()
+    for argv, words in ((["First", "train_toy.py"], "exists; choose another NAME"), (["X", "no.py"], "no.py is not a"),
+                        (["X", "train_toy.py", "--n=2"], "at least 3 runs"), (["../X", "train_toy.py"], "the name"),
+                        (["X", "train_toy.py", "--seed=3"], "--seed=3 cannot be passed on")):
+        code, _, errors = tool("make", *argv, "--track=track_0_toy")
+        assert (code, len(errors)) == (2, 1) and words in errors[0], errors
+    assert Path("count").read_text() == count            # refused before any run
+
+
+def test_a_record_of_a_timed_track_needs_runs_of_the_standing_one(timed, tool):
+    timed()
+    for seed in range(3):
+        toy_run(seed, "--lr=0.5", out="alone")
+    code, _, errors = tool("new", "Alone", "--track=track_0_toy", "alone")
+    assert code == 2 and "no run is of the standing record 2026-12-01_First" in errors[0]
+    assert "--track=track_0_toy makes" in errors[0]
+
+
+def compared_with_another(record):
+    edit(record / "runs.json", lambda ledger: ledger["standing"].update(record="2026-11-30_Weak"))
+
+
+def compared_with_nothing(record):
+    edit(record / "runs.json", lambda ledger: ledger.pop("standing"))
+
+
+def weaker_flags(record):
+    edit(record / "runs.json", lambda ledger: ledger["arms"]["A"]["flags"].append("--lr=1"))
+    for folder in record.glob("A_seed*"):
+        edit(folder / "run.json", lambda info: info["argv"].insert(1, "--lr=1"))
+
+
+def weaker_script(record):
+    script = record / "A" / "train_toy.py"
+    before = script.read_text()
+    script.write_text(before + "# worse\n")
+    for folder in record.glob("A_seed*"):
+        edit(folder / "run.json", lambda info: info.update(
+            source_sha256=hashlib.sha256(script.read_bytes()).hexdigest()))
+        replace(folder / "log.txt", before, script.read_text())
+
+
+def other_machine(record):
+    for folder in record.glob("A_seed*"):
+        edit(folder / "run.json", lambda info: info.update(device="cpu, older"))
+
+
+def other_training_text(record):
+    edit(record.parent / "track.json", lambda track: track.update(
+        train_data={"train_000000.bin": {"sha256": "", "tokens": 5}}))
+
+
+@pytest.mark.parametrize("lie, words", [
+    (compared_with_another, "the standing record was 2026-11-30_Weak, but it was 2026-12-01_First"),
+    (compared_with_nothing, "the standing record was None, but it was 2026-12-01_First"),
+    (weaker_flags, "did not run the script of 2026-12-01_First with its flags"),
+    (weaker_script, "did not run the script of 2026-12-01_First with its flags"),
+    (other_machine, "the runs were made on different machines"),
+    (other_training_text, "was trained on another text: train_000000.bin with no tokens, not 5")])
+def test_lies_about_pairs_are_named(lie, words, timed, tool, toy):
+    timed()
+    toy("train_toy.py").write_text((timed.folder / "2026-12-01_First/train_toy.py").read_text() + "# mine\n")
+    record = challenge(tool, "train_toy.py", "--lr=0.7", n=3)
+    assert claim(record) == "record" and tool("check", record, "--no_guard")[::2] == (0, [])
+    lie(record)
+    cover_up(record)
+    code, _, errors = tool("check", record, "--no_guard")
+    assert code == 1 and words in errors[0], errors
+
+
+def test_shards_that_are_not_those_of_the_track(timed, tool):
+    folder = Path("data/toys")
+    folder.mkdir(parents=True)
+    (folder / "val_000000.bin").write_bytes(b"these")
+    edit(timed.folder / "track.json", lambda track: track.update(
+        flags=["--val_files=data/toys/val_*.bin", "--train_files=data/toys/train_*.bin"], train_data={},
+        val_data={"val_000000.bin": {"sha256": hashlib.sha256(b"these").hexdigest(), "tokens": 5}}))
+    assert tool("shards", "track_0_toy") == (0, "data/toys/val_000000.bin: ok\n", [])
+    edit(timed.folder / "track.json", lambda track: track.update(
+        train_data={"train_000000.bin": {"sha256": "0" * 64, "tokens": 5}}))
+    (folder / "val_000000.bin").write_bytes(b"others")
+    code, out, errors = tool("shards", "track_0_toy")
+    assert (code, len(errors)) == (1, 1) and "2 shard(s) of track_0_toy" in errors[0]
+    assert out.splitlines() == ["data/toys/train_000000.bin: is not here", "data/toys/val_000000.bin: is another file"]
+
+
+def test_a_replay_refuses_another_training_text(timed, tool):
+    record = timed()
+    edit(timed.folder / "track.json", lambda track: track.update(
+        train_data={"train_000000.bin": {"sha256": "0" * 64, "tokens": 5}}))
+    Path("train_000000.bin").write_text("not that file")
+    code, _, errors = tool("replay", record, "--train_files=train_*.bin")
+    assert code == 2 and "losses on different texts cannot be compared" in errors[0]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"seconds": "3"}, "has seconds '3'"), ({"flags": ["lr=1"]}, "do not begin with --"),
+    ({"train_data": {"x": 1}}, "has sha256"), ({"p": 2}, "the level of a test")])
+def test_a_damaged_track_is_named(change, words, timed, tool):
+    edit(timed.folder / "track.json", lambda track: track.update(change))
+    code, _, errors = tool("shards", "track_0_toy")
+    assert (code, len(errors)) == (2, 1) and words in errors[0], errors
+
+
+# -----------------------------------------------------------------------------
 # Runs that name all files that ran
 
 @pytest.fixture
@@ -1213,6 +1431,7 @@ def test_a_result_in_plain_words():
         "A reference, not a record. A record must show that its mean loss is below 3.28 at p < 0.01. These 3 runs give "
         "p = 0.0101. About 4 runs with this mean and sd would show it.")
     assert runs.claim_text(1, 1.0, track, None).endswith("below 3.28, and one run cannot show that.")
+    assert runs.claim_text(2, 1e-9, track, None).endswith("below 3.28, which takes 3 runs.")
     assert runs.claim_of_format_1(3, 0.0101, track, 4) == (
         "A reference, not a record: that the mean loss is below 3.28 is not shown at p < 0.01 (p = 0.0101); about 4 "
         "runs with this mean and sd would show it.")
@@ -1297,10 +1516,11 @@ def test_board_and_pictures(toy_track, tool):
     assert tool("board")[0] == 0
     text = (toy_track.parent / "README.md").read_text()
     assert "2026-12-01_Toy/" in text and "| p < 0.0001 |" in text and text.count("No run") + text.count("no run") >= 1
-    assert "FirstRuns" in (toy_track.parent / "history.svg").read_text()
+    assert "Toy" in (toy_track.parent / "history.svg").read_text()
+    assert "FirstRuns" in (toy_track.parent.parent / "dev/records.md").read_text()
     assert "2026-12-01_Toy (n = 3)" in (toy_track / "curves.svg").read_text()
     assert f"{toy_track.name}/curves.svg" in text and "track_2_medium/curves.svg" not in text
-    code, out, _ = tool("plot", toy_track / "2026-12-01_Toy", toy_track.parent / FIRST, "--out=picture")
+    code, out, _ = tool("plot", toy_track / "2026-12-01_Toy", toy_track.parent.parent / FIRST, "--out=picture")
     assert code == 0 and Path("picture.png").read_bytes()[:4] == b"\x89PNG"
     assert "train_toy" in Path("picture.svg").read_text()
     code, out, _ = tool("summarize", *sorted(Path("logs").iterdir()), "--target=2.6")
@@ -1309,7 +1529,7 @@ def test_board_and_pictures(toy_track, tool):
 
 def test_the_backend_of_a_notebook_does_not_matter(tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, ROOT / "records/records.py", "plot", ROOT / "records" / FIRST, "--out=picture"]
+    command = [sys.executable, ROOT / "records/records.py", "plot", ROOT / FIRST, "--out=picture"]
     environment = os.environ | {"MPLBACKEND": "module://nowhere.backend"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "picture.png").is_file()
