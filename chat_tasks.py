@@ -142,10 +142,13 @@ def make_items(task: Task, rows: list[tuple[int, dict]], data) -> list[Item]:
 
 def read_words(path: Path, data) -> list[str]:
     """The words of 2 to 20 letters a-z in a file with one word a line; raises UserError if there are none."""
+    skipped = {}
     try:
-        words = {line.strip().lower() for line in data.read_lines(path, {})}
+        words = {line.strip().lower() for line in data.read_lines(path, skipped)}
     except data.InputError as error:
         raise UserError(str(error)) from None
+    if skipped:                          # another machine may read other words from it
+        raise UserError(f"{path} has lines that are not UTF-8; write it in UTF-8")
     words = sorted(word for word in words if re.fullmatch("[a-z]{2,20}", word))
     if not any(map(data.is_held_out, words)):
         raise UserError(f"{path} has no word of 2 to 20 letters a-z that is kept for evaluation; give more words, one "

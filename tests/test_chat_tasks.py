@@ -140,6 +140,15 @@ def test_logits_that_are_not_finite_are_refused():
         ask(Planted({"q": logits_of(A=math.nan)}), [replace(item, letters="")])
 
 
+def test_questions_read_together_stay_within_the_limit_of_tokens(monkeypatch):
+    planted = {f"{i}" + 10 * "x": logits_of(A=1) for i in range(10)}
+    items = [chat_tasks.Item("mmlu", i, question, "A", "AB") for i, question in enumerate(planted)]
+    monkeypatch.setattr(chat_tasks, "CPU_TOKENS", 3 * len(prompt(items[0].question)))
+    model = Planted(planted)
+    assert len(ask(model, items)) == 10
+    assert [rows for rows, _ in model.batches] == [3, 3, 3, 1]
+
+
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 9), st.integers(300, 900))
 @settings(max_examples=100, deadline=None)
 def test_batches_hold_every_item_once_and_stay_within_their_limits(lengths, rows, tokens):
@@ -350,6 +359,9 @@ def test_a_short_word_list_gives_each_of_its_words_once(tmp_path):
     assert words == ["river", "strawberry"] and not data.is_held_out("river")
     item, = chat_tasks.make_bee_items(words, 256, data)
     assert "strawberry" in item.question
+    path.write_bytes(b"strawberry\nna\xefve\n")
+    with pytest.raises(sample.UserError, match="words_alpha.txt has lines that are not UTF-8"):
+        chat_tasks.read_words(path, data)
     path.write_text("river\n")
     with pytest.raises(sample.UserError, match="words_alpha.txt has no word .* kept for evaluation; give more words"):
         chat_tasks.read_words(path, data)
@@ -525,6 +537,11 @@ def test_scores_are_counted_from_the_items_whatever_the_batch(score, everything,
         assert found["n"] == len(mine) == len({record["line"] for record in mine})
         right = sum(record["choice"] == record["gold"] for record in mine)
         assert found["accuracy"] == pytest.approx(right / len(mine))
+
+
+def test_spellingbee_has_256_questions(run, sets):
+    args = evaluate.parse_args([f"--checkpoint={run}", f"--evals={sets}", "--tasks=spellingbee"])
+    assert len(evaluate.read_questions(args).items) == 256
 
 
 def test_base_scores_and_chat_tasks_together(score):
