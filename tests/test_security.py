@@ -65,12 +65,13 @@ KEYWORDS = {"shell": False, "allow_pickle": False, "weights_only": True, "trust_
 # (files, what) -> why it is right there
 ALLOWED = {
     ("sample.py", "exec_module"): "the training script beside sample.py, or the one that --script names",
+    ("data/code.py", "exec_module"): "the standard library's module of the same name, see its top",
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
     ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
     ("train_*.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
-    ("records/track_*.py", "torch.distributed.broadcast_object_list"): "frozen records: as they ran",
-    ("records/track_*.py", "torch.distributed.all_gather_object"): "frozen records: as they ran",
+    ("dev/track_*.py", "torch.distributed.broadcast_object_list"): "frozen records: as they ran",
+    ("dev/track_*.py", "torch.distributed.all_gather_object"): "frozen records: as they ran",
 }
 LOADERS = re.compile(r"pickle|_pickle|marshal|shelve")      # tests may make hostile pickles, and may not load them
 IN_TESTS = {"compile", "exec", "importlib.import_module", "runpy.run_path"}
