@@ -12,6 +12,7 @@ was written and must give the same logits. docs/formats.md describes the files.
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -158,11 +159,14 @@ def query_key_value(weights: dict, block: str) -> tuple:
         return weights.pop(f"{block}.qkv.weight").chunk(3)
     return tuple(weights.pop(f"{block}.{name}.weight") for name in "qkv")
 
-def convert_weights(model, vocab_size: int, head_factor: float) -> dict:
+def convert_weights(model, vocab_size: int) -> dict:
     """The weights under Qwen3's names, in fp32, with the rows of `vocab_size` tokens; raises UserError.
 
-    Rows beyond these only fill up the vocabulary: no text has such a token.
+    Rows beyond these only fill up the vocabulary: no text has such a token. Under --width_rule=mup the model multiplies
+    its logits by a factor. Here the head holds it.
     """
+    script = sys.modules[type(model).__module__]
+    head_factor = script.BASE_WIDTH / model.cfg.model_dim if model.cfg.width_rule == "mup" else 1.0
     weights = {name: weight.float() for name, weight in model.state_dict().items()}
     channels, head_dim = model.cfg.model_dim, model.cfg.head_dim
     found = {}
@@ -191,11 +195,12 @@ def convert_weights(model, vocab_size: int, head_factor: float) -> dict:
     # a copy each: safetensors refuses tensors that share memory
     return {f"{name}.weight": weight.clone(memory_format=torch.contiguous_format) for name, weight in found.items()}
 
-def make_config(model, weights: dict, rope_base: float, bos_id: int, ends: list[int]) -> dict:
+def make_config(model, weights: dict, bos_id: int, ends: list[int]) -> dict:
     """The content of config.json; raises UserError."""
     cfg = model.cfg
     layer_types, sliding_window, context = layer_windows(model)
     heads = cfg.model_dim // cfg.head_dim
+    rope_base = sys.modules[type(model).__module__].ROPE_BASE
     return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "float32",
             "vocab_size": len(weights["lm_head.weight"]), "hidden_size": cfg.model_dim, "head_dim": cfg.head_dim,
             "intermediate_size": len(weights["model.layers.0.mlp.up_proj.weight"]), "hidden_act": "silu",
@@ -316,22 +321,18 @@ def new_folder(folder: Path):
                 parent.rmdir()
         raise
 
-def export(model, tokenizer_json: bytes, meta: dict, rope_base: float, head_factor: float, huggingface_json,
-           folder: Path) -> dict:
+def export(model, tokenizer_json: bytes, meta: dict, huggingface_json, folder: Path) -> dict:
     """Writes the model folder and returns its config.json; raises UserError, after which nothing is there.
 
-    model: on the CPU, in fp32; tokenizer_json, meta: of its checkpoint; rope_base: of its rotary positions;
-    head_factor: by which its logits are multiplied; huggingface_json: the function of data/tokenizer.py.
+    model: on the CPU, in fp32; tokenizer_json, meta: of its checkpoint; huggingface_json: of data/tokenizer.py.
     """
-    check_meta(meta)
-    check_folder(folder)
     spec = json.loads(tokenizer_json)
     special, bos_id = spec["special_tokens"], spec["bos_id"]
     bos = next(name for name, token in special.items() if token == bos_id)
     chat = bool(meta.get("chat")) and has_turns(special)
     ends = [special[name] for name in ("<|assistant_end|>", "<|user_start|>") if chat] + [bos_id]
-    weights = convert_weights(model, len(spec["ranks"]) + len(special), head_factor)
-    config = make_config(model, weights, rope_base, bos_id, ends)
+    weights = convert_weights(model, len(spec["ranks"]) + len(special))
+    config = make_config(model, weights, bos_id, ends)
     tokenizer = add_begin(huggingface_json(tokenizer_json), bos, bos_id)
     settings = {"config.json": config,
                 "tokenizer_config.json": tokenizer_settings(special, bos, "<|assistant_end|>" if chat else bos,
