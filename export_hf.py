@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 SCRIPT = "train_gpt_simple"
 # Settings of the model that Qwen3 has no place for, with the only value that can be exported.
 NEEDED = {"mlp": "swiglu", "gate": "none", "value_residual": False, "norm_scaling": False, "softcap": 0.0}
+OTHER_PARTS = dict.fromkeys(("train_gpt", "train_gpt_medium"), "relu2 MLPs, gates, value embeddings and capped logits")
 UNLIMITED = 2**24                        # window of a layer that looks back any number of tokens
 EPSILON = torch.finfo(torch.float32).eps    # what F.rms_norm adds to the mean square
 TOLERANCE = 1e-3                         # largest difference of logits, relative to 1 + the largest logit
@@ -117,8 +118,9 @@ class UserError(Exception):
 def check_meta(meta: dict):
     """Raises UserError unless the model of a checkpoint with this meta.json is a Qwen3."""
     if meta["script"] != SCRIPT:
-        raise UserError(f"--export_hf: the model of {meta['script']}.py has parts that Qwen3 does not have; export a "
-                        f"checkpoint of {SCRIPT}.py that was trained with --mlp=swiglu")
+        parts = OTHER_PARTS.get(meta["script"], "a model of its own")
+        raise UserError(f"--export_hf: {meta['script']}.py has {parts}, which is not a Qwen3; export a checkpoint of "
+                        f"{SCRIPT}.py that was trained with --mlp=swiglu")
     for name, needed in NEEDED.items():
         value = meta["config"].get(name)
         if value != needed:
