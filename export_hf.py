@@ -282,9 +282,12 @@ def tokenizer_settings(special: dict, bos: str, end: str, context: int) -> dict:
     return settings | ({"chat_template": CHAT_TEMPLATE} if has_turns(special) else {})
 
 def generation_settings(chat: bool, bos_id: int, ends: list[int]) -> dict:
-    """The content of generation_config.json: what chat.py does for a chat model, and sample.py for others."""
+    """The content of generation_config.json: what chat.py does for a chat model, and sample.py for others.
+
+    There is no pad_token_id: transformers would take the first token of a text for padding, and hide it.
+    """
     drawing = {"temperature": 0.6, "top_k": 50} if chat else {"temperature": 1.0, "top_k": 0, "top_p": 0.95}
-    return {"bos_token_id": bos_id, "eos_token_id": ends, "pad_token_id": bos_id, "do_sample": True} | drawing
+    return {"bos_token_id": bos_id, "eos_token_id": ends, "do_sample": True} | drawing
 
 # -----------------------------------------------------------------------------
 # The folder

@@ -124,10 +124,9 @@ def test_a_model_that_computes_something_else_is_not_written(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name, word", [("blocks.0.gain", "blocks.0.gain"), (None, "lm_head.weight")])
 def test_weights_without_a_place_are_named(name, word):
-    model = SimpleNamespace(state_dict=lambda: {name: torch.ones(3)} | {
-        "embed.weight": torch.ones(4, 2)} | ({"lm_head.weight": torch.ones(4, 2)} if name else {}),
-        cfg=SimpleNamespace(model_dim=2, head_dim=2, depth=0, width_rule="none"))
-    model.__class__.__module__ = "types"
+    head = {name: torch.ones(3), "lm_head.weight": torch.ones(4, 2)} if name else {}
+    model = SimpleNamespace(state_dict=lambda: {"embed.weight": torch.ones(4, 2)} | head,
+                            cfg=SimpleNamespace(model_dim=2, head_dim=2, depth=0, width_rule="none"))
     with pytest.raises(export_hf.UserError, match=word):
         export_hf.convert_weights(model, 4)
 
