@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 SCRIPT = "train_gpt_simple"
@@ -85,7 +86,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 {example}
-print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 
 | | |
@@ -93,20 +94,20 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=100)[0]))
 | layers, channels, heads | {layers}, {channels}, {heads} |
 | vocabulary | {vocabulary} tokens |
 | longest text | {context} tokens{reason} |
-| tokens that a layer sees | {windows} |
-| trained on | {tokens} tokens of `{files}` |
+| a token sees | {windows} |
+| trained on | {tokens} of `{files}` |
 | knows conversations | {chat} |
 
 A text begins with `{bos}`, which the tokenizer adds by itself. The model was trained on documents that begin with it.
 Text that spells a special token becomes that token here; in minutegpt it stays ordinary text.
 """
-BASE_EXAMPLE = 'ids = tokenizer("The", return_tensors="pt").input_ids'
+BASE_EXAMPLE = 'inputs = tokenizer("The", return_tensors="pt", return_token_type_ids=False)'
 CHAT_EXAMPLE = """\
 messages = [{"role": "user", "content": "Hello!"}]
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids"""
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 TOOL_NOTE = """
-The model writes `<|python_start|>48/2<|python_end|>` when it wants a result, and reads `<|output_start|>24<|output_end|>`.
-minutegpt runs this calculator. transformers does not: your program has to compute the result and append it.
+The model writes `<|python_start|>48/2<|python_end|>` when it wants a result. It then reads
+`<|output_start|>24<|output_end|>`. minutegpt runs this calculator. transformers does not: your program has to compute the result and append it.
 """
 
 class UserError(Exception):
@@ -122,7 +123,7 @@ def check_meta(meta: dict):
         raise UserError(f"--export_hf: {meta['script']}.py has {parts}, which is not a Qwen3; export a checkpoint of "
                         f"{SCRIPT}.py that was trained with --mlp=swiglu")
     for name, needed in NEEDED.items():
-        value = meta["config"].get(name)
+        value = meta["config"].get(name, needed)
         if value != needed:
             shown = str(needed).lower()
             raise UserError(f"--export_hf: the model was trained with --{name}={str(value).lower()}, which Qwen3 does "
@@ -294,20 +295,19 @@ def generation_settings(chat: bool, bos_id: int, ends: list[int]) -> dict:
 
 def model_card(name: str, model, meta: dict, config: dict, bos: str, chat: bool, parameters: int) -> str:
     """The text of README.md."""
-    loss = meta.get("val_loss")
+    loss, tokens = meta.get("val_loss"), meta.get("tokens_seen")
     types, sliding, context = config["layer_types"], config["sliding_window"], config["max_position_embeddings"]
+    if sliding:
+        windows = f"itself and {sliding - 1} before it in {types.count('sliding_attention')} of {len(types)} layers"
     limited = context != model.cfg.pack_tokens
-    windows = f"itself and {sliding - 1} before it in {types.count('sliding_attention')} of {len(types)}, " \
-              "all before it in the others" if sliding else "all before it"
-    tokens = meta.get("tokens_seen")
     card = MODEL_CARD.format(
         name=name, parameters=parameters / 1e6, script=meta["script"], steps=meta["step"],
         result=f", validation loss {loss:.4f}" if isinstance(loss, float) else "", layers=len(types),
         channels=config["hidden_size"], heads=config["num_attention_heads"], vocabulary=config["vocab_size"],
-        context=context, reason="; beyond it the model differs from the one that was trained" if limited else
-        ", the longest in training", windows=windows, tokens=tokens if isinstance(tokens, int) else "an unknown number of",
-        files=meta["config"]["train_files"], chat="yes" if chat else "no", bos=bos,
-        example=CHAT_EXAMPLE if chat else BASE_EXAMPLE)
+        context=context, windows=f"{windows}, else all before it" if sliding else "all before it",
+        reason="; in longer ones the model differs from the one that was trained" if limited else ", as in training",
+        tokens=f"{tokens} tokens" if isinstance(tokens, int) else "text", files=meta["config"]["train_files"],
+        chat="yes" if chat else "no", bos=bos, example=CHAT_EXAMPLE if chat else BASE_EXAMPLE)
     return card + TOOL_NOTE * chat
 
 @contextlib.contextmanager
@@ -349,7 +349,10 @@ def export(model, tokenizer_json: bytes, meta: dict, huggingface_json, folder: P
             (building / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (building / "tokenizer.json").write_bytes(tokenizer)
         card = model_card(folder.absolute().name, model, meta, config, bos, chat, parameters)
-        (building / "README.md").write_text(card, encoding="utf-8")
-        save_file(weights, building / "model.safetensors", {"format": "pt"})
+        (building / "README.md").write_bytes(card.encode(errors="replace"))     # a name need not be text
+        try:
+            save_file(weights, building / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:                            # as on a full disk
+            raise UserError(f"--export_hf={folder} cannot be written ({error}); choose another disk") from None
         check_logits(model, config, load_file(building / "model.safetensors"))
     return config

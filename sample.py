@@ -1133,6 +1133,8 @@ def export_hf(args: argparse.Namespace):
         config = tools.export(model, content, meta, vocabulary.huggingface_json, args.export_hf)
     except tools.UserError as error:
         raise UserError(str(error)) from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"the Python package {error.name} is missing; pip install -r requirements.txt") from None
     print(f"sample.py: wrote {one_line(str(args.export_hf))}, with the logits of {one_line(str(path))} in texts of up "
           f"to {config['max_position_embeddings']} tokens; its README.md says how to load it", file=sys.stderr)
 

@@ -5,7 +5,10 @@ data/chat.py. Run: python -m pytest tests/test_export_hf.py
 """
 import hashlib
 import json
+import os
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +64,8 @@ def make_checkpoint(folder, tokenizer=TOKENIZERS["bytes"], changes=None, **meta)
     source = hashlib.sha256((ROOT / "train_gpt_simple.py").read_bytes()).hexdigest()
     (folder / "meta.json").write_text(json.dumps({
         "format": 1, "script": "train_gpt_simple", "config": asdict(cfg), "step": 7, "stage": 0, "val_loss": 5.5,
-        "source_sha256": source, "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(), "tokens_seen": 14336} | meta))
+        "source_sha256": source, "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
+        "tokens_seen": 14336} | meta))
     return model
 
 
@@ -71,8 +75,9 @@ def export(folder, *flags):
     return folder / "hf"
 
 
-def some_tokens(count, ids=256):
-    return torch.cat([torch.tensor([BOS]), torch.randint(0, ids, (count - 1,), generator=torch.Generator().manual_seed(2))])
+def some_tokens(count):
+    generator = torch.Generator().manual_seed(2)
+    return torch.cat([torch.tensor([BOS]), torch.randint(0, BOS, (count - 1,), generator=generator)])
 
 
 # -----------------------------------------------------------------------------
@@ -137,7 +142,8 @@ def test_weights_without_a_place_are_named(name, word):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_vocabulary_gives_the_same_ids(name, tmp_path, transformers):
     make_checkpoint(tmp_path / "step", TOKENIZERS[name])
-    own, theirs = sample.Tokenizer(json.loads(TOKENIZERS[name])), transformers.AutoTokenizer.from_pretrained(export(tmp_path))
+    own = sample.Tokenizer(json.loads(TOKENIZERS[name]))
+    theirs = transformers.AutoTokenizer.from_pretrained(export(tmp_path))
     for line in ("The cat's  house\n\n", " the and\tstring 12345", "", "\u00e9\u4f60\U0001f600 e\u0301", "Hello and the"):
         ids = theirs(line).input_ids
         assert ids == [own.bos_id, *own.encode(line)]
@@ -165,7 +171,8 @@ def test_the_chat_template_gives_the_ids_of_render_and_prime(name, conversation,
     messages = CONVERSATIONS[conversation]
     assert theirs.apply_chat_template(messages, return_dict=False) == chat.render(messages, own)[0]
     if messages[-1]["role"] == "user":
-        assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == chat.prime(messages, own)
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert found == chat.prime(messages, own)
     else:
         with pytest.raises(Exception, match="nothing to answer"):
             theirs.apply_chat_template(messages, add_generation_prompt=True)
@@ -205,7 +212,8 @@ def test_a_chat_model_gives_the_answer_of_chat_py(chat_folders, transformers):
 def test_what_the_folder_holds(knows, name, tmp_path, capsys):
     make_checkpoint(tmp_path / "step", TOKENIZERS[name], {"windows": (8, 24)}, chat=knows)
     folder = export(tmp_path)
-    assert {path.name for path in folder.iterdir()} == FILES and {path.name for path in tmp_path.iterdir()} == {"step", "hf"}
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in tmp_path.iterdir()} == {"step", "hf"}
     assert capsys.readouterr().err.endswith("in texts of up to 25 tokens; its README.md says how to load it\n")
     config, drawing = (json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json"))
     assert config["layer_types"] == ["sliding_attention", "full_attention", "full_attention"]
@@ -215,8 +223,29 @@ def test_what_the_folder_holds(knows, name, tmp_path, capsys):
     assert drawing["eos_token_id"][-1] == special["<|bos|>"] and drawing["temperature"] == (0.6 if knows else 1.0)
     assert (special.get("<|assistant_end|>") in drawing["eos_token_id"]) == knows
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "25 tokens; beyond it" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "25 tokens; in longer ones" in card
     assert ("apply_chat_template" in card) == knows and "14336 tokens" in card and "{" not in card.split("```")[2]
+
+
+def test_the_example_of_the_model_card_runs(chat_folders, transformers, tmp_path, capsys):
+    make_checkpoint(tmp_path / "step")
+    for folder in (chat_folders["gpt4"][0], export(tmp_path)):
+        example = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n")
+        exec(compile(example.replace("FOLDER", str(folder)).replace("=100", "=5"), "example", "exec"), {})
+        assert "|>" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    make_checkpoint(tmp_path / "step")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert_refused(tmp_path, capsys, "tokenizers", "pip install")
+
+
+def test_a_folder_whose_name_is_not_text(tmp_path):
+    make_checkpoint(tmp_path / "step")
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/a\xff {b}")
+    assert sample.main([f"--checkpoint={tmp_path / 'step'}", f"--export_hf={name}"]) == 0
+    assert "# a? {b}\n" in Path(name, "README.md").read_text()
 
 
 def assert_refused(folder, capsys, *words, flags=()):
