@@ -101,13 +101,14 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 A text begins with `{bos}`, which the tokenizer adds by itself. The model was trained on documents that begin with it.
 Text that spells a special token becomes that token here; in minutegpt it stays ordinary text.
 """
-BASE_EXAMPLE = 'inputs = tokenizer("The", return_tensors="pt", return_token_type_ids=False)'
+BASE_EXAMPLE = 'inputs = tokenizer("The", return_tensors="pt")'
 CHAT_EXAMPLE = """\
 messages = [{"role": "user", "content": "Hello!"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 TOOL_NOTE = """
 The model writes `<|python_start|>48/2<|python_end|>` when it wants a result. It then reads
-`<|output_start|>24<|output_end|>`. minutegpt runs this calculator. transformers does not: your program has to compute the result and append it.
+`<|output_start|>24<|output_end|>`. minutegpt runs this calculator. transformers does not: your program has to compute
+the result and append it.
 """
 
 class UserError(Exception):
@@ -255,9 +256,8 @@ def check_logits(model, config: dict, weights: dict):
         wanted = model(tokens)[:, :ids]
     difference = (qwen3_logits(config, weights, tokens) - wanted).abs().max().item()
     if not difference <= TOLERANCE * (1 + wanted.abs().max().item()):
-        raise UserError(f"--export_hf: the exported model gives other logits than the checkpoint (by {difference:.2g}), "
-                        f"so {SCRIPT}.py computes something that export_hf.py does not know; use the two files of one "
-                        "version")
+        raise UserError(f"--export_hf: as a Qwen3 the model has other logits (by {difference:.2g}), so {SCRIPT}.py "
+                        "computes something that export_hf.py does not know; use the two files of one version")
 
 # -----------------------------------------------------------------------------
 # Tokenizer
@@ -279,7 +279,8 @@ def has_turns(special: dict) -> bool:
 def tokenizer_settings(special: dict, bos: str, end: str, context: int) -> dict:
     """The content of tokenizer_config.json."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end, "pad_token": bos,
-                "add_bos_token": True, "clean_up_tokenization_spaces": False, "model_max_length": context}
+                "add_bos_token": True, "clean_up_tokenization_spaces": False, "model_max_length": context,
+                "model_input_names": ["input_ids", "attention_mask"]}
     return settings | ({"chat_template": CHAT_TEMPLATE} if has_turns(special) else {})
 
 def generation_settings(chat: bool, bos_id: int, ends: list[int]) -> dict:

@@ -144,7 +144,7 @@ def test_the_vocabulary_gives_the_same_ids(name, tmp_path, transformers):
     make_checkpoint(tmp_path / "step", TOKENIZERS[name])
     own = sample.Tokenizer(json.loads(TOKENIZERS[name]))
     theirs = transformers.AutoTokenizer.from_pretrained(export(tmp_path))
-    for line in ("The cat's  house\n\n", " the and\tstring 12345", "", "\u00e9\u4f60\U0001f600 e\u0301", "Hello and the"):
+    for line in ("The cat's  house\n\n", " the and\tstring 12345", "", "\u00e9\u4f60\U0001f600 e\u0301", "Hello a the"):
         ids = theirs(line).input_ids
         assert ids == [own.bos_id, *own.encode(line)]
         assert theirs.decode(ids, skip_special_tokens=True) == line
