@@ -77,8 +77,8 @@ pipeline_tag: text-generation
 
 # {name}
 
-A GPT of {parameters:.1f} million parameters, trained with `{script}.py` of minutegpt for {steps} steps{result}. Its
-weights are in fp32, in the layout of Qwen3.
+A GPT of {parameters:.1f} million parameters, made with `{script}.py` of minutegpt.
+Its weights are in fp32, in the layout of Qwen3.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,10 +95,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 | vocabulary | {vocabulary} tokens |
 | longest text | {context} tokens{reason} |
 | a token sees | {windows} |
-| trained on | {tokens} of `{files}` |
+| trained | {steps} steps on {tokens} of `{files}`{result} |
 | knows conversations | {chat} |
 
-A text begins with `{bos}`, which the tokenizer adds by itself. The model was trained on documents that begin with it.
+A text begins with `{bos}`, as the documents did in training. The tokenizer adds it by itself.
 Text that spells a special token becomes that token here; in minutegpt it stays ordinary text.
 """
 BASE_EXAMPLE = 'inputs = tokenizer("The", return_tensors="pt")'
@@ -355,5 +355,7 @@ def export(model, tokenizer_json: bytes, meta: dict, huggingface_json, folder: P
             save_file(weights, building / "model.safetensors", {"format": "pt"})
         except SafetensorError as error:                            # as on a full disk
             raise UserError(f"--export_hf={folder} cannot be written ({error}); choose another disk") from None
+        # safetensors lets only its owner read the file, whatever the umask is
+        (building / "model.safetensors").chmod((building / "config.json").stat().st_mode & 0o777)
         check_logits(model, config, load_file(building / "model.safetensors"))
     return config

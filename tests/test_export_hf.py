@@ -222,6 +222,7 @@ def test_what_the_folder_holds(knows, name, tmp_path, capsys):
     special = json.loads(TOKENIZERS[name])["special_tokens"]
     assert drawing["eos_token_id"][-1] == special["<|bos|>"] and drawing["temperature"] == (0.6 if knows else 1.0)
     assert (special.get("<|assistant_end|>") in drawing["eos_token_id"]) == knows
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and "25 tokens; in longer ones" in card
     assert ("apply_chat_template" in card) == knows and "14336 tokens" in card and "{" not in card.split("```")[2]
