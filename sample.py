@@ -5,6 +5,7 @@
     python sample.py --checkpoint=logs/<run>/checkpoint/step_000900 --temperature=0
     python sample.py --prompts_file=prompts.txt --json --logprobs
     python sample.py --benchmark --compile                      # measures the speed
+    python sample.py --checkpoint=logs/<run> --export_hf=DIR    # writes the model for Hugging Face's transformers
 
 A checkpoint holds numbers and plain JSON. Its meta.json names the training script that made it. That script must be one
 of the train_*.py files in the folder of sample.py. Other code runs only if you name it with --script=PATH.
@@ -175,6 +176,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "start (default: off)")
     add("--model", metavar="NAME", help="gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder with such a model, instead "
         "of a checkpoint (default: none)")
+    add("--export_hf", type=path_flag, metavar="FOLDER", help="print no text, but write the model to a new folder in "
+        "the layout of Hugging Face's transformers, in fp32; for checkpoints of train_gpt_simple.py that were trained "
+        "with --mlp=swiglu (default: none)")
     add_model_flags(add, "sample.py")
     args = parser.parse_args(command_line(argv))
     check_args(args)
@@ -201,6 +205,8 @@ def check_args(args: argparse.Namespace):
     for name in ("checkpoint", "script", "vocab_dir"):
         need(not args.model or not getattr(args, name), "model", f"and --{name}={getattr(args, name)} are both given, "
              f"but --{name} is for checkpoints; give one of them")
+    for name in ("model", "prompt", "prompts_file", "json", "logprobs", "benchmark") if args.export_hf else ():
+        need(not getattr(args, name), "export_hf", f"prints no text, so --{name} has no use; leave one of them out")
     if args.prompt is not None:
         args.prompt = text_flag("prompt", args.prompt)
     args.stop = [text_flag("stop", text) for text in args.stop]
@@ -1113,6 +1119,25 @@ def load(args: argparse.Namespace):
     val_loss = f", validation loss {meta['val_loss']:.4f}" if isinstance(meta.get("val_loss"), float) else ""
     return model, tokenizer, f"{path}, {meta['script']} after {meta['step']} steps{val_loss}"
 
+def export_hf(args: argparse.Namespace):
+    """Writes the checkpoint as a Hugging Face model folder; raises UserError."""
+    path = resolve_checkpoint(args.checkpoint) if args.checkpoint else find_checkpoint(args.out_dir)
+    tools = import_script(HERE / "export_hf.py", ("export", "UserError"), "use the one that belongs to sample.py")
+    vocabulary = import_script(HERE / "data" / "tokenizer.py", ("huggingface_json",), "use the one that belongs to "
+                               "sample.py, with the packages of requirements.txt")
+    try:
+        tools.check_meta(read_meta(path))
+        tools.check_folder(args.export_hf)
+        model, _, meta = load_checkpoint(path, "cpu", args.script, "fp32", args.vocab_dir)
+        content = tokenizer_content(path, meta, args.vocab_dir)
+        config = tools.export(model, content, meta, vocabulary.huggingface_json, args.export_hf)
+    except tools.UserError as error:
+        raise UserError(str(error)) from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"the Python package {error.name} is missing; pip install -r requirements.txt") from None
+    print(f"sample.py: wrote {one_line(str(args.export_hf))}, with the logits of {one_line(str(path))} in texts of up "
+          f"to {config['max_position_embeddings']} tokens; its README.md says how to load it", file=sys.stderr)
+
 def sample(args: argparse.Namespace):
     """Loads the model and prints the texts as they come, or the benchmark; raises UserError."""
     model, tokenizer, name = load(args)
@@ -1223,7 +1248,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 2 an error that the user can correct, 130 interrupted."""
     try:
         prepare_stdout()
-        sample(parse_args(argv))
+        args = parse_args(argv)
+        export_hf(args) if args.export_hf else sample(args)
         return 0
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)
