@@ -3,8 +3,7 @@
     python data/text.py --tokenizer=bytes                           # once: the text of the preset tiny
     python train_gpt_simple.py --preset=tiny                        # minutes on two CPU cores
     python train_gpt_simple.py                                      # size of GPT-2 small, FineWeb text, one GPU
-    torchrun --standalone --nproc_per_node=8 train_gpt_simple.py    # the same run on eight GPUs
-    python train_gpt_simple.py --preset=tiny --depth=4 --ratio=1    # sizes and rates follow from the depth
+    torchrun --standalone --nproc_per_node=8 train_gpt_simple.py --pack_tokens=8192     # on eight GPUs
 
 The model is a pre-norm decoder with rotary positions, normalised queries and keys, sliding windows and an untied head.
 Muon trains the matrices, AdamW the rest. To test an idea, add a field to Hyperparameters and the line where it acts.
@@ -72,7 +71,8 @@ class Hyperparameters:
     stages = property(lambda self: ("all",))            # for sample.py: this script has a single stage
     total_steps = property(lambda self: len(plan(self)))
 
-PRESETS = {"small": Hyperparameters(model_dim=768, batch_tokens=131_072, num_iterations=1000, width_rule="none"),
+PRESETS = {"small": Hyperparameters(model_dim=768, batch_tokens=65_536, num_iterations=2000, muon_lr=0.025,
+                                    width_rule="none"),
            "tiny": Hyperparameters("data/local/train_*.bin", "data/local/val_*.bin", 65_536, 8192, pack_tokens=2048,
                                    depth=4, model_dim=192, head_dim=48, windows=(64, 256), batch_tokens=2048,
                                    num_iterations=180, muon_lr=0.04, width_rule="none", precision="fp32")}
