@@ -370,3 +370,6 @@ def export(model, tokenizer_json: bytes, meta: dict, huggingface_json, folder: P
         (building / "model.safetensors").chmod((building / "config.json").stat().st_mode & 0o777)
         check_logits(model, config, load_file(building / "model.safetensors"))
     return config
+
+if __name__ == "__main__":               # sample.py calls export; this file alone only says what it does
+    print(__doc__.strip())
