@@ -9,6 +9,10 @@ settings change the function that the model computes, so they are refused.
 The new folder is compared with the model before it is moved to its place: a short PyTorch version of Qwen3 reads what
 was written and must give the same logits. docs/formats.md describes the files.
 """
+if __name__ == "__main__":               # before the imports, so that the text comes at once
+    print(__doc__.strip())
+    raise SystemExit
+
 import contextlib
 import json
 import os
@@ -370,6 +374,3 @@ def export(model, tokenizer_json: bytes, meta: dict, huggingface_json, folder: P
         (building / "model.safetensors").chmod((building / "config.json").stat().st_mode & 0o777)
         check_logits(model, config, load_file(building / "model.safetensors"))
     return config
-
-if __name__ == "__main__":               # sample.py calls export; this file alone only says what it does
-    print(__doc__.strip())
