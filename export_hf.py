@@ -9,6 +9,10 @@ settings change the function that the model computes, so they are refused.
 The new folder is compared with the model before it is moved to its place: a short PyTorch version of Qwen3 reads what
 was written and must give the same logits. docs/formats.md describes the files.
 """
+if __name__ == "__main__":               # before the imports, so that the text comes at once
+    print(__doc__.strip())
+    raise SystemExit
+
 import contextlib
 import json
 import os
@@ -77,7 +81,8 @@ pipeline_tag: text-generation
 
 # {name}
 
-A GPT of {parameters:.1f} million parameters, made with `{script}.py` of minutegpt.
+A GPT of {parameters:.1f} million parameters, made with minutegpt ({scripts}).
+
 Its weights are in fp32, in the layout of Qwen3.
 
 ```python
@@ -95,7 +100,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 | vocabulary | {vocabulary} tokens |
 | longest text | {context} tokens{reason} |
 | a token sees | {windows} |
-| trained | {steps} steps on {tokens} of `{files}`{result} |
+| training | {training} |
 | knows conversations | {chat} |
 
 A text begins with `{bos}`, as the documents did in training. The tokenizer adds it by itself.
@@ -294,20 +299,30 @@ def generation_settings(chat: bool, bos_id: int, ends: list[int]) -> dict:
 # -----------------------------------------------------------------------------
 # The folder
 
+def training(meta: dict) -> str:
+    """How the weights were trained, in a few words. Of the path of the shards, only the last two names are shown."""
+    files = "/".join(Path(meta["config"]["train_files"]).parts[-2:])
+    loss, tokens = meta.get("val_loss"), meta.get("tokens_seen")
+    words = f"{meta['step']} steps" + (f", {tokens} tokens" if isinstance(tokens, int) else "")
+    words += f", validation loss {loss:.4f}" if isinstance(loss, float) else ""
+    return f"on `{files}`, then on conversations: {words}" if "parent" in meta else f"on `{files}`: {words}"
+
 def model_card(name: str, model, meta: dict, config: dict, bos: str, chat: bool, parameters: int) -> str:
     """The text of README.md."""
-    loss, tokens = meta.get("val_loss"), meta.get("tokens_seen")
     types, sliding, context = config["layer_types"], config["sliding_window"], config["max_position_embeddings"]
+    windows = "all before it"
     if sliding:
-        windows = f"itself and {sliding - 1} before it in {types.count('sliding_attention')} of {len(types)} layers"
-    limited = context != model.cfg.pack_tokens
+        limited = types.count("sliding_attention")
+        others = f" in {limited} of {len(types)} layers, all before it in the others" if limited < len(types) else ""
+        windows = f"itself and {sliding - 1} before it{others}"
+    reason = ", as in training"
+    if context != model.cfg.pack_tokens:
+        reason = "; in longer ones the model differs from the one that was trained"
+    scripts = [meta["script"], *(["chat_sft"] if "parent" in meta else [])]
     card = MODEL_CARD.format(
-        name=name, parameters=parameters / 1e6, script=meta["script"], steps=meta["step"],
-        result=f", validation loss {loss:.4f}" if isinstance(loss, float) else "", layers=len(types),
-        channels=config["hidden_size"], heads=config["num_attention_heads"], vocabulary=config["vocab_size"],
-        context=context, windows=f"{windows}, else all before it" if sliding else "all before it",
-        reason="; in longer ones the model differs from the one that was trained" if limited else ", as in training",
-        tokens=f"{tokens} tokens" if isinstance(tokens, int) else "text", files=meta["config"]["train_files"],
+        name=name, parameters=parameters / 1e6, scripts=", ".join(f"`{script}.py`" for script in scripts),
+        layers=len(types), channels=config["hidden_size"], heads=config["num_attention_heads"],
+        vocabulary=config["vocab_size"], context=context, reason=reason, windows=windows, training=training(meta),
         chat="yes" if chat else "no", bos=bos, example=CHAT_EXAMPLE if chat else BASE_EXAMPLE)
     return card + TOOL_NOTE * chat
 
