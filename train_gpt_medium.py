@@ -12,9 +12,8 @@ sixth of the run. The figures are those of track 2 of the public speedrun (Kelle
 the techniques those of track 1, some of them newer: bigram table, gate networks, dense connections, fused loss, float8.
 Where no table can say what record 18 does: one layer skips instead of three U-Net connections, the bigram table stands
 for its second embedding, each value table serves one layer instead of two, gates learn by Adam, and rotary frequencies
-follow the windows to their end instead of to 1664 tokens.
-"#n" below is record n of the public track 1, "PR n" its pull request n. Read train_gpt.py first; a section tagged
-"as in train_gpt.py" is equal to it byte for byte.
+follow the windows to their end. "#n" below is record n of the public track 1, "PR n" its pull request n. Read
+train_gpt.py first; a section tagged "as in train_gpt.py" is equal to it byte for byte.
 
 Shape suffixes: T tokens, H heads, D channels per head, C residual channels, V vocabulary, N matrices, K targets.
 """
