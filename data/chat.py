@@ -34,7 +34,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 from collections import Counter, namedtuple
@@ -897,19 +896,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the temporary folder goes too
-    for stream in filter(lambda stream: isinstance(stream, io.TextIOWrapper), (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
-    try:
-        main()
-    except InputError as e:
-        fail(e)
-    except ModuleNotFoundError as e:
-        fail(f"the Python package {e.name} is missing; pip install -r requirements.txt")
-    except BrokenPipeError:  # nobody reads the summary (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:
-        fail(f"cannot write {e.filename or 'the files'}: {e.strerror or e}; choose another --out")
-    except KeyboardInterrupt:
-        print("chat.py: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+    shards.run_command(main, fail, "nothing was written")

@@ -26,12 +26,10 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -553,19 +551,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary folders go too
-    for stream in filter(lambda stream: isinstance(stream, io.TextIOWrapper), (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
-    try:
-        main()
-    except InputError as e:
-        fail(e)
-    except ModuleNotFoundError as e:
-        fail(f"the Python package {e.name} is missing; pip install -r requirements.txt")
-    except BrokenPipeError:  # nobody reads the summary (`| head`); the shards are in place by then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:
-        fail(f"cannot write {e.filename or 'the shards'}: {e.strerror or e}; choose another --out")
-    except KeyboardInterrupt:
-        print("code.py: interrupted; start it again to build the shards", file=sys.stderr)
-        raise SystemExit(130) from None
+    text.run_command(main, fail, "start it again to build the shards")

@@ -1461,6 +1461,33 @@ def shown(path):
 # Command line
 
 
+def run_command(main, fail, interrupted, mistakes=(InputError,)):
+    """Runs main() as the program that was started, also for the other scripts in this folder.
+
+    What the user can put right ends in fail(line). interrupted: what the line after Ctrl-C says.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that temporary folders go too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
+    try:
+        main()
+    except mistakes as e:
+        fail(e)
+    except ModuleNotFoundError as e:
+        fail(f"the Python package {e.name} is missing; pip install -r requirements.txt")
+    except futures.BrokenExecutor:
+        fail("a worker process was killed, perhaps for memory; use fewer with --processes=N")
+    except BrokenPipeError:  # nobody reads the summary (`| head`); the files are in place by then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        remedy = "free some space or " if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        fail(f"cannot write {e.filename or 'the files'}: {e.strerror or e}; {remedy}choose another --out")
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; {interrupted}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def fail(message):
     """Prints one line to stderr and ends with exit code 2."""
     print(f"text.py: {one_line(message)}", file=sys.stderr)
@@ -1638,21 +1665,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the temporary folder goes too
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
-    try:
-        main()
-    except (InputError, LookupError) as e:
-        fail(e)
-    except futures.BrokenExecutor:
-        fail("a worker process was killed, perhaps for memory; use fewer with --processes=N")
-    except BrokenPipeError:  # nobody reads the summary (`| head`); the shards are in place by then
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:
-        remedy = "free some space or " if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-        fail(f"cannot write {e.filename or 'the shards'}: {e.strerror or e}; {remedy}choose another --out")
-    except KeyboardInterrupt:
-        print("text.py: interrupted; start it again to build the shards", file=sys.stderr)
-        raise SystemExit(130) from None
+    run_command(main, fail, "start it again to build the shards", mistakes=(InputError, LookupError))
