@@ -29,6 +29,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import chat_tasks
 import sample
 from sample import HERE, UserError
 
@@ -36,7 +37,7 @@ from sample import HERE, UserError
 
 READ_AHEAD = 256                         # conversations among which the packer chooses
 NEEDS = ("GPT", "config_from_dict", "UserError")
-WORDS = 64                               # of the spelling test during training
+WORDS, ANSWER_TOKENS = 64, 64            # of the spelling test during training
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -457,50 +458,17 @@ def validate(model, job: Job, machine, tools) -> tuple[float, float]:
         loss = tools.validate(model, SimpleNamespace(val_tokens=1), job.val, machine)
     return loss / job.val_targets, loss / math.log(2) / max(1, job.val_bytes)
 
-def write_answers(model, tokenizer, chat, questions: list[list[dict]], max_tokens: int = 64) -> list[dict]:
-    """The model's likeliest answers to conversations, with calculator: for each its ids, and calls (expressions)."""
-    import torch
-    device = next(model.parameters()).device
-    prompts = [chat.prime(messages, tokenizer) for messages in questions]
-    begin, end, output, output_end, stop = (tokenizer.special(f"<|{name}|>") for name in (
-        "python_start", "python_end", "output_start", "output_end", "assistant_end"))
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int32)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
-    cache = model.new_cache(len(prompts), tokens.size(1) + max_tokens)
-    logits = model.decode(tokens.to(device), cache, lengths, last=True)
-    answers = [{"ids": [], "calls": [], "forced": [], "done": False} for _ in prompts]
-    for _ in range(max_tokens):
-        following = logits[:, -1, :tokenizer.vocab_size].argmax(1).tolist()
-        for i, one in enumerate(answers):
-            if one["forced"]:
-                following[i] = one["forced"].pop(0)
-            one["done"] |= following[i] in (stop, tokenizer.bos_id)
-            if one["done"]:
-                continue
-            one["ids"].append(following[i])
-            if following[i] == end and begin in one["ids"]:
-                start = len(one["ids"]) - one["ids"][::-1].index(begin)
-                expression = b"".join(map(tokenizer.token_bytes, one["ids"][start:-1])).decode(errors="replace")
-                one["calls"].append(expression)
-                if (result := chat.calculate(expression)) is not None:
-                    one["forced"] = [output, *tokenizer.encode(result), output_end]
-        if all(one["done"] for one in answers):
-            break
-        logits = model.decode(torch.tensor(following, dtype=torch.int32, device=device)[:, None], cache)
-    return answers
-
-def spelling_test(model, tokenizer, chat, count: int) -> tuple[float, float]:
-    """Shares of questions about letters of unseen words: answered right, and with a call that has the right result."""
-    tasks = chat.spelling_word_tasks(count, "test", held_out=True)
-    questions = [chat.spellingbee_item(*task, f"test {i}")[:1] for i, task in enumerate(tasks)]
-    right = called = 0
-    for (word, letter), one in zip(tasks, write_answers(model, tokenizer, chat, questions)):
-        text = b"".join(map(tokenizer.token_bytes, one["ids"])).decode(errors="replace")
-        right += chat.spellingbee_answer(text) == str(word.count(letter))
-        called += any(chat.calculate(call) is not None for call in one["calls"])
-    return right / count, called / count
+def spelling_test(model, tokenizer: sample.Tokenizer, count: int) -> tuple[float, float]:
+    """Shares of questions about letters of unseen words: answered right, and with a call that has a result."""
+    from tqdm import tqdm
+    format = chat_tasks.Format(model, tokenizer, "the model")
+    items = chat_tasks.make_bee_items([], count, format.data)
+    prompts = [format.prompt(item) for item in items]
+    engine = sample.Engine(model, tokenizer.vocab_size, sample.Draw(temperature=0), count,
+                           max(map(len, prompts)) + ANSWER_TOKENS, forcing=True)
+    records = chat_tasks.write_answers(format, items, prompts, engine, ANSWER_TOKENS, tqdm(disable=True))
+    return (sum(record["correct"] for record in records) / count, sum(record["results"] > 0 for record in records)
+            / count)
 
 # -----------------------------------------------------------------------------
 # The run
@@ -600,7 +568,6 @@ class Run:
     def validated(self, step: int, job: Job, seconds: float, measured: tuple, test: tuple):
         """Logs a validation, with the spelling test if it was made."""
         loss, bits = measured
-        self.need_finite(loss, f"the validation loss of step {step}")
         self.history.append((step, seconds, loss))
         text = f"step:{step}/{job.steps} val_loss:{loss:.6f} bpb:{bits:.4f} "
         if test:
@@ -657,13 +624,14 @@ class Run:
         else:
             self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
 
-def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer, chat):
+def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tokenizer):
     """Validates, and makes the spelling test if the vocabulary has the tokens for it."""
     measured = validate(trainer.forward, job, run.machine, run.tools)
+    run.need_finite(measured[0], f"the validation loss of step {step}")
     test = ()
     if run.master and run.has_markers:
         trainer.model.eval()
-        test = spelling_test(trainer.model, tokenizer, chat, WORDS)
+        test = spelling_test(trainer.model, tokenizer, WORDS)
         trainer.model.train()
     run.validated(step, job, clock.seconds, measured, test)
 
@@ -672,7 +640,6 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     import torch
     tools = sample.import_script(HERE / "train_gpt.py", ("setup_machine", "write_checkpoint"), "use the train_gpt.py "
                                  "that belongs to chat_sft.py")
-    chat = sample.import_script(HERE / "data" / "chat.py", ("prime",), "use the one that belongs to chat_sft.py")
     parent = find_parent(args)
     tokenizer_json = read_data_tokenizer(args, parent)
     shards = tools.open_shards(*(f"{glob.escape(str(args.data))}/{side}_*.bin" for side in ("train", "val")))
@@ -692,14 +659,14 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     tools.on_rank0(machine, run.open)
     run.print("\n".join([f"chat_sft.py: {machine.world_size} x {machine.name}, from {parent.folder}", *job.summary,
                          *lines]))
-    tokenizer = ChatTokenizer(json.loads(tokenizer_json))
+    tokenizer = sample.Tokenizer(json.loads(tokenizer_json))
     clock = tools.Clock(machine, run.meta.get("train_time", 0.0))
     step = run.meta.get("step", 0)
     if run.origin:
         run.train_losses = trainer.restore(run.origin, run.meta)
         run.print(f"goes on from {run.origin}")
     else:
-        measure(run, job, trainer, clock, 0, tokenizer, chat)
+        measure(run, job, trainer, clock, 0, tokenizer)
     stopping = tools.stop_on_signals()
     last_step = min(args.stop_after or job.steps, job.steps)
     stop = False
@@ -716,28 +683,17 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         run.step(step, job, clock.seconds, loss)
         if step < last_step and args.val_every and step % args.val_every == 0:
             clock.stop()
-            measure(run, job, trainer, clock, step, tokenizer, chat)
+            measure(run, job, trainer, clock, step, tokenizer)
             clock.start()
         if step < last_step and trainer.resumable and args.save_every and step % args.save_every == 0:
             run.save_checkpoint(step, trainer, clock.seconds, everything=True)
     clock.stop()
     finished = step == job.steps
     if finished:
-        measure(run, job, trainer, clock, step, tokenizer, chat)
+        measure(run, job, trainer, clock, step, tokenizer)
     run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
     run.finish(finished, step, clock.seconds)
     return 0 if finished else 130
-
-class ChatTokenizer(sample.Tokenizer):
-    """A Tokenizer whose special tokens can be asked for by name."""
-
-    def __init__(self, data: dict):
-        super().__init__(data)
-        self.names = data["special_tokens"] | {"<|bos|>": data["bos_id"]}
-
-    def special(self, name: str) -> int:
-        """The id of one of the special tokens of data/chat.py."""
-        return self.names[name]
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""

@@ -438,8 +438,8 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     kind = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(cfg.device, cfg.device)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda, but PyTorch sees no GPU; use --device=cpu or another build of torch")
+    if kind == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(f"rank {rank} needs GPU {local_rank} of {count}; lower --nproc_per_node or use --device=cpu")
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
     if world_size > 1:

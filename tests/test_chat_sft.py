@@ -3,7 +3,7 @@
 Proves: which targets are trained; every token of 10,000 random mixtures is in one slot or counted as left out; steps
 are finite whatever the mixture; 1, 2 and 3 ranks train the same model; a resumed run ends bit for bit as one that was
 not interrupted; the first checkpoint never changes; new special tokens get rows in every table; a mistake gets a line.
-Against: targets written out by hand, counts by a plain loop, a model whose logits are scripted.
+Against: targets written out by hand, counts by a plain loop.
 Run: python -m pytest tests/test_chat_sft.py
 """
 import hashlib
@@ -28,7 +28,7 @@ import train_gpt
 
 chat = sample.import_script(ROOT / "data" / "chat.py", ("render",))
 BYTES_CHAT = json.loads(chat.extend_tokenizer(chat.shards.bytes_tokenizer_json()))
-TOKENIZER = chat_sft.ChatTokenizer(BYTES_CHAT)
+TOKENIZER = sample.Tokenizer(BYTES_CHAT)
 STEPS = 8
 FLAGS = ("--batch_tokens=512", "--val_every=0", "--device=cpu", "--warmup=2")
 
@@ -330,47 +330,6 @@ def test_the_plain_template_needs_no_special_tokens(run, tmp_path):
     assert (done.code, done.err) == (0, "") and "spelling_right" not in done.out
     model, tokenizer, meta = sample.load_checkpoint(sample.resolve_checkpoint(done.folder), "cpu")
     assert meta["chat"] is False and model.cfg.vocab_size == tokenizer.vocab_size == 257
-
-
-# -----------------------------------------------------------------------------
-# Answers with the calculator
-
-
-class Scripted:
-    """A model that writes given answers; where the text so far is another, it ends."""
-
-    def __init__(self, texts):
-        self.texts = texts
-        self.fed = None
-
-    def parameters(self):
-        return iter([torch.zeros(1)])
-
-    def new_cache(self, batch, max_tokens):
-        self.fed = [[] for _ in range(batch)]
-
-    def decode(self, tokens, cache, lengths=None, last=False):
-        logits = torch.zeros(len(tokens), 1, 300)
-        for i, row in enumerate(tokens.tolist()):
-            if not last:
-                self.fed[i] += row
-            here = len(self.fed[i])
-            logits[i, 0, self.texts[i][here] if here < len(self.texts[i]) else 260] = 1
-        return logits
-
-
-def test_results_of_calls_are_put_into_the_answer():
-    def ids(messages):
-        start = len(chat.prime(messages[:1], TOKENIZER))
-        return chat.render(messages, TOKENIZER)[0][start:]
-    bee = chat.spellingbee_item("river", "r", 0)
-    wrong = [*bee[:1], {"role": "assistant", "content": [{**bee[1]["content"][0], "text": "import os"},
-                                                         {"type": "text", "text": "!"}]}]
-    lying = json.loads(json.dumps(bee))
-    lying[1]["content"][1]["text"] = "7"                                # the calculator knows better
-    answers = chat_sft.write_answers(Scripted([ids(bee), ids(wrong), ids(lying)]), TOKENIZER, chat, [bee[:1]] * 3)
-    assert [one["calls"] for one in answers] == [["'river'.count('r')"], ["import os"], ["'river'.count('r')"]]
-    assert answers[0]["ids"] == answers[2]["ids"] == ids(bee)[:-1] and answers[1]["ids"] == ids(wrong)[:-1]
 
 
 # -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_optimizer.py
 """
 import contextlib
 import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -449,6 +450,90 @@ def test_once_a_loss_was_not_finite_no_parameter_moves(trained):
     random_gradients(trained.params, 0)
     trained.optimizer.step(0, schedule(trained.cfg, 0), torch.tensor(True))
     assert not torch.equal(trained.params["mlp"], before["mlp"])
+
+
+# -----------------------------------------------------------------------------
+# Compilation shared out over ranks
+
+def kinds(arguments):
+    """Shapes and types of the arguments of an update, on which compiled code depends."""
+    return tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in arguments)
+
+
+def test_a_rank_rehearses_the_updates_of_a_step(fresh, monkeypatch):
+    """Else what it compiles for the other ranks is not what they need."""
+    model, _ = fresh()
+    optimizer = Optimizer(model, 1, 2)
+    seen = []
+    optimizer.adam = lambda updates, apply: seen.extend(map(kinds, updates))
+    optimizer.normuon = lambda *arguments: seen.append(kinds(arguments))
+    step = train_gpt.first_split_step(model.cfg)                   # all parameters move
+    plan = schedule(model.cfg, step)
+    train_gpt.rehearse_updates(optimizer, plan)
+    rehearsed, seen[:] = sorted(map(str, seen)), []
+    monkeypatch.setattr(train_gpt.dist, "all_reduce", lambda tensor, async_op: None)
+    monkeypatch.setattr(train_gpt, "REDUCE_SCATTER", lambda part, whole, async_op: None)
+    monkeypatch.setattr(train_gpt, "ALL_GATHER", lambda whole, part, async_op: SimpleNamespace(wait=lambda: None))
+    random_gradients(optimizer.params, 0)
+    optimizer.step(step, plan)
+    assert sorted(map(str, seen)) == rehearsed and len(seen) == len(optimizer.params)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_ranks_compile_every_part_once_and_leave_no_trace(fresh, monkeypatch, world_size):
+    model, optimizer = fresh()
+    before = digest(run_state(model, optimizer, machine()))
+    done = []
+    monkeypatch.setattr(train_gpt, "rehearse_updates", lambda *arguments: done.append("updates"))
+    monkeypatch.setattr(train_gpt.dist, "barrier", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+
+    def forward(*inputs):
+        done.append("validation" if len(inputs) == 2 else "training")
+        return model(*inputs)
+    for rank in range(world_size):
+        train_gpt.share_compilation(Backward(forward_of(model, forward)), optimizer,
+                                    replace(machine(), rank=rank, world_size=world_size))
+    assert sorted(done) == ["training", "updates", "validation"]
+    assert digest(run_state(model, optimizer, machine())) == before
+    assert all(param.grad is None for param in model.parameters())
+
+
+def forward_of(model, forward):
+    """What stands for the compiled model: it has its parameters, and `forward` in its place."""
+    class Compiled:
+        parameters = model.parameters
+
+        def __call__(self, *inputs):
+            return forward(*inputs)
+    return Compiled()
+
+
+@pytest.mark.parametrize("visible, count, rank, seen", [
+    (None, 4, 2, "2"), ("", 4, 3, "3"), ("5,6", 2, 1, "6"), ("GPU-a,GPU-b", 2, 0, "GPU-a"), ("7", 0, 0, "7")])
+def test_a_rank_sees_its_own_gpu_only(monkeypatch, visible, count, rank, seen):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    train_gpt.show_one_gpu(rank)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(train_gpt.RankError, match="more ranks than the 2 GPUs here; lower --nproc_per_node"):
+        train_gpt.show_one_gpu(2)
+
+
+@pytest.mark.parametrize("library", [SimpleNamespace(), None])
+def test_a_c_library_without_mallopt_is_no_mistake(monkeypatch, library):
+    def load(name):
+        if library is None:
+            raise OSError("no such library")
+        return library
+    monkeypatch.setattr(train_gpt.ctypes, "CDLL", load)
+    train_gpt.keep_freed_memory()
 
 
 # -----------------------------------------------------------------------------
