@@ -325,7 +325,7 @@ def test_stopped_run_leaves_only_a_part_and_the_next_one_continues_it(hub, tmp_p
     process = subprocess.Popen([sys.executable, str(SCRIPT), f"--out={out}", "0"], stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "HF_ENDPOINT": hub.address}, stdout=subprocess.DEVNULL,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    part, patience = out / f".{VAL}.part", time.monotonic() + 20
+    part, patience = out / f".{VAL}.part", time.monotonic() + 60
     while not (part.exists() and part.stat().st_size > size // 4):
         assert time.monotonic() < patience and process.poll() is None
         time.sleep(0.02)
@@ -333,7 +333,7 @@ def test_stopped_run_leaves_only_a_part_and_the_next_one_continues_it(hub, tmp_p
     process.send_signal(sent)
     stderr = process.communicate(timeout=15)[1]
     assert process.returncode == 130 and stderr.splitlines() == ["fineweb.py: stopped; the same command continues"]
-    assert time.monotonic() - began < 5  # a silent server does not hold it up
+    assert time.monotonic() - began < 15  # a silent server does not hold it up
     assert VAL not in names_in(out) and "manifest.json" not in names_in(out)
     hub.sent.clear()
     call(tmp_path, hub.address, "0")
@@ -472,7 +472,7 @@ def test_redirect_keeps_the_hubs_hash_and_not_the_token(hub, tmp_path):
 def test_no_network_is_one_line_soon(tmp_path):
     began = time.monotonic()
     result = call(tmp_path, NOWHERE, "9", code=2, process=True)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 15
     assert f"cannot reach {NOWHERE} (Connection refused)" in result.stderr
     assert "python data/text.py" in result.stderr and "--from=" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -970,10 +970,7 @@ def fast_start(forkserver, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-SLOW_BACKWARD = r'if __name__ == "__main__": => ' + r"""
-inner_backward = torch.autograd.backward\ndef slow_backward(*args, **options):\n    time.sleep(0.1)\n
-    return inner_backward(*args, **options)\ntorch.autograd.backward = slow_backward\n
-if __name__ == "__main__":""".replace("\n", "")
+SLOW_CLOCK = "return self.before + ( => return 60 + self.before + ("   # far more than a busy machine adds by chance
 
 
 def test_verdicts_on_the_training_script(fast_start, data, tool):
@@ -981,11 +978,11 @@ def test_verdicts_on_the_training_script(fast_start, data, tool):
     code, out, _ = tool("compare", ROOT / "train_gpt.py", "--noise", "--n=3", "--p=0.0001", *flags)
     assert code == 0 and all("not distinguishable" in found.verdict for found in verdicts(out).values()), out
     assert "the same in every pair" in verdicts(out)["loss"].verdict    # the same seeds on the same machine
-    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--n=3", *flags, f"--arm=slow: --lr=0.02 | {SLOW_BACKWARD}",
+    code, out, _ = tool("compare", ROOT / "train_gpt.py", "--n=3", *flags, f"--arm=slow: --lr=0.02 | {SLOW_CLOCK}",
                         "--out=here")
     found = verdicts(out, "slow")
-    assert found["loss"].verdict == "**worse**", out     # the same on every machine; how clear the time is, is not
-    assert not any(found[what].difference.startswith("-") for what in ("time", "time at equal loss")), out
+    assert found["loss"].verdict == found["time"].verdict == "**worse**", out
+    assert not found["time at equal loss"].difference.startswith("-"), out
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
 
 
