@@ -292,7 +292,7 @@ def check_readme(record: Record) -> list[str]:
         if odd and not line.startswith(">"):
             return [f"README.md says {odd[0]} outside the generated parts, which no log says: a number typed by hand "
                     "(what others measured goes into a line that begins with '>')"]
-        if "TODO" in line:
+        if "FILL IN" in line:
             return [f"README.md still asks for something: {line.strip()[:80]!r}"]
     return []
 

@@ -103,7 +103,7 @@ for seed in 0 1 2 3; do python my_idea.py --seed=$seed --val_tokens=... ; done  
 python records/records.py new MyIdea --track=TRACK logs/*_my_idea_*
 ```
 
-Answer the questions marked TODO in the README that `new` has written. Then:
+Answer what the README that `new` has written marks FILL IN. Then:
 
 ```bash
 python records/records.py check records/TRACK/DATE_MyIdea && python records/records.py board
@@ -253,7 +253,7 @@ def new(args) -> int:
     for run in runs:
         if not run.counted:
             print(f"{run.folder} is listed, but does not count: {run.why}")
-    print(f"{final}: {len(runs)} runs, a {record.ledger['claim']}\nNow answer the questions marked TODO in its README. "
+    print(f"{final}: {len(runs)} runs, a {record.ledger['claim']}\nNow answer what its README marks FILL IN. "
           f"Then run: records.py check {final} && records.py board")
     return 0
 
@@ -341,8 +341,8 @@ def fill_record(folder: Path, track: dict, runs: list[Run], lost: list[dict]) ->
 
 def write_readme(record: Record, name: str, previous: Record | None):
     """README.md with its tables and open questions, and changes.diff against the record before."""
-    text = [f"# {name}: TODO what changed, in a few words", marked("result"),
-            "TODO: what changed and why; what was tried and dropped. Numbers stand in the tables.",
+    text = [f"# {name}: FILL IN what changed, in a few words", marked("result"),
+            "FILL IN: what changed and why; what was tried and dropped. Numbers stand in the tables.",
             marked("tables"), "## Setup", marked("setup")]
     if previous:
         about, diff = script_diff(previous, record)

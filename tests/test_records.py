@@ -282,7 +282,7 @@ def claimed_too_much(record):
 
 
 def question_left_open(record):
-    replace(record / "README.md", "Three runs", "TODO: why? Three runs")
+    replace(record / "README.md", "Three runs", "FILL IN: why? Three runs")
 
 
 LIES = {
@@ -1012,9 +1012,9 @@ def test_a_new_record_passes_once_its_questions_are_answered(toy_track, tool):
     assert [run["counted"] for run in ledger["runs"]] == [True] * 3 + [False] and ledger["runs"][3]["why"] == "diverged"
     shutil.rmtree(folder)
     tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
-    assert "TODO" in tool("check", folder, "--no_guard")[2][0]
+    assert "FILL IN" in tool("check", folder, "--no_guard")[2][0]
     path = folder / "README.md"
-    path.write_text(path.read_text().replace("TODO what", "What").replace("TODO: what", "What"))
+    path.write_text(path.read_text().replace("FILL IN what", "What").replace("FILL IN: what", "What"))
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
 
 
@@ -1075,7 +1075,7 @@ def test_a_first_run_that_failed_is_listed_and_does_not_count(same_flags, has_sc
     assert sorted(entry["status"] for entry in ledger["runs"]) == ["failed"] + ["finished"] * 3
     readme = folder / "README.md"
     assert "| no: failed toy: the disk is full |" in readme.read_text()
-    readme.write_text(readme.read_text().replace("TODO", ""))
+    readme.write_text(readme.read_text().replace("FILL IN", ""))
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
     assert tool("board")[0] == 0 and tool("replay", folder)[0] == 0
 
@@ -1146,7 +1146,7 @@ def timed(archive, tool, toy):
 def answered(record):
     """The folder of a record, with the questions of its README answered."""
     path = record / "README.md"
-    path.write_text(path.read_text().replace("TODO", ""))
+    path.write_text(path.read_text().replace("FILL IN", ""))
     return record
 
 
@@ -1324,7 +1324,7 @@ def with_kernels(toy_track, toy, tool):
     assert tool("new", "K", "--track=track_1_small", "--date=2026-12-01", "k/logs")[0] == 0
     folder = toy_track / "2026-12-01_K"
     readme = folder / "README.md"
-    readme.write_text(readme.read_text().replace("TODO", ""))
+    readme.write_text(readme.read_text().replace("FILL IN", ""))
     return folder
 
 
@@ -1442,7 +1442,7 @@ def test_a_new_record_keeps_the_harness_of_its_runs(toy_track, toy_with_harness,
     folder = toy_track / "2026-12-01_Own"
     assert sorted(path.read_text() for path in folder.rglob("harness.py")) == ["MARK = 0\n", "MARK = 1\n"]
     path = folder / "README.md"
-    path.write_text(path.read_text().replace("TODO", ""))
+    path.write_text(path.read_text().replace("FILL IN", ""))
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
 
 
@@ -1504,7 +1504,7 @@ def test_a_record_of_a_comparison_keeps_the_runs_that_left_nothing(toy_track, to
     assert (folder / "train_toy.py").is_file() and not list(folder.glob("*/train_toy.py"))    # one script
     path = folder / "README.md"
     assert "exit code 1" in path.read_text() and "half a round" in path.read_text()
-    path.write_text(path.read_text().replace("TODO", ""))
+    path.write_text(path.read_text().replace("FILL IN", ""))
     assert tool("check", folder, "--no_guard")[::2] == (0, [])
 
 
