@@ -15,6 +15,7 @@ if __name__ == "__main__":               # before the imports, so that the text 
     raise SystemExit
 
 import math
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,15 +156,36 @@ def read_words(path: Path, data) -> list[str]:
                         "a line")
     return words
 
-def make_bee_items(words: list[str], count: int, data) -> list[Item]:
-    """`count` questions of spellingbee, about different words that the training data of data/chat.py never has.
+def make_long_words(count: int, letters: tuple[int, int], data, held_out: bool) -> list[str]:
+    """`count` made-up words of letters[0] to letters[1] letters, of one side of data.is_held_out. They may repeat.
 
-    words: where they come from; if there are none, words are made up. A short list gives fewer questions.
+    Each is made of words like those in the training data, one after the other, cut to its length.
     """
+    found, number = [], 0
+    while len(found) < count:
+        rng = random.Random(f"long word {number}")
+        number += 1
+        size, word = rng.randint(*letters), ""
+        while len(word) < size:
+            word += data.make_word(rng)
+        if data.is_held_out(word[:size]) == held_out:
+            found.append(word[:size])
+    return found
+
+def make_bee_items(words: list[str], count: int, data, held_out: bool = True,
+                   letters: tuple[int, int] | None = None) -> list[Item]:
+    """`count` questions of spellingbee, about different words.
+
+    words: where they come from; if there are none, words are made up, as many letters long as `letters` says. A short
+    list gives fewer questions. held_out: words that the training data of data/chat.py never has, else only others.
+    """
+    seed = BEE_SEED if held_out else f"{BEE_SEED} train"
+    if letters:
+        words = make_long_words(2 * count, letters, data, held_out)
     items = {}
-    for word, letter in data.spelling_word_tasks(4 * count, BEE_SEED, held_out=True, words=words):
+    for word, letter in data.spelling_word_tasks(4 * count, seed, held_out, words=words):
         if word not in items and len(items) < count:
-            question = data.spellingbee_item(word, letter, f"{BEE_SEED} {len(items)}")[0]["content"]
+            question = data.spellingbee_item(word, letter, f"{seed} {len(items)}")[0]["content"]
             items[word] = Item("spellingbee", len(items), question, str(word.count(letter)))
     return list(items.values())
 
