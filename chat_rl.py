@@ -301,6 +301,12 @@ def policy_loss(model, inputs, targets, weights, reference=None, kl: float = 0.0
         loss = loss + kl / 2 * (losses - before).square().sum()
     return loss
 
+def shorten_windows(model, longest: int):
+    """Makes attention windows no longer than `longest` tokens, a document's most: the same result, in less time."""
+    limit = math.ceil(longest / 64) * 64
+    if hasattr(model, "window_lengths"):
+        model.window_lengths = {name: min(window, limit) for name, window in model.window_lengths.items()}
+
 class OwnPolicy(chat_sft.OwnOptimizer):
     """Training with the Optimizer of train_gpt.py and its like, without compilation."""
 
@@ -484,6 +490,8 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     if run.origin:
         run.train_losses = trainer.restore(run.origin, run.meta)
     sampler = Sampler(args, trainer.model, format, *items, machine)
+    for model in (trainer.model, reference):
+        shorten_windows(model, sampler.longest)
     run.print(f"chat_rl.py: {machine.world_size} x {machine.name}, from {parent.folder}\n{args.task}: "
               f"{len(items[0]):,} questions to train on, {len(items[1]):,} fixed ones to measure")
     clock = tools.Clock(machine, run.meta.get("train_time", 0.0))

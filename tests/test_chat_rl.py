@@ -254,7 +254,7 @@ def test_equal_rewards_change_no_bit(run, own_parent, monkeypatch):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(run, monkeypatch):
-    flags = ("--steps=20", "--save_every=10", "--kl=0.01")
+    flags = ("--steps=20", "--save_every=10", "--kl=0.01", "--questions=2", "--eval_questions=1")
     whole = run(*flags)
     assert whole.code == 0
     one = chat_rl.train_one
@@ -289,6 +289,10 @@ def test_engines_sample_with_the_newest_weights(own_parent, monkeypatch):
     monkeypatch.setattr(chat_tasks, "judge_answer", judge)
     parent, machine, trainer, _, format = chat_rl.load(args, train_gpt)
     items = chat_rl.spellingbee_items(args, data)
+    sampler = chat_rl.Sampler(args, trainer.model, format, *items, machine)
+    trainer.model.window_lengths = {"short": 16, "long": 512}           # one is shorter than a document
+    chat_rl.shorten_windows(trainer.model, sampler.longest)
+    assert trainer.model.window_lengths == {"short": 16, "long": 64} and sampler.longest <= 64
     sampler = chat_rl.Sampler(args, trainer.model, format, *items, machine)
     for step in range(3):
         groups = sampler.step(step)
@@ -333,26 +337,23 @@ def ranks_main(argv):
     return chat_rl.main(argv)
 
 
-def rank_run(world_size, parent, forkserver, folder):
-    """(rewards and scores, weights) of a run with so many ranks."""
-    with rank_starter(forkserver, folder) as start:
-        processes = start(world_size, ranks_main, [f"--checkpoint={parent}", *FLAGS, "--steps=3", "--lr=0.02",
-                                                   f"--out_dir={folder / 'logs'}"])
+def results(folder):
+    """(rewards and scores, weights) of a run."""
+    return logged(folder, "reward") + logged(folder, "pass1") + logged(folder, "greedy"), weights(folder)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_train_the_same_model(run, own_parent, forkserver, tmp_path, world_size):
+    flags = ["--steps=3", "--lr=0.02"]
+    one, tensors = results(run(*flags).folder)
+    with rank_starter(forkserver, tmp_path) as start:
+        processes = start(world_size, ranks_main, [f"--checkpoint={own_parent}", *FLAGS, *flags,
+                                                   f"--out_dir={tmp_path / 'ranks'}"])
         assert join(processes) == [0] * world_size, [process.output.read_text() for process in processes]
-    made = only_folder(folder / "logs")
-    return logged(made, "reward") + logged(made, "pass1") + logged(made, "greedy"), weights(made)
-
-
-def test_ranks_train_the_same_model(own_parent, forkserver, tmp_path):
-    runs = []
-    for world_size in (1, 2, 3):
-        folder = tmp_path / str(world_size)
-        folder.mkdir()
-        runs.append(rank_run(world_size, own_parent, forkserver, folder))
-    for found, tensors in runs[1:]:
-        assert found == runs[0][0]
-        for name, tensor in runs[0][1].items():
-            assert torch.allclose(tensor, tensors[name], atol=2e-3), name
+    found, others = results(only_folder(tmp_path / "ranks"))
+    assert found == one and len(one) == 7
+    for name, tensor in tensors.items():
+        assert torch.allclose(tensor, others[name], atol=2e-3), name
 
 
 def test_what_is_refused(run, own_parent, tmp_path):
