@@ -215,4 +215,6 @@ def inside(words: list[str]):
     os._exit(0)                          # whatever threads the program has left
 
 if __name__ == "__main__":
-    inside(sys.argv[1:])
+    if sys.argv[2:]:
+        inside(sys.argv[1:])
+    print(__doc__.strip())
