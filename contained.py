@@ -138,7 +138,8 @@ def enter_namespaces(folder: str, folder_bytes: int):
     child = os.fork()                    # the first process of the new namespace; when it ends, all others do
     if child:
         _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xff)
+        code = os.waitstatus_to_exitcode(status)
+        os._exit(code if code >= 0 else 128 - code)                 # ended by a signal: as shells say it
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     read_only = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY)
