@@ -15,6 +15,7 @@ core        22 tasks, as nanochat computes them: the mean of (accuracy - baselin
 arc, mmlu, gsm8k, spellingbee
             accuracy of a chat model's answers: a letter, or a number that it works out with the calculator
 chatcore    these tasks, and the mean of (accuracy - chance) / (1 - chance)
+humaneval   share of programming tasks whose tests pass; only with --allow_code, because it runs what the model writes
 
 The scores do not depend on the number of GPUs or on how prompts are packed. docs/evaluation.md explains each score.
 """
@@ -37,6 +38,7 @@ from pathlib import Path
 import numpy as np
 
 import chat_tasks
+import contained
 import sample
 from sample import GPT2_PATTERN, JOINED_PATTERNS, UserError
 
@@ -124,6 +126,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "same time (default: %(default)s)")
     add("--stream_tokens", type=int, default=0, metavar="N", help="length of a packed stream, a multiple of 128; "
         "default: 131072 on cuda, else as much as 1 GiB of logits allows")
+    add("--allow_code", action="store_true", help="run the programs that the model writes for humaneval. What they can "
+        "do is limited, see contained.py: against accidents, not against hostile code (default: off)")
     sample.add_model_flags(add, "evaluate.py")
     args = parser.parse_args(sample.command_line(argv))
     check_args(args)
@@ -151,6 +155,12 @@ def check_args(args: argparse.Namespace):
     need(not (args.model and "bpb" in args.tasks) or args.shards, "model", "needs --shards=GLOB for bpb")
     need(not (args.model and args.chat_tasks), "model", f"has no tokens for conversations, which "
          f"{','.join(args.chat_tasks)} needs; name a chat model with --checkpoint= instead")
+    if "humaneval" in args.tasks:
+        if not args.allow_code:
+            raise UserError("--tasks=humaneval runs programs that the model writes; contained.py says how they are "
+                            "limited; allow it with --allow_code")
+        if fault := contained.fault():
+            raise UserError(f"--tasks=humaneval cannot run programs here: {fault}; leave it out")
     need(args.max_tokens >= 1, "max_tokens", "must be at least 1")
     need(args.batch >= 1, "batch", "must be at least 1")
     need(args.stream_tokens >= 0 and args.stream_tokens % 128 == 0, "stream_tokens", "must be a multiple of 128")
@@ -221,10 +231,12 @@ class Item:
     prompts: list                # for each option: the texts that the prompt is made of
     before: tuple = ()           # texts before the answer, if the whole answer may be scored
 
-FIELDS = {                       # of an item, by kind: question, answer, right option; a list has one text per option
+# of an item, by kind: question, answer, right option, other texts; a list has one text per option
+FIELDS = {
     "choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
     "lm": ("context", "continuation", None), "ending": ("ctx", "endings", "label"),
-    "mmlu": ("question", "choices", "answer"), "gsm8k": ("question", "answer", None)}
+    "mmlu": ("question", "choices", "answer"), "gsm8k": ("question", "answer", None),
+    "humaneval": ("prompt", "test", None, "entry_point")}
 
 def task_file(evals: Path, task: Task) -> Path | None:
     """The file with a task's items, or None if it is not there."""
@@ -244,8 +256,8 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
 
 def check_item(kind: str, row: dict) -> dict:
     """The fields of an item that are used; raises KeyError, IndexError, TypeError or ValueError if one is not sound."""
-    asked, answered, gold = FIELDS[kind]
-    texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered)]
+    asked, answered, gold, *others = FIELDS[kind]
+    texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered, *others)]
     for text in itertools.chain(*texts):
         text.encode()                    # fails for what UTF-8 cannot hold
     if gold and (type(row[gold]) is not int or not 0 <= row[gold] < max(map(len, texts))):
