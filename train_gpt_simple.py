@@ -509,10 +509,11 @@ class Run:       # the folder of a run: log.txt, run.json, this script and the c
         self.write("checkpoint/latest", final.name.encode())
         return final
 
-def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, machine: Machine, stop: bool) -> list:
-    """Trains on this rank's packs (tokens, targets) of a batch. Returns the mean loss and how many ranks `stop`."""
+def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, machine: Machine, stop: bool) -> Tensor:
+    """Trains on this rank's packs (tokens, targets) of a batch. Returns the mean loss and how many ranks `stop`, (2,)."""
     rate, batch_tokens = plan(cfg)[step]
-    totals = torch.tensor([0.0, stop], device=machine.device)
+    totals = torch.zeros(2, device=machine.device)
+    totals[1] = float(stop)
     for tokens, targets in packs:
         loss = forward(tokens, targets, cfg.z_loss) / batch_tokens
         loss.backward()
@@ -527,7 +528,17 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return totals.tolist()
+    return totals
+
+def read_later(tensor: Tensor):          # a function that gives the values as a list, and waits only for their copy
+    if not tensor.is_cuda:
+        return tensor.tolist
+    copy, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+    def read():
+        done.synchronize()
+        return copy.tolist()
+    return read
 
 @torch.no_grad()
 def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> float:
@@ -565,17 +576,28 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     def load(step):                      # the packs of this rank
         batch = list(islice(packs, plan(cfg)[step][1] // cfg.pack_tokens)) if step < cfg.total_steps else []
         return [to_device(pack, machine.device) for pack in batch[machine.rank::machine.world_size]]
-    loader, begin, stop = ThreadPoolExecutor(1), time.perf_counter(), 0.0
-    ahead = loader.submit(load, 0)
-    while (step := run.info["step"]) < cfg.total_steps and not stop:
-        batch, ahead = ahead.result(), loader.submit(load, step + 1)        # the next batch loads during this step
-        loss, stop = training_step(forward, optimizers, batch, step, cfg, machine, bool(interrupted))
-        run.seconds += time.perf_counter() - begin                  # the loss was read, so all ranks are done
+    def finish_step(read):               # waits until the step is done; whether a rank wants to stop
+        nonlocal begin
+        (loss, stop), step = read(), run.info["step"]
+        now = time.perf_counter()
+        run.seconds, begin = run.seconds + now - begin, now
         run.info |= {"step": step + 1, "tokens_seen": run.info["tokens_seen"] + plan(cfg)[step][1]}
         run.loss("train_loss", loss, console=step % 10 == 9)
-        if step + 1 == cfg.total_steps or cfg.val_every and (step + 1) % cfg.val_every == 0:
+        return stop > 0
+    loader, begin, step, stop, running = ThreadPoolExecutor(1), time.perf_counter(), 0, False, []
+    ahead = loader.submit(load, 0)
+    while step < cfg.total_steps and not stop:
+        batch, ahead = ahead.result(), loader.submit(load, step + 1)        # the next batch loads during this step
+        totals = training_step(forward, optimizers, batch, step, cfg, machine, bool(interrupted))
+        step, running = step + 1, [*running, read_later(totals)]
+        validates = step == cfg.total_steps or cfg.val_every and step % cfg.val_every == 0
+        while len(running) > (not validates):       # one step stays unread, so that the GPU never waits for the host
+            stop |= finish_step(running.pop(0))
+        if validates:
             run.loss("val_loss", val_loss := validate(forward, cfg, val_streams, machine))
-        begin = time.perf_counter()
+            begin = time.perf_counter()
+    for read in running:
+        finish_step(read)
     run.info["val_loss"] = val_loss if (finished := step == cfg.total_steps) else None
     if machine.rank == 0:
         path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30
