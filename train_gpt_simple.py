@@ -248,7 +248,8 @@ class Block(nn.Module):                 # one layer: attention, then the MLP; ea
         windows = [window or 2**24 for window in cfg.windows]
         self.window = max(windows) if layer == cfg.depth - 1 else windows[layer % len(windows)]
         self.scale = (layer + 1) ** -0.5 if cfg.norm_scaling else 1.0
-        self.q, self.k, self.v, self.attn_proj = (Linear(C, C, bias=False) for _ in range(4))
+        self.qkv = nn.Parameter(torch.empty(3, C, C))       # matrices of queries, keys and values
+        self.attn_proj = Linear(C, C, bias=False)
         gates = {"none": 0, "head": C // cfg.head_dim, "element": C}[cfg.gate]
         self.gate = Linear(C, gates, bias=False) if gates else None
         self.v_lambda = nn.Parameter(torch.empty(())) if cfg.value_residual and layer else None
@@ -259,7 +260,8 @@ class Block(nn.Module):                 # one layer: attention, then the MLP; ea
     def forward(self, x_TC: Tensor, rope: tuple, context, v1: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream (T, C) after this layer, and the values (T, H, D) of layer 0; layer 0 itself gets None."""
         u = norm(x_TC) * self.scale
-        q, k, v = (linear(u).view(len(u), -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        qkv = F.linear(u, self.qkv.flatten(0, 1).to(u.dtype))      # one product is faster than three
+        q, k, v = qkv.view(len(u), 3, -1, self.head_dim).unbind(1)
         if self.v_lambda is not None:
             v = torch.lerp(v, v1, self.v_lambda.to(v.dtype))
         y = context.attend(self.layer, self.window, rotary(norm(q), *rope), rotary(norm(k), *rope), v)
@@ -286,7 +288,7 @@ class GPT(nn.Module):                    # of a config in which everything is fi
             if name.endswith(("proj.weight", "gate.weight", "v_lambda")):
                 param.fill_(0.5 if name.endswith("v_lambda") else 0)
             else:
-                std = 0.02 if self.cfg.width_rule == "none" else param.size(1) ** -0.5
+                std = 0.02 if self.cfg.width_rule == "none" else param.size(-1) ** -0.5
                 param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
     def set_stage(self, index: int, final: bool = False): pass      # for sample.py: other scripts have stages
     def trunk(self, tokens_T: Tensor, context: "Stream | Cache") -> Tensor:    # what the head reads, (T, C)
@@ -372,11 +374,12 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params, lr, mu = group["params"], group["lr"], group["momentum"]
-            grad, w = torch.stack([param.grad for param in params]), torch.stack([param.data for param in params])
+            views = [param.data.view(-1, *param.shape[-2:]) for param in params]    # qkv holds three matrices
+            grad, w = torch.cat([param.grad.view(-1, *param.shape[-2:]) for param in params]), torch.cat(views)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - mu)
             update = group["orthogonalize"](grad.lerp(momentum, mu))
             w -= lr * (max(1, w.size(1) / w.size(2)) ** 0.5 * update + group["weight_decay"] * w * (update * w > 0))
-            torch._foreach_copy_(params, list(w.unbind()))
+            torch._foreach_copy_(views, list(w.split([len(view) for view in views])))
 
 def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
     """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
@@ -395,7 +398,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         decay *= factor["weight_decay"] / (factor[rate] if cfg.decay_rule == "independent" else 1.0)
         return {"params": params, "base_lr": getattr(cfg, rate) * factor[rate], "weight_decay": decay, "momentum": 0.0}
     for param in model.blocks.parameters():
-        shapes.setdefault(param.shape, []).append(param)
+        shapes.setdefault(param.shape[-2:], []).append(param)
     head = [model.lm_head.weight, *shapes.pop(torch.Size(()), [])]          # single numbers train like the head
     rest = [group([model.embed.weight], "embed_lr"), group(head, "head_lr")]
     matrices = [group(params, rate, cfg.weight_decay) for params in shapes.values()]

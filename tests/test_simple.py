@@ -403,7 +403,7 @@ def test_ctrl_c_saves_what_there_is(data, tmp_path, start_ranks):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data, run_main, tmp_path, monkeypatch):
-    monkeypatch.setattr(simple, "training_step", lambda *_: [math.nan, 0.0])
+    monkeypatch.setattr(simple, "training_step", lambda *_: torch.tensor([math.nan, 0.0]))
     done = run_main(*flags(data, out_dir=tmp_path))
     assert done.code == 3 and "train_loss of step 1 is nan" in done.err
     assert json.loads((only_folder(tmp_path) / "run.json").read_text())["status"] == "diverged"
