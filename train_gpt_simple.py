@@ -368,18 +368,32 @@ def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular valu
         x = a * x + (x @ poly if tall else poly @ x)
     return x.float()
 
+def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu: Tensor, decay: Tensor):
+    """One step of Muon for parameters of one shape (..., R, C), in place; lr, mu and decay are tensors of one number."""
+    w_NRC = torch.cat([param.view(-1, *param.shape[-2:]) for param in params])
+    grad_NRC = torch.cat([grad.view(-1, *grad.shape[-2:]) for grad in grads])
+    momentum_NRC += (1 - mu) * (grad_NRC - momentum_NRC)
+    update = orthogonalize(grad_NRC + mu * (momentum_NRC - grad_NRC))
+    update = update * max(1, w_NRC.size(1) / w_NRC.size(2)) ** 0.5
+    w_NRC = w_NRC - lr * (update + decay * w_NRC * (update * w_NRC > 0))
+    for param, new in zip(params, w_NRC.split([math.prod(param.shape[:-2]) for param in params])):
+        param.copy_(new.view_as(param))
+
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum (Jordan 2024) with cautious weight decay (arXiv 2411.16085), one shape a group."""
+    def __init__(self, groups: list[dict], compiled: bool):
+        super().__init__(groups, {})
+        self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params, lr, mu = group["params"], group["lr"], group["momentum"]
-            views = [param.data.view(-1, *param.shape[-2:]) for param in params]    # qkv holds three matrices
-            grad, w = torch.cat([param.grad.view(-1, *param.shape[-2:]) for param in params]), torch.cat(views)
-            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - mu)
-            update = group["orthogonalize"](grad.lerp(momentum, mu))
-            w -= lr * (max(1, w.size(1) / w.size(2)) ** 0.5 * update + group["weight_decay"] * w * (update * w > 0))
-            torch._foreach_copy_(views, list(w.split([len(view) for view in views])))
+            grads = [param.grad for param in group["params"]]
+            state = self.state[group["params"][0]]
+            if not state:
+                matrices = sum(math.prod(grad.shape[:-2]) for grad in grads)
+                state["momentum"] = grads[0].new_zeros(matrices, *grads[0].shape[-2:])
+            numbers = (torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay"))
+            self.update(group["params"], grads, state["momentum"], *numbers)
 
 def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
     """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
@@ -402,9 +416,8 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     head = [model.lm_head.weight, *shapes.pop(torch.Size(()), [])]          # single numbers train like the head
     rest = [group([model.embed.weight], "embed_lr"), group(head, "head_lr")]
     matrices = [group(params, rate, cfg.weight_decay) for params in shapes.values()]
-    polar = torch.compile(orthogonalize, dynamic=False) if cfg.compile else orthogonalize
     adamw = partial(torch.optim.AdamW, betas=(0.8, 0.95), eps=1e-10, fused=model.embed.weight.is_cuda)
-    return [Muon(matrices, {"orthogonalize": polar}), adamw(rest)] if rate == "muon_lr" else [adamw(matrices + rest)]
+    return [Muon(matrices, cfg.compile), adamw(rest)] if rate == "muon_lr" else [adamw(matrices + rest)]
 
 @cache
 def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:      # (learning rate factor, tokens) of each step
