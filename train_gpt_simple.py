@@ -12,12 +12,12 @@ Axes in names: T tokens, C residual channels, H heads, D channels of a head, V v
 import glob, hashlib, inspect, json, math, os, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
-import numpy as np
-import torch, torch.distributed as dist, torch.nn.functional as F
-from safetensors.torch import save_file
+import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 # -------------------- Hyperparameters and command line ----------------------------------------------------------------
@@ -29,6 +29,7 @@ class Hyperparameters:
     val_stream_tokens: int = 32_768     # tokens of one forward pass in validation; memory grows with it
     pack_tokens: int = 32_768           # tokens of one forward pass in training; memory grows with it
     epochs: int = 1                     # times the text may be read; documents get a new order each time
+    init_from: str = ""                 # start from these weights: a checkpoint folder or a .safetensors file
     depth: int = 12                     # layers, 2 to 32; as a flag it sets the zeros below, see dial
     model_dim: int = 0                  # residual channels, a multiple of head_dim; 0: from the depth
     head_dim: int = 128                 # channels of a head, even, 32 to 128
@@ -45,7 +46,7 @@ class Hyperparameters:
     num_iterations: int = 0             # steps of batch_tokens; 0: from the depth
     ratio: float = 10.5                 # training tokens per weight, used when num_iterations is 0; 8 to 20
     width_rule: Literal["nanochat", "mup", "none"] = "nanochat"     # how rates follow from sizes, see rate_factors
-    optimizer: Literal["muon", "adamw"] = "muon"        # of matrices; the rest has AdamW
+    optimizer: Literal["muon", "adamw", "prodigy"] = "muon"         # of matrices; the rest has AdamW, or Prodigy
     muon_lr: float = 0.02               # of matrices under Muon: spectral norm of a step; 0.005 to 0.05
     adamw_lr: float = 0.002             # of matrices under AdamW; 0.0003 to 0.005
     embed_lr: float = 0.3               # of the embedding; 0.05 to 0.5
@@ -63,7 +64,6 @@ class Hyperparameters:
     val_every: int = 250                # steps between validations; 0: only first and last
     out_dir: str = "logs"               # each run makes a folder in it
     stages = ("all",)                   # not a flag; for sample.py: this script has a single stage
-
 PRESETS = {
     "small": Hyperparameters(model_dim=768, batch_tokens=65_536, num_iterations=2000, muon_lr=0.025, width_rule="none"),
     "tiny": Hyperparameters("data/local/train_*.bin", "data/local/val_*.bin", val_tokens=65_536, val_stream_tokens=8192,
@@ -75,7 +75,6 @@ LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth hea
           "ratio muon_lr adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay lr_floor"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 8192        # in steps; of the rotary angles; tokens with logits at a time
-
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
 
 def parse_config(argv: list[str]) -> Hyperparameters:
@@ -104,7 +103,6 @@ def parse_config(argv: list[str]) -> Hyperparameters:
         if getattr(cfg, name) % unit:
             raise UserError(f"--{name}={getattr(cfg, name)} is no multiple of {unit}; see --head_dim, --pack_tokens")
     return cfg
-
 def config_from_dict(values: dict) -> Hyperparameters:
     """The config in a checkpoint's meta.json; raises UserError on unknown, missing or impossible fields."""
     if not isinstance(values, dict) or values.keys() != asdict(Hyperparameters()).keys():
@@ -113,7 +111,6 @@ def config_from_dict(values: dict) -> Hyperparameters:
     return parse_config([f"--{name}={text}" for name, text in texts.items()])
 # -------------------- Data --------------------------------------------------------------------------------------------
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
-
 class Shard(NamedTuple):                # a file: a header of 256 int32, then token ids; bos_id begins each document
     path: str
     num_tokens: int
@@ -139,7 +136,6 @@ def read_header(path: str) -> Shard:
     if (magic, version) != (20240520, 1) or not sound or not whole:
         raise UserError(f"{path} is not a whole shard of version 1; make it with data/fineweb.py or data/text.py")
     return shard
-
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
     train, val = ([read_header(path) for path in sorted(glob.glob(files))] for files in (train_files, val_files))
@@ -149,7 +145,6 @@ def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Sha
     if len({(shard.tokenizer, shard.vocab_size, shard.bos_id) for shard in train + val}) > 1:
         raise UserError(f"--train_files={train_files} and --val_files={val_files} have several tokenizers; use one")
     return train, val
-
 def read_tokenizer(shard: Shard) -> bytes:
     """tokenizer.json beside a shard; b"" for GPT-2's shards without one, whose vocabulary sample.py finds by itself."""
     path = Path(shard.path).parent / "tokenizer.json"
@@ -157,7 +152,6 @@ def read_tokenizer(shard: Shard) -> bytes:
     if hashlib.sha256(text).hexdigest() != shard.tokenizer and (text or shard.tokenizer != GPT2_TOKENIZER_SHA256):
         raise UserError(f"{path} is not the tokenizer of {shard.path}; copy the right one there")
     return text
-
 def documents(text: np.ndarray, bos_id: int) -> list[np.ndarray]:  # each with the token after it, its last target
     borders = [0, *(np.flatnonzero(text[1:-1] == bos_id) + 1), len(text) - 1]
     return [text[start:end + 1] for start, end in pairwise(borders)]
@@ -179,12 +173,10 @@ def streams(docs, length: int, bos_id: int, whole: bool):
             room -= size
     yield inputs, targets
 def training_documents(cfg: Hyperparameters, shards: list[Shard]):  # in file order, then in a new order each epoch
-    for epoch in range(cfg.epochs):
-        for number, shard in enumerate(shards):
-            docs = documents(np.append(shard.read(), shard.bos_id), shard.bos_id)
-            order = np.random.default_rng((cfg.seed, epoch, number)).permutation(len(docs))
-            yield from (docs[i] for i in order) if epoch else docs
-
+    for epoch, (number, shard) in product(range(cfg.epochs), enumerate(shards)):
+        docs = documents(np.append(shard.read(), shard.bos_id), shard.bos_id)
+        order = np.random.default_rng((cfg.seed, epoch, number)).permutation(len(docs))
+        yield from (docs[i] for i in order) if epoch else docs
 def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) streams that hold each of the first val_tokens tokens once; only longer documents are cut."""
     found = sum(shard.num_tokens for shard in shards)
@@ -210,10 +202,9 @@ class Stream:                           # where the documents of a stream begin,
         index, first = self.index, torch.maximum(self.doc_start, self.index - window)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
         if self.flex:
-            def seen(b, h, query, key):
-                return (key <= query) & (key >= first[query])
             if window not in self.masks:    # made of blocks inside the compiled model: there is no (T, T) mask
-                self.masks[window] = create_block_mask(seen, None, None, len(index), len(index), device=index.device)
+                self.masks[window] = create_block_mask(lambda b, h, query, key: (key <= query) & (key >= first[query]),
+                                                       None, None, len(index), len(index), device=index.device)
             return flex_attention(q, k, v, block_mask=self.masks[window])[0].transpose(0, 1)
         parts = []
         for low in range(0, len(index), 512):   # 512 queries at a time, with the keys that their windows reach
@@ -301,6 +292,9 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         if targets_T is not None:
             return self.score(tokens_T, targets_T, z_loss)[0].sum()
         return self.logits(self.trunk(tokens_T, Stream(self.cfg, tokens_T)))
+    @torch.no_grad()
+    def kurtosis(self, tokens_T: Tensor) -> float:  # mean x^4 / (mean x^2)^2 over channels x of the last layer's output
+        return self.trunk(tokens_T, Stream(replace(self.cfg, attention="plain"), tokens_T)).float().pow(4).mean().item()
     def new_cache(self, batch: int, max_tokens: int, chunk: int = 256) -> "Cache":  # for rows of one document each
         return Cache(self, batch, max_tokens)
     @torch.no_grad()
@@ -334,8 +328,7 @@ class Cache:    # keys and values (layers, B, max_tokens + 1, H, D) of the token
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(0, 1)
     def fill(self, other: "Cache", rows_B: Tensor):  # row b becomes row rows_B[b] of another cache of the model
         size = min(self.max_tokens, other.max_tokens)
-        self.keys[:, :, :size] = other.keys[:, rows_B, :size]
-        self.values[:, :, :size] = other.values[:, rows_B, :size]
+        self.keys[:, :, :size], self.values[:, :, :size] = other.keys[:, rows_B, :size], other.values[:, rows_B, :size]
         self.length.copy_(other.length[rows_B])
 # -------------------- Optimizers, schedule and dial -------------------------------------------------------------------
 POLAR_EXPRESS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
@@ -357,7 +350,6 @@ def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu:
     w = w - lr * (update + decay * w * (update * w > 0))
     for param, new in zip(params, w.split([math.prod(param.shape[:-2]) for param in params])):
         param.copy_(new.view_as(param))
-
 class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
@@ -367,7 +359,6 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.cat([torch.zeros_like(grad).view(-1, *grad.shape[-2:]) for grad in grads])
             numbers = [torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")]
             group["update"](group["params"], grads, state["momentum"], *numbers)
-
 def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
     """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
     factors = dict.fromkeys(("muon_lr", "adamw_lr", "embed_lr", "head_lr", "weight_decay"), 1.0)
@@ -392,9 +383,14 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     matrices = [group(params, matrix_rate, cfg.weight_decay) for params in shapes.values()]
     rest = [group([model.embed.weight], "embed_lr"), group(head, "head_lr")]
     adamw = partial(torch.optim.AdamW, betas=(0.8, 0.95), eps=1e-10, fused=model.embed.weight.is_cuda)
+    if cfg.optimizer == "prodigy":      # finds one rate for all (arXiv 2306.06101)
+        try:
+            from prodigyopt import Prodigy
+        except ImportError:
+            raise UserError("--optimizer=prodigy needs a package; get it with: pip install prodigyopt") from None
+        return [Prodigy([entry | {"base_lr": 1.0} for entry in matrices + rest], betas=(0.9, 0.99))]
     update = torch.compile(muon_update, dynamic=False, fullgraph=True) if cfg.compile else muon_update
     return [Muon(matrices, {"update": update}), adamw(rest)] if cfg.optimizer == "muon" else [adamw(matrices + rest)]
-
 @cache
 def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:  # (learning rate factor, tokens) of each step
     total, seen, rows = cfg.num_iterations * cfg.batch_tokens, 0, []
@@ -421,7 +417,6 @@ def dial(cfg: Hyperparameters) -> Hyperparameters:
     return replace(cfg, model_dim=width, batch_tokens=batch, num_iterations=steps)
 # -------------------- The run -----------------------------------------------------------------------------------------
 Machine = NamedTuple("Machine", [("device", torch.device), ("rank", int), ("world_size", int), ("name", str)])
-
 def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -434,7 +429,6 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name() if cuda else "cpu")
-
 def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
     """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
     compiled, ids = cfg.compile and machine.device.type == "cuda", shards[0].vocab_size
@@ -523,7 +517,6 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
         optimizer.step()
         optimizer.zero_grad()
     return totals
-
 @torch.no_grad()
 def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> float:
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
@@ -540,6 +533,12 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     cfg, tokenizer = resolve_config(cfg, machine, shards[0]), read_tokenizer(shards[0][0])
     val_streams, steps = validation_streams(cfg, shards[1]), len(plan(cfg))
     model = GPT(cfg).to(machine.device)
+    if cfg.init_from:
+        file = Path(cfg.init_from, "model.safetensors") if Path(cfg.init_from).is_dir() else cfg.init_from
+        try:
+            model.load_state_dict(load_file(file))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"--init_from={cfg.init_from} does not fit the model of the other flags: {error}") from None
     optimizers, run, began = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
     run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "
             f"{cfg.model_dim}, {steps} steps of {cfg.batch_tokens} tokens, factors {rate_factors(cfg)}")
@@ -551,10 +550,13 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         model.load_state_dict(start)
         for optimizer in optimizers:
             optimizer.state.clear()
-    run.log_loss("val_loss", validate(forward, cfg, val_streams, machine))
+    def log_validation():
+        run.log_loss("val_loss", validate(forward, cfg, val_streams, machine))
+        kurtosis = model.kurtosis(to_device(val_streams[0], machine.device)[0][:2048])
+        run.log(f"step:{run.info['step']}/{steps} kurtosis:{kurtosis:.3f}", console=False, kurtosis=kurtosis)
+    log_validation()
     run.info["compile_seconds"] = (time.perf_counter() - began) * cfg.compile
-    counters = torch._dynamo.utils.counters["stats"]
-    graphs, unread, began = counters["unique_graphs"], [], time.perf_counter()
+    graphs, unread, began = torch._dynamo.utils.counters["stats"]["unique_graphs"], [], time.perf_counter()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, run.interrupt)
     for step, batch in enumerate(batches(cfg, shards[0], machine), 1):
@@ -569,18 +571,17 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
             run.info |= {"step": done, "tokens_seen": run.info["tokens_seen"] + plan(cfg)[done - 1][1]}
             run.log_loss("train_loss", loss, console=done % 10 == 0)
         if validates:
-            run.log_loss("val_loss", validate(forward, cfg, val_streams, machine))
+            log_validation()
         if stop:
             break
         unread, began = [], time.perf_counter()
-    finished = step == steps
+    run.info["val_loss"] = run.info["val_loss"] if step == steps else None
     if machine.rank == 0:
-        run.info["val_loss"] = run.info["val_loss"] if finished else None
         path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30
         run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
-                f"next: python sample.py --checkpoint={path}", status="finished" if finished else "interrupted",
-                recompiles=counters["unique_graphs"] - graphs, peak_memory_gib=memory)
-    return 0 if finished else 130
+                f"next: python sample.py --checkpoint={path}", status="finished" if step == steps else "interrupted",
+                peak_memory_gib=memory, recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
+    return 0 if step == steps else 130
 
 def main() -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can fix it, 3 diverged, 130 interrupted."""
@@ -595,6 +596,5 @@ def main() -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 if __name__ == "__main__":
     sys.exit(main())
