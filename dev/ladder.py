@@ -249,7 +249,7 @@ def work(path: Path, folder: Path, keep: bool):
 # The pool
 
 class Queue:
-    """Jobs that wait. A worker gets first what it has compiled already, then what nobody has compiled."""
+    """Jobs that wait. Of a round, a worker gets first what it has compiled already, then what nobody has compiled."""
 
     def __init__(self, jobs: list[Job]):
         self.jobs, self.lock, self.owned, self.closed = list(jobs), threading.Lock(), {}, False
@@ -261,11 +261,9 @@ class Queue:
                 return None
             mine = self.owned.setdefault(worker, set())
             anyone = set().union(*self.owned.values())
-            first = min(job.round for job in self.jobs)
 
             def rank(job):
-                own, new, later = job.graph() in mine, job.graph() not in anyone, job.round - first
-                return (0 if own else 1 if new else 3) if not later else 2 if own and later == 1 else 4
+                return job.round, 0 if job.graph() in mine else 1 if job.graph() not in anyone else 2
             job = min(self.jobs, key=rank)
             self.jobs.remove(job)
             mine.add(job.graph())
@@ -358,7 +356,8 @@ class Sweep:
                 time.sleep(0.05)
             for job in (job for job in jobs if job.alone):
                 worker = self.workers[queue.owner(job, [worker.number for worker in self.workers])]
-                self.record(job, worker.run(job), alone=True)
+                if result := worker.run(job):
+                    self.record(job, result, alone=True)
         finally:
             queue.closed = True
             for worker in self.workers:

@@ -66,7 +66,7 @@ class Parabola:
     @property
     def best(self) -> float:
         """The size with the lowest loss; nan if the parabola has no minimum."""
-        return self.center * math.exp(-self.b / (2 * self.c)) if self.c > 0 else math.nan
+        return self.center * math.exp(max(-50.0, min(50.0, -self.b / (2 * self.c)))) if self.c > 0 else math.nan
 
     @property
     def interior(self) -> bool:
@@ -120,8 +120,15 @@ class PowerLaw:
     high: float
 
 
-def power_law(fits: list[Parabola], name: str) -> tuple[PowerLaw, int]:
-    """The law of `best` or `best_tokens`, and how many bootstrap samples had no minimum and were left out."""
+def power_law(fits: list[Parabola], name: str) -> tuple[PowerLaw, int] | None:
+    """The law of `best` or `best_tokens`, and how many bootstrap samples had no minimum and were left out.
+
+    Budgets whose minimum is not interior do not count; None if that leaves fewer than two.
+    """
+    fits = [fit for fit in fits if fit.interior]
+    if len(fits) < 2:
+        return None
+
     def line(parabolas):
         return np.polyfit(np.log([fit.budget for fit in parabolas]), np.log([getattr(fit, name) for fit in parabolas]), 1)
     rng, slopes = np.random.default_rng(0), []
@@ -129,8 +136,6 @@ def power_law(fits: list[Parabola], name: str) -> tuple[PowerLaw, int]:
         samples = [fit.resampled(rng) for fit in fits]
         if all(sample.c > 0 for sample in samples):
             slopes.append(line(samples)[0])
-    if not all(fit.c > 0 for fit in fits):
-        return PowerLaw(math.nan, math.nan, math.nan, math.nan), BOOTSTRAPS
     slope, height = line(fits)
     low, high = np.quantile(slopes, (P / 2, 1 - P / 2)) if slopes else (math.nan, math.nan)
     return PowerLaw(slope, math.exp(height), low, high), BOOTSTRAPS - len(slopes)
@@ -219,14 +224,16 @@ def picture(fits: list[Parabola], path: Path):
              title="runs of equal FLOPs; star: the minimum")
     left.set_xlim(left.get_xlim()[0], 2 * max(end[1] for end in ends))
     label_ends(left, ends, gap=0.03 * (left.get_ylim()[1] - left.get_ylim()[0]))
-    budgets = np.array([fit.budget for fit in fits])
     for name, label, style in (("best", "parameters", STYLES[0]), ("best_tokens", "tokens", STYLES[1])):
-        law, _ = power_law(fits, name)
-        right.plot(budgets, [getattr(fit, name) for fit in fits], style["marker"], color=style["color"])
-        right.plot(budgets, law.factor * budgets ** law.exponent, linestyle=style["linestyle"], color=style["color"],
-                   label=f"{label}: C^{law.exponent:.2f}")
-    right.set(xscale="log", yscale="log", xlabel="training FLOPs C", title="the best size and number of tokens")
-    right.legend(frameon=False)
+        if found := power_law(fits, name):
+            law, budgets = found[0], np.array([fit.budget for fit in fits if fit.interior])
+            right.plot(budgets, [getattr(fit, name) for fit in fits if fit.interior], style["marker"],
+                       color=style["color"])
+            right.plot(budgets, law.factor * budgets ** law.exponent, linestyle=style["linestyle"],
+                       color=style["color"], label=f"{label}: C^{law.exponent:.2f}")
+            right.set(xscale="log", yscale="log")
+            right.legend(frameon=False)
+    right.set(xlabel="training FLOPs C", title="the best size and number of tokens")
     for axis in (left, right):
         axis.grid(alpha=0.25)
     save(figure, path)
@@ -252,15 +259,19 @@ def fit_tables(rows: list[dict], hold_out: int) -> str:
                      f"{fit.best_tokens / 1e6:.1f} | {fit.best_tokens / fit.best:.1f} | {fit(fit.best):.4f} | {where} |")
     lines.append("")
     for name, symbol in (("best", "N"), ("best_tokens", "D")):
-        power, lost = power_law(fits, name)
+        found = power_law(fits, name)
+        if not found:
+            lines.append(f"* Best {symbol}: fewer than two budgets have their minimum inside, so there is no power law.")
+            continue
+        power, lost = found
         lines.append(f"* Best {symbol} ~ C^{power.exponent:.2f} (95 % interval {interval_text(power.low, power.high)}"
-                     + (f"; {lost} of {BOOTSTRAPS} samples had no minimum and were left out" if lost else "") + ")")
-    found = law_intervals(law, runs)
+                     + (f"; {lost} of {BOOTSTRAPS} samples had no minimum and were left out" if lost else "") + ").")
+    between = law_intervals(law, runs)
     spread = float(np.sqrt(np.mean((law(*columns_of(runs)[:2]) - columns_of(runs)[2]) ** 2)))
     lines.append(f"* Loss = {law.E:.2f} + {law.A:.2f} (N / {law.n0 / 1e6:.2f} M)^-{law.alpha:.2f} + {law.B:.2f} "
                  f"(D / {law.d0 / 1e6:.1f} M)^-{law.beta:.2f}. The runs lie {spread:.4f} (root mean square) from it. "
-                 f"Intervals: exponent of N {interval_text(*found['alpha'])}, of D {interval_text(*found['beta'])}, "
-                 f"constant {interval_text(*found['E'])}")
+                 f"Intervals: exponent of N {interval_text(*between['alpha'])}, of D {interval_text(*between['beta'])}, "
+                 f"constant {interval_text(*between['E'])}.")
     return "\n".join(lines + (held_out_lines(runs, hold_out) if hold_out else []))
 
 
