@@ -329,11 +329,12 @@ class Sweep:
             with open(self.out / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.done += 1
-            ok = result["status"] == "finished"
-            if not ok:
-                self.failed.append(f"{job.label()}: {result['status']}, {result['why']}")
-            print(f"{self.done}/{self.total} {job.label()}: " + (f"loss {result['loss']:.4f} in {result['seconds']:.1f} s"
-                  if ok else f"{result['status']}, {result['why']}"), flush=True)
+            text = f"{result['status']}, {result['why']}"
+            if result["status"] == "finished":
+                text = f"loss {result['loss']:.4f} in {result['seconds']:.1f} s"
+            else:
+                self.failed.append(f"{job.label()}: {text}")
+            print(f"{self.done}/{self.total} {job.label()}: {text}", flush=True)
 
     def serve(self, worker: Worker, queue: Queue):
         """Lets a worker take jobs until there are none."""
@@ -420,14 +421,22 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text):
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    path, numbers = sample.path_flag, lambda text: [int(part) for part in text.split(",")]
-    add = command("sweep", "Run arms x depths x seeds. Flags of the training script may follow, for all runs.").add_argument
+        found = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        found.error = parser.error
+        return found
+
+    def numbers(text):
+        return [int(part) for part in text.split(",")]
+    path = sample.path_flag
+    text = "Run arms x depths x seeds. Flags of the training script may follow, for all runs."
+    add = command("sweep", text).add_argument
     add("plan", nargs="?", type=path, metavar="PLAN.toml", help="plan file, see docs/lab.md")
     add("--arm", action="append", default=[], metavar="NAME: FLAGS", help="an arm, instead of a plan file; the arm "
         "base comes with it. May be given several times")
-    add("--depths", type=numbers, default=[], metavar="LIST", help="depths of all arms; default: those of the plan, or 4")
-    add("--seeds", type=int, default=0, metavar="N", help="seeds 0 to N-1 of all arms; default: those of the plan, or 3")
+    add("--depths", type=numbers, default=[], metavar="LIST", help="depths of all arms; default: those of the plan, "
+        "or 4")
+    add("--seeds", type=int, default=0, metavar="N", help="seeds 0 to N-1 of all arms; default: those of the "
+        "plan, or 3")
     add("--groups", default="", metavar="LIST", help="run only these groups of the plan, as technique,isoflop")
     add("--script", type=path, default=HERE.parent / "train_gpt_simple.py", help="default: train_gpt_simple.py")
     add("--jobs", type=int, default=1, metavar="N", help="runs at the same time, over all GPUs (default: %(default)s)")
@@ -438,14 +447,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep", action="store_true", help="keep the run folders, with their checkpoints, in DIR/runs")
     for name, text in (("fit", "Fit scaling laws to runs of the group isoflop."),
                        ("technique", "Compare each arm with the arm base, and write a page.")):
-        parser_ = command(name, text)
-        parser_.add_argument("results", nargs="+", type=path, metavar="RESULTS", help="results.jsonl of a sweep")
-        parser_.add_argument("--hold_out", type=int, default=0, metavar="DEPTH", help="leave this depth out of the fit "
-                             "and predict its losses")
-        parser_.add_argument("--picture", type=path, metavar="FILE", help="write the picture of the fit, .svg or .png")
+        add = command(name, text).add_argument
+        add("results", nargs="+", type=path, metavar="RESULTS", help="results.jsonl of a sweep")
+        add("--hold_out", type=int, default=0, metavar="DEPTH", help="leave this depth out of the fit and predict its "
+            "losses")
+        add("--picture", type=path, metavar="FILE", help="write the picture of the fit, .svg or .png")
         if name == "technique":
-            parser_.add_argument("--page", type=path, metavar="FILE", help="write the tables to this file, as markdown; "
-                                 "default: print them")
+            add("--page", type=path, metavar="FILE", help="write the tables to this file, as markdown; default: print "
+                "them")
     worker = commands.add_parser("work")
     worker.add_argument("script", type=Path)
     worker.add_argument("folder", type=Path)

@@ -130,7 +130,8 @@ def power_law(fits: list[Parabola], name: str) -> tuple[PowerLaw, int] | None:
         return None
 
     def line(parabolas):
-        return np.polyfit(np.log([fit.budget for fit in parabolas]), np.log([getattr(fit, name) for fit in parabolas]), 1)
+        budgets, values = [fit.budget for fit in parabolas], [getattr(fit, name) for fit in parabolas]
+        return np.polyfit(np.log(budgets), np.log(values), 1)
     rng, slopes = np.random.default_rng(0), []
     for _ in range(BOOTSTRAPS):
         samples = [fit.resampled(rng) for fit in fits]
@@ -247,21 +248,23 @@ def fit_tables(rows: list[dict], hold_out: int) -> str:
     """The scaling laws of the runs of the group isoflop, as markdown."""
     runs = finished(rows, "isoflop")
     fits, law = fit_parabolas(runs), fit_law(*columns_of(runs))
-    lines = ["| FLOPs | runs | sizes, M parameters | best size, M | tokens there, M | tokens per parameter | loss there "
-             "| minimum inside |", "| --: | --: | --- | --: | --: | --: | --: | --- |"]
+    lines = ["| FLOPs | runs | sizes, M parameters | best size, M | tokens there, M | tokens per parameter | "
+             "loss there | minimum inside |", "| --: | --: | --- | --: | --: | --: | --: | --- |"]
     for fit in fits:
         sizes = ", ".join(f"{size / 1e6:.2f}" for size in sorted(set(fit.sizes)))
         if fit.c <= 0:
             lines.append(f"| {fit.budget:.3g} | {len(fit.sizes)} | {sizes} | - | - | - | - | no: no minimum at all |")
             continue
         where = "yes" if fit.interior else "**no**: the size is extrapolated"
-        lines.append(f"| {fit.budget:.3g} | {len(fit.sizes)} | {sizes} | {fit.best / 1e6:.2f} | "
-                     f"{fit.best_tokens / 1e6:.1f} | {fit.best_tokens / fit.best:.1f} | {fit(fit.best):.4f} | {where} |")
+        best, tokens = fit.best, fit.best_tokens
+        lines.append(f"| {fit.budget:.3g} | {len(fit.sizes)} | {sizes} | {best / 1e6:.2f} | {tokens / 1e6:.1f} | "
+                     f"{tokens / best:.1f} | {fit(best):.4f} | {where} |")
     lines.append("")
     for name, symbol in (("best", "N"), ("best_tokens", "D")):
         found = power_law(fits, name)
         if not found:
-            lines.append(f"* Best {symbol}: fewer than two budgets have their minimum inside, so there is no power law.")
+            lines.append(f"* Best {symbol}: fewer than two budgets have their minimum inside, so there is no power "
+                         "law.")
             continue
         power, lost = found
         lines.append(f"* Best {symbol} ~ C^{power.exponent:.2f} (95 % interval {interval_text(power.low, power.high)}"
@@ -270,8 +273,8 @@ def fit_tables(rows: list[dict], hold_out: int) -> str:
     spread = float(np.sqrt(np.mean((law(*columns_of(runs)[:2]) - columns_of(runs)[2]) ** 2)))
     lines.append(f"* Loss = {law.E:.2f} + {law.A:.2f} (N / {law.n0 / 1e6:.2f} M)^-{law.alpha:.2f} + {law.B:.2f} "
                  f"(D / {law.d0 / 1e6:.1f} M)^-{law.beta:.2f}. The runs lie {spread:.4f} (root mean square) from it. "
-                 f"Intervals: exponent of N {interval_text(*between['alpha'])}, of D {interval_text(*between['beta'])}, "
-                 f"constant {interval_text(*between['E'])}.")
+                 f"Intervals: exponent of N {interval_text(*between['alpha'])}, "
+                 f"of D {interval_text(*between['beta'])}, constant {interval_text(*between['E'])}.")
     return "\n".join(lines + (held_out_lines(runs, hold_out) if hold_out else []))
 
 
@@ -282,7 +285,8 @@ def held_out_lines(runs: list[dict], depth: int) -> list[str]:
              "| --: | --: | --: | --: | --: | --: | --: |"]
     for budget, size, loss, by_law, parabola in found:
         second = f"{parabola:.4f} | {parabola - loss:+.4f}" if math.isfinite(parabola) else "too few sizes | -"
-        lines.append(f"| {budget:.3g} | {size / 1e6:.2f} | {loss:.4f} | {by_law:.4f} | {by_law - loss:+.4f} | {second} |")
+        first = f"{budget:.3g} | {size / 1e6:.2f} | {loss:.4f} | {by_law:.4f} | {by_law - loss:+.4f}"
+        lines.append(f"| {first} | {second} |")
     return lines
 
 
@@ -488,11 +492,11 @@ difference": the table of noise says how small a difference could have been seen
 
 Equal tokens: both runs as they are. Equal FLOPs and equal seconds: a technique that makes a token dearer is compared
 with a base that trains on more tokens for the same cost. That base's loss is interpolated between base runs of several
-lengths, each with its whole schedule; beyond these lengths the line is extended. Speeds were measured in short runs that
-had the machine for themselves.
+lengths, each with its whole schedule; beyond these lengths the line is extended. Speeds come from short runs that had
+the machine for themselves.
 
-These models are small and train for seconds. Gains often shrink with size, and a rate that was not tuned for a technique
-can hide its worth. Take a row as a reason to try it, not as a law.
+These models are small and train for seconds. Gains often shrink with size, and a rate that was not tuned for a
+technique can hide its worth. Take a row as a reason to try it, not as a law.
 
 ## Noise: the seed and the order of documents alone
 
@@ -521,6 +525,8 @@ def make_page(rows: list[dict], command: str, hold_out: int, image: str = "") ->
 
 def run(args) -> int:
     """The commands fit and technique."""
+    if args.picture and args.picture.suffix not in (".svg", ".png"):
+        raise UserError(f"--picture={args.picture} must end with .svg or .png")
     rows = read_results(args.results)
     if args.command == "fit":
         text = fit_tables(rows, args.hold_out)

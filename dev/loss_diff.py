@@ -59,8 +59,9 @@ def read_losses(path: Path) -> Losses:
         kinds = {name: array.dtype.kind for name, array in arrays.items()}
         if kinds != ARRAYS or int(arrays["format"]) != 1:
             raise ValueError("its arrays have other types")
-        sizes = len(arrays["text_sha256"]), int(arrays["lengths"].sum()), len(arrays["tokens"])
-        if sizes != (len(arrays["lengths"]), len(arrays["tokens"]), len(arrays["losses"])) or arrays["lengths"].min() < 1:
+        lengths, size = arrays["lengths"], len(arrays["tokens"])
+        sizes = len(arrays["text_sha256"]), int(lengths.sum()), len(arrays["losses"])
+        if sizes != (len(lengths), size, size) or lengths.min() < 1:
             raise ValueError("its arrays have other lengths")
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a file of losses ({error}); make it with evaluate.py --losses_out") from None
@@ -79,8 +80,8 @@ def read_sources(path: Path, documents: list[bytes]) -> list[str]:
                 if digest in wanted:
                     found[digest] = str(row["source"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"--sources={path} cannot be read ({type(error).__name__}: {error}); name a .jsonl or .jsonl.xz "
-                        "file whose lines have text and source") from None
+        raise UserError(f"--sources={path} cannot be read ({type(error).__name__}: {error}); name a .jsonl or "
+                        ".jsonl.xz file whose lines have text and source") from None
     if not found:
         raise UserError(f"--sources={path} has none of the documents; name the text that the shards were made from")
     return [found.get(digest, "not found") for digest in documents]
@@ -179,8 +180,8 @@ def run(argv: list[str] | None):
         raise UserError(f"--picture={args.picture} must end with .svg or .png")
     a, b = read_losses(args.a), read_losses(args.b)
     if not np.array_equal(a.tokens, b.tokens) or not np.array_equal(a.lengths, b.lengths):
-        raise UserError(f"{args.a} and {args.b} hold losses of other tokens; use the same --shards and --bpb_tokens, and "
-                        "models of the same tokenizer")
+        raise UserError(f"{args.a} and {args.b} hold losses of other tokens; use the same --shards and --bpb_tokens, "
+                        "and models of the same tokenizer")
     groups = compare(a, b, read_sources(args.sources, a.documents) if args.sources else [])
     print(f"A: {sample.one_line(a.model)}\nB: {sample.one_line(b.model)}\n\n{table(groups)}")
     if args.picture:
