@@ -43,7 +43,7 @@ from runs import UserError  # noqa: E402
 
 PLAN_KEYS = {"flags": str, "depths": list, "seeds": int, "timing_steps": int, "arms": list}
 ARM_KEYS = {"name": str, "flags": str, "group": str, "depths": list, "seeds": int, "budgets": list, "grid": dict,
-            "round": int, "timing": bool}
+            "round": int, "round_step": int, "timing": bool}
 # flags that the compiled model does not depend on: runs that differ in these alone share a compilation
 SAME_GRAPH = set("seed num_iterations ratio epochs train_files schedule cooldown lr_floor optimizer muon_lr adamw_lr "
                  "embed_lr head_lr weight_decay decay_rule val_every val_tokens".split())
@@ -150,7 +150,8 @@ def plan_jobs(plan: dict, flags: dict, depths: list[int], seeds: int) -> list[Jo
                 cells, arm.get("budgets", [0.0]), depths or arm.get("depths", plan.get("depths", [4])),
                 range(seeds or arm.get("seeds", plan.get("seeds", 3)))):
             values = common | own | cell | {"depth": str(depth), "seed": str(seed)}
-            jobs.append(Job(arm["name"], group, values, float(budget), seed + arm.get("round", 0)))
+            round_ = arm.get("round", 0) + seed * arm.get("round_step", 1)
+            jobs.append(Job(arm["name"], group, values, float(budget), round_))
             if plan.get("timing_steps") and group == "technique" and seed == 0 and arm.get("timing", True):
                 short = {"num_iterations": str(plan["timing_steps"]), "val_every": "0"}
                 alone.append(Job(arm["name"], "timing", values | short, alone=True))
