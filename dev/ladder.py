@@ -186,7 +186,7 @@ def describe(script, argv: list[str]) -> dict:
     cfg = script.resolve_config(cfg, script.setup_machine(cfg), shards[0])
     model = script.GPT(cfg)
     parameters = sum(param.numel() for name, param in model.named_parameters()
-                     if param.ndim == 2 and name != "embed.weight")
+                     if param.ndim > 1 and name != "embed.weight")
     streams = script.validation_streams(cfg, shards[1])
     keys = {window: mean_keys(streams, cfg.bos_id, window) for window in {block.window for block in model.blocks}}
     attention = 12 * cfg.model_dim * sum(keys[block.window] for block in model.blocks)
