@@ -43,7 +43,7 @@ from runs import UserError  # noqa: E402
 
 PLAN_KEYS = {"flags": str, "depths": list, "seeds": int, "timing_steps": int, "arms": list}
 ARM_KEYS = {"name": str, "flags": str, "group": str, "depths": list, "seeds": int, "budgets": list, "grid": dict,
-            "round": int, "round_step": int, "timing": bool}
+            "edits": list, "round": int, "round_step": int, "timing": bool}
 # flags that the compiled model does not depend on: runs that differ in these alone share a compilation
 SAME_GRAPH = set("seed num_iterations ratio epochs train_files schedule cooldown lr_floor optimizer muon_lr adamw_lr "
                  "embed_lr head_lr weight_decay decay_rule val_every val_tokens".split())
@@ -60,6 +60,7 @@ class Job:
     group: str                   # technique, isoflop, length, transfer or timing: what the run is for
     flags: dict[str, str]        # of the training script, depth and seed among them
     budget: float = 0.0          # training FLOPs, which set the number of steps; 0: the flags do
+    edits: tuple = ()            # (old text, new text) of the training script
     round: int = 0               # runs of a low round come first
     alone: bool = False          # nothing else may run at the same time, because its speed matters
 
@@ -77,7 +78,8 @@ class Job:
 
     def graph(self) -> tuple:
         """What the compiled model depends on."""
-        return tuple(sorted((name, value) for name, value in self.flags.items() if name not in SAME_GRAPH))
+        flags = sorted((name, value) for name, value in self.flags.items() if name not in SAME_GRAPH)
+        return *flags, self.edits
 
     def label(self) -> str:
         return f"{self.group}: {self.arm}, depth {self.flags['depth']}, seed {self.seed}" + (
@@ -121,6 +123,8 @@ def read_plan(path: Path) -> dict:
     check_keys(plan, PLAN_KEYS, str(path))
     for number, arm in enumerate(plan.get("arms", []), 1):
         check_keys(arm, ARM_KEYS, f"{path}, arm {number}")
+        if not all(isinstance(edit, list) and list(map(type, edit)) == [str, str] for edit in arm.get("edits", [])):
+            raise UserError(f"{path}, arm {number} has edits that are not pairs [old text, new text]; write them so")
         if "name" not in arm:
             raise UserError(f"{path}, arm {number} has no name; give it one")
     return plan
@@ -142,7 +146,7 @@ def plan_jobs(plan: dict, flags: dict, depths: list[int], seeds: int) -> list[Jo
     jobs, alone, common = [], [], read_flags(plan.get("flags", ""), "flags of the plan") | flags
     for arm in plan.get("arms", []):
         own, group = read_flags(arm.get("flags", ""), f"arm {arm['name']!r}"), arm.get("group", "technique")
-        grid = arm.get("grid", {})
+        grid, edits = arm.get("grid", {}), tuple(map(tuple, arm.get("edits", [])))
         if not all(isinstance(values, list) and values for values in grid.values()):
             raise UserError(f"arm {arm['name']!r} has the grid {grid}; give a list of values for each field")
         cells = [dict(zip(grid, map(str, cell))) for cell in itertools.product(*grid.values())]
@@ -151,13 +155,13 @@ def plan_jobs(plan: dict, flags: dict, depths: list[int], seeds: int) -> list[Jo
                 range(seeds or arm.get("seeds", plan.get("seeds", 3)))):
             values = common | own | cell | {"depth": str(depth), "seed": str(seed)}
             round_ = arm.get("round", 0) + seed * arm.get("round_step", 1)
-            jobs.append(Job(arm["name"], group, values, float(budget), round_))
+            jobs.append(Job(arm["name"], group, values, float(budget), edits, round_))
             if plan.get("timing_steps") and group == "technique" and seed == 0 and arm.get("timing", True):
                 short = {"num_iterations": str(plan["timing_steps"]), "val_every": "0"}
-                alone.append(Job(arm["name"], "timing", values | short, alone=True))
+                alone.append(Job(arm["name"], "timing", values | short, edits=edits, alone=True))
     if not jobs:
         raise UserError("the plan has no arms; name a plan file or give --arm=\"NAME: --flag=value\"")
-    if len({job.key("") for job in jobs}) < len(jobs):
+    if len({(job.key(""), job.edits) for job in jobs}) < len(jobs):
         raise UserError("two arms of a group have the same name and flags; remove one or rename it")
     return sorted(jobs, key=lambda job: job.round) + alone
 
@@ -223,18 +227,21 @@ def train_one(script, argv: list[str], budget: float, out_dir: Path) -> tuple[in
     return code, result
 
 
-def work(path: Path, folder: Path, keep: bool):
+def work(folder: Path, keep: bool):
     """Reads jobs from stdin, a line each, and writes results to stdout. Ends after a run that broke down."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                        # what the script prints goes to the worker's log
     import torch
     for name in ("recompile_limit", "accumulated_recompile_limit"):     # runs of many models in one process
         setattr(torch._dynamo.config, name, 10_000)
-    script = sample.import_script(path, NEEDS)
     for line in sys.stdin:
         job = json.loads(line)
         out_dir = Path(tempfile.mkdtemp(dir=folder))
-        code, result = train_one(script, job["argv"], job["budget"], out_dir)
+        try:
+            script = sample.import_script(job["script"], NEEDS)
+            code, result = train_one(script, job["argv"], job["budget"], out_dir)
+        except sample.UserError as error:
+            code, result = 2, {"status": "failed", "why": str(error)}
         if not keep:
             shutil.rmtree(out_dir)
         sound = code in (0, 2, 3)        # else a new process goes on, with a sound device
@@ -284,14 +291,14 @@ class Worker:
     log: Path
     process: subprocess.Popen | None = None
 
-    def run(self, job: Job) -> dict | None:
+    def run(self, job: Job, script: Path) -> dict | None:
         """The result of a job; None if the worker was killed. A worker that dies has failed the job."""
         if self.process is None or self.process.poll() is not None:
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                                                 text=True, env=self.env, start_new_session=True)
         try:
-            print(json.dumps({"argv": job.argv(), "budget": job.budget}), file=self.process.stdin, flush=True)
+            print(json.dumps({"script": str(script), "argv": job.argv(), "budget": job.budget}), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except OSError:
             line = ""
@@ -313,7 +320,7 @@ class Worker:
 class Sweep:
     """A sweep that goes on: its folder, and what has ended."""
     out: Path
-    sha256: str
+    scripts: dict[tuple, tuple[Path, str]]      # edits -> (training script, its sha256)
     workers: list[Worker]
     gpus: int
     total: int
@@ -323,9 +330,10 @@ class Sweep:
 
     def record(self, job: Job, result: dict, alone: bool):
         """Adds a line to results.jsonl, and prints one."""
-        line = {"key": job.key(self.sha256), "arm": job.arm, "group": job.group, "depth": int(job.flags["depth"]),
+        digest = self.scripts[job.edits][1]
+        line = {"key": job.key(digest), "arm": job.arm, "group": job.group, "depth": int(job.flags["depth"]),
                 "seed": job.seed, "budget": job.budget, "flags": job.flags, "alone": alone,
-                "script_sha256": self.sha256} | result
+                "script_sha256": digest, "edits": job.edits} | result
         with self.lock:
             with open(self.out / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -340,7 +348,7 @@ class Sweep:
     def serve(self, worker: Worker, queue: Queue):
         """Lets a worker take jobs until there are none."""
         while job := queue.take(worker.number):
-            result = worker.run(job)
+            result = worker.run(job, self.scripts[job.edits][0])
             if result is None:
                 return
             self.record(job, result, alone=len(self.workers) <= self.gpus)
@@ -358,7 +366,7 @@ class Sweep:
                 time.sleep(0.05)
             for job in (job for job in jobs if job.alone):
                 worker = self.workers[queue.owner(job, [worker.number for worker in self.workers])]
-                if result := worker.run(job):
+                if result := worker.run(job, self.scripts[job.edits][0]):
                     self.record(job, result, alone=True)
         finally:
             queue.closed = True
@@ -366,7 +374,23 @@ class Sweep:
                 worker.end()
 
 
-def make_workers(jobs: int, gpus: list[str], script: Path, out: Path, keep: bool) -> list[Worker]:
+def edited(script: Path, edits: tuple, out: Path) -> tuple[Path, str]:
+    """The script after these edits and its sha256; raises UserError if an old text does not occur exactly once."""
+    text = script.read_text(encoding="utf-8")
+    for old, new in edits:
+        if text.count(old) != 1:
+            raise UserError(f"an edit needs a text that occurs exactly once, but {old[:80]!r} occurs {text.count(old)} "
+                            f"times in {script}; change the edit")
+        text = text.replace(old, new)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path = out / "scripts" / digest[:16] / script.name if edits else script
+    if edits:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return path, digest
+
+
+def make_workers(jobs: int, gpus: list[str], out: Path, keep: bool) -> list[Worker]:
     """Workers that share the GPUs, the cores and one cache of compiled code."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(out / "compiled"), "TRITON_CACHE_DIR": str(out / "compiled" / "triton")}
     if jobs > 1:
@@ -374,7 +398,7 @@ def make_workers(jobs: int, gpus: list[str], script: Path, out: Path, keep: bool
     workers = []
     for number in range(jobs):
         env = cache | dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
-        command = [sys.executable, str(HERE / "ladder.py"), "work", str(script), str(out / "runs")] + ["--keep"] * keep
+        command = [sys.executable, str(HERE / "ladder.py"), "work", str(out / "runs")] + ["--keep"] * keep
         workers.append(Worker(number, command, env, out / f"worker_{number}.txt"))
     return workers
 
@@ -397,15 +421,16 @@ def sweep(args, flags: list[str]) -> int:
             raise UserError(f"--groups={args.groups}: the plan has no group {', '.join(sorted(unknown))}; it has "
                             f"{', '.join(sorted({job.group for job in jobs}))}")
         jobs = [job for job in jobs if job.group in wanted]
-    (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(script.read_bytes()).hexdigest()
+    out = args.out.resolve()
+    scripts = {edits: edited(script, edits, out) for edits in dict.fromkeys(job.edits for job in jobs)}
+    (out / "runs").mkdir(parents=True, exist_ok=True)
     results = args.out / "results.jsonl"
     known = {row["key"] for row in ladder_tables.read_results([results])} if results.is_file() else set()
-    missing = [job for job in jobs if job.key(digest) not in known]
+    missing = [job for job in jobs if job.key(scripts[job.edits][1]) not in known]
     print(f"{len(jobs)} runs, of which {len(jobs) - len(missing)} are in {results}", flush=True)
     gpus = args.gpus.split(",") if args.gpus else visible_gpus()
-    going = Sweep(args.out, digest, make_workers(args.jobs, gpus, script, args.out, args.keep), max(1, len(gpus)),
-                  len(missing))
+    workers = make_workers(args.jobs, gpus, out, args.keep)
+    going = Sweep(out, scripts, workers, max(1, len(gpus)), len(missing))
     going.run(missing, args.stop_after)
     for line in going.failed:
         print(f"failed: {line}")
@@ -457,7 +482,6 @@ def make_parser() -> argparse.ArgumentParser:
             add("--page", type=path, metavar="FILE", help="write the tables to this file, as markdown; default: print "
                 "them")
     worker = commands.add_parser("work")
-    worker.add_argument("script", type=Path)
     worker.add_argument("folder", type=Path)
     worker.add_argument("--keep", action="store_true")
     return parser
@@ -470,7 +494,7 @@ def main(argv: list[str] | None = None) -> int:
         if flags and args.command != "sweep":
             raise UserError(f"{flags[0]} is no flag of {args.command}; --help lists the flags")
         if args.command == "work":
-            work(args.script, args.folder, args.keep)
+            work(args.folder, args.keep)
             return 0
         return sweep(args, flags) if args.command == "sweep" else ladder_tables.run(args)
     except (UserError, sample.UserError) as error:

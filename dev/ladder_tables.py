@@ -468,7 +468,8 @@ def setup_line(rows: list[dict]) -> str:
     runs = [row for row in rows if row["status"] == "finished"]
     parts = []
     for name, title in (("device", "device"), ("torch", "torch"), ("script_sha256", "script")):
-        parts.append(f"{title} " + ", ".join(sorted({str(row.get(name, '?'))[:40] for row in runs})))
+        values = {str(row.get(name, "?"))[:40] for row in runs if name != "script_sha256" or not row.get("edits")}
+        parts.append(f"{title} {', '.join(sorted(values))}")
     flags = [set(row.get("flags", {}).items()) for row in runs]
     common = sorted(set.intersection(*flags)) if flags else []
     groups = Counter(row["group"] for row in runs)
