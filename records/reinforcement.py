@@ -234,7 +234,7 @@ def new_folder(archive: Path, name: str, runs: list[Path], alone: list[Path], da
     found = [read_curve(folder, folder in alone) for folder in [*alone, *runs]]
     if len({tuple(curve.info["identity"][name] for name in ("task", "parent")) for curve in found}) > 1:
         raise UserError("the runs have several tasks or began with several models; make a folder of each")
-    final.parent.mkdir(exist_ok=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".new_") as temporary:
         folder, entries = Path(temporary) / final.name, []
         folder.mkdir()
