@@ -52,7 +52,7 @@ class Hyperparameters:
     balance: Literal["bias", "loss", "none"] = "bias"   # what keeps experts equally busy
     balance_rate: float = 0.01          # step of the bias, or weight of the loss (arXiv 2101.03961)
     router_z: float = 0.0               # the same of the routers, about 0.001 (arXiv 2202.08906); 0: off
-    jitter: float = 0.0                 # in training the router compares scores times 1 +- jitter, about 0.01; 0: off
+    jitter: float = 0.0                 # noise up to +- this on the scores in training, about 0.01; 0: off
     capacity: float = 0.0               # in training an expert takes at most this times the mean load; 0: takes all
     expert_ranks: int = 1               # ranks that share the experts of a layer; more than 1 needs a capacity
     gate: Literal["none", "head", "element"] = "none"   # gated attention (arXiv 2505.06708)
@@ -274,9 +274,11 @@ def hidden_sizes(cfg: Hyperparameters) -> tuple[int, int]:
     dense = cfg.model_dim // 6 * 16 if cfg.mlp == "swiglu" else 4 * cfg.model_dim   # it has three matrices
     if any(cfg.expert_layers) and (cfg.model_dim % 16 or cfg.expert_dim % 16):
         raise UserError(f"--model_dim={cfg.model_dim} and --expert_dim={cfg.expert_dim} must be multiples of 16")
-    if cfg.top_k > cfg.num_experts or cfg.num_experts % cfg.expert_ranks or cfg.expert_ranks > 1 and not cfg.capacity:
-        raise UserError(f"--num_experts={cfg.num_experts} must be at least --top_k={cfg.top_k} and a multiple of "
-                        f"--expert_ranks={cfg.expert_ranks}; several ranks need a capacity, try --capacity=1.5")
+    if cfg.top_k > cfg.num_experts or cfg.num_experts % cfg.expert_ranks:
+        raise UserError(f"--num_experts={cfg.num_experts} must be a multiple of --expert_ranks={cfg.expert_ranks} and "
+                        f"at least --top_k={cfg.top_k}")
+    if cfg.expert_ranks > 1 and not cfg.capacity:
+        raise UserError(f"--expert_ranks={cfg.expert_ranks} needs a capacity; try --capacity=1.5")
     return dense, cfg.expert_dim or max(16, (dense - cfg.shared_dim) // cfg.top_k // 16 * 16)
 
 class Experts(nn.Module):                # a bank of MLPs and the router that chooses top_k of them for each token
@@ -298,11 +300,10 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             return chosen, torch.ones_like(chosen, dtype=torch.float32), u_TC.new_zeros(len(u_TC), 1)
         logits, chosen = F.linear(u_TC.float(), self.router.weight.float()), []
         scores = logits.sigmoid()
-        ranking = scores.detach()
-        if context.training and cfg.jitter:     # not random, so that it is the same on any number of ranks
-            wave = (context.tokens * 127 + context.position * 311)[:, None] + self.layer * 17 + ids * 74_747
-            ranking = ranking * (1 + cfg.jitter * ((wave * 2_654_435_761 >> 8 & 0xFFFF) / 2**15 - 1))
-        ranking = ranking + self.bias
+        ranking = scores.detach() + self.bias
+        if context.training and cfg.jitter:     # a hash, so that it is the same on any number of ranks
+            place = (context.tokens * 127 + context.position * 311)[:, None] + self.layer * 17 + ids * 74_747
+            ranking = ranking + cfg.jitter * ((place * 2_654_435_761 >> 8 & 0xFFFF) / 2**15 - 1)
         for _ in range(cfg.top_k):       # on a GPU faster than topk, and the first of equals wins everywhere
             chosen.append(ranking.argmax(1, keepdim=True))
             ranking = ranking.scatter(1, chosen[-1], -math.inf)
@@ -350,10 +351,6 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         fc, proj = self.banks(u_TC.dtype, True)
         return sum((weights * (chosen == i)).sum(1, keepdim=True).to(u_TC.dtype) *
                    F.linear(activation(F.linear(u_TC, fc[i]), self.cfg.mlp), proj[i]) for i in range(len(fc)))
-    def rebalance(self, counts_E: Tensor, rate: float):     # after a step; counts of all ranks, so all move alike
-        if self.cfg.balance == "bias" and self.router:
-            self.bias += rate * torch.sign(counts_E.mean() - counts_E)
-        self.load.zero_()
     def banks(self, dtype: torch.dtype, whole: bool) -> list[Tensor]:  # (E, hidden, C), (E, C, hidden) of all or mine
         found = [torch.stack([*matrices]).to(dtype) for matrices in (self.fc, self.proj)]
         for i, part in enumerate(found if whole and self.group else ()):
@@ -367,7 +364,7 @@ def activation(h: Tensor, mlp: str) -> Tensor:
 class Block(nn.Module):                 # one layer: attention, then the MLP; each adds to the residual stream
     def __init__(self, cfg: Hyperparameters, layer: int):
         super().__init__()
-        C, self.head_dim, self.layer = cfg.model_dim, cfg.head_dim, layer
+        C, self.head_dim, self.layer, self.mlp = cfg.model_dim, cfg.head_dim, layer, cfg.mlp
         windows = [window or 2**24 for window in cfg.windows]
         self.window = max(windows) if layer == cfg.depth - 1 else windows[layer % len(windows)]
         self.scale = (layer + 1) ** -0.5 if cfg.norm_scaling else 1.0
@@ -375,7 +372,6 @@ class Block(nn.Module):                 # one layer: attention, then the MLP; ea
         gates = {"none": 0, "head": C // cfg.head_dim, "element": C}[cfg.gate]
         self.gate = Linear(C, gates, bias=False) if gates else None
         self.v_lambda = nn.Parameter(torch.empty(())) if cfg.value_residual and layer else None
-        self.mlp = cfg.mlp
         self.experts = Experts(cfg, layer) if cfg.expert_layers[layer % len(cfg.expert_layers)] else None
         hidden = cfg.shared_dim if self.experts else hidden_sizes(cfg)[0]
         self.fc = Linear(C, hidden * (1 + (self.mlp == "swiglu")), bias=False) if hidden else None
@@ -661,10 +657,9 @@ class Run:       # the folder of a run: log.txt, run.json, this script and the c
         return final
 
 def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, machine: Machine, stop: bool) -> list:
-    """Trains on this rank's packs of a batch. Returns the mean loss, the ranks that `stop`, and the loads of the banks."""
+    """Trains on this rank's packs of a batch. Returns the mean loss, how many ranks `stop`, and the banks' loads."""
     rate, batch_tokens = plan(cfg)[step]
-    totals, banks = torch.zeros(2, device=machine.device), forward.experts
-    totals[1] += stop
+    totals, banks = torch.arange(2.0, device=machine.device) * stop, forward.experts    # (0, stop)
     for tokens, targets in packs:
         loss = forward(tokens, targets, cfg.z_loss) / batch_tokens
         loss.backward()
@@ -675,8 +670,9 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
         dist.all_reduce(totals)
         for param in (param for group in groups for param in group["params"]):
             dist.all_reduce(param.grad, group=getattr(param, "replicas", None))
-    for bank, load in zip(banks, totals[2:].view(-1, cfg.num_experts + 1)):
-        bank.rebalance(load[:-1], cfg.balance_rate * rate)
+    for bank, load in zip(banks, totals[2:].split(cfg.num_experts + 1)):
+        bank.bias += (cfg.balance == "bias") * cfg.balance_rate * rate * torch.sign(load[:-1].mean() - load[:-1])
+        bank.load.zero_()
     for group in groups:
         group["lr"] = group["base_lr"] * rate
         group["momentum"] = 0.85 + 0.1 * min(1, step / 300)         # of Muon: early gradients are soon outdated
@@ -700,9 +696,8 @@ def load_picture(model: GPT, loads: list[np.ndarray]) -> str:   # SVG: a panel f
         lines = "".join('<polyline points="' + " ".join(f"{900 * (t + 0.5) / len(column):.0f},{y:.1f}" for t, y in
                         enumerate(column)) + f'" stroke="hsl({360 * i // len(heights.T)},70%,45%)"/>'
                         for i, column in enumerate(heights.T))
-        parts.append(f'<g transform="translate(9 {160 * panel + 30})"><text y="-8" fill="black">layer {bank.layer}: load '
-                     f'over the mean, 0 to 3, in steps 1 to {len(loads)}</text><path d="M0 0v120h900M0 80h900" '
-                     f'stroke="silver"/>{lines}</g>')
+        parts.append(f'<g transform="translate(9 {160 * panel + 30})"><text y="-8" fill="#000">layer {bank.layer}: '
+                     f'load over the mean, 0 to 3</text><path d="M0 0v120h900M0 80h900" stroke="#bbb"/>{lines}</g>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 {160 * len(model.experts)}" fill="none" '
             'font-family="sans-serif" font-size="12">' + "".join(parts) + "</svg>\n")
 
@@ -750,11 +745,11 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     ahead = loader.submit(load, 0)
     while (step := run.info["step"]) < cfg.total_steps and not stop:
         batch, ahead = ahead.result(), loader.submit(load, step + 1)        # the next batch loads during this step
-        loss, stop, *load = training_step(forward, optimizers, batch, step, cfg, machine, bool(interrupted))
+        loss, stop, *counts = training_step(forward, optimizers, batch, step, cfg, machine, bool(interrupted))
         run.seconds += time.perf_counter() - begin                  # the loss was read, so all ranks are done
         run.info |= {"step": step + 1, "tokens_seen": run.info["tokens_seen"] + plan(cfg)[step][1]}
         run.loss("train_loss", loss, console=step % 10 == 9)
-        loads.append(np.reshape(load, (len(model.experts), cfg.num_experts + 1)))
+        loads.append(np.reshape(counts, (len(model.experts), cfg.num_experts + 1)))
         if model.experts and (step % 100 == 99 or step + 1 == cfg.total_steps):
             run.log(load_table(model, loads[-100:]), console=False)
         if step + 1 == cfg.total_steps or cfg.val_every and (step + 1) % cfg.val_every == 0:
@@ -763,7 +758,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     run.info["val_loss"] = val_loss if (finished := step == cfg.total_steps) else None
     model.gather_experts()
     if machine.rank == 0:
-        run.write("load.svg", load_picture(model, loads).encode())
+        run.write("load.svg", load_picture(model, loads).encode()) if model.experts else None
         path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30
         run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
                 f"next: python sample.py --checkpoint={path}", status="finished" if finished else "interrupted",
