@@ -331,8 +331,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             size, begin = math.ceil(cfg.capacity * len(order) / E / 8) * 8, ends - counts
             queue, at = place - begin[chosen_R], torch.arange(size, device=order.device)
             place = torch.where(queue < size, chosen_R * size + queue, E * size)
-            first = (begin[:, None] + at).clamp(max=len(order) - 1)
-            order = torch.where(at < counts[:, None], order[first], len(order))
+            order = torch.where(at < counts[:, None], order[(begin[:, None] + at) % len(order)], len(order))
             self.load[-1] += (counts - size).clamp(min=0).sum()
         x = Move.apply(u_TC[:, None].expand(-1, cfg.top_k, -1).flatten(0, 1), order.flatten(), place)
         y = self.fixed(x) if take_first else self.mlps(x, partial(F.grouped_mm, offs=ends), True)

@@ -68,15 +68,16 @@ def as_compiled(monkeypatch):
 # -----------------------------------------------------------------------------
 # The model
 
-@pytest.mark.parametrize("kind", [{"num_experts": 1}, {"num_experts": 1, "mlp": "swiglu"}, {"expert_layers": (0,)}], ids=str)
+@pytest.mark.parametrize("kind", [{"num_experts": 1}, {"num_experts": 1, "mlp": "swiglu"}, {"expert_layers": (0,)}],
+                         ids=str)
 def test_one_expert_is_the_dense_model(kind):
     tokens = stream(90, 60)
     dense, one = (script.GPT(config(script, **kind)) for script in (simple, moe))
     optimizers = [script.make_optimizers(model) for script, model in ((simple, dense), (moe, one))]
     machine = simple.Machine(torch.device("cpu"), 0, 1, "cpu")
     for step in range(3):
-        losses = [script.training_step(model, optimizer, [(tokens, tokens.roll(-1))], step, model.cfg, machine, False)[0]
-                  for script, model, optimizer in zip((simple, moe), (dense, one), optimizers)]
+        losses = [script.training_step(model, both, [(tokens, tokens.roll(-1))], step, model.cfg, machine, False)[0]
+                  for script, model, both in zip((simple, moe), (dense, one), optimizers)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert one.matmul_parameters == dense.matmul_parameters
 
@@ -127,7 +128,8 @@ def test_nothing_looks_at_later_tokens_or_other_documents(kind):
 
 @pytest.mark.parametrize("kind", [*KINDS, {"capacity": 0.5}], ids=str)
 def test_decoding_equals_forward(kind):
-    model, tokens = moved(config(**kind)).requires_grad_(False).eval(), torch.stack([stream(40), stream(40).flip(0).roll(1)])
+    model = moved(config(**kind)).requires_grad_(False).eval()
+    tokens = torch.stack([stream(40), stream(40).flip(0).roll(1)])
     cache = model.new_cache(2, 40)
     found = torch.cat([model.decode(part, cache) for part in tokens.split([5, 1, 30, 4], 1)], 1)
     assert_close(found, torch.stack([model(row) for row in tokens]), 1e-3)
@@ -168,8 +170,8 @@ def test_losses_of_the_router_against_their_definitions():
         assert total - model(tokens, targets).item() == pytest.approx(extra.item(), rel=1e-4)
 
 
-def test_muon_turns_each_expert_alone():
-    """A gradient of one expert of rank 1 stays alone: its update is what Muon makes of it in a group of its own."""
+def test_each_expert_is_a_matrix_of_its_own_for_muon():
+    """Experts are matrices of a group, which Muon orthogonalises one by one; routers have AdamW."""
     model = moe.GPT(config(num_experts=3))
     muon = moe.make_optimizers(model)[0]
     group, = (group for group in muon.param_groups if any(param is model.experts[0].fc[0] for param in group["params"]))
@@ -182,8 +184,8 @@ def test_muon_turns_each_expert_alone():
 # -----------------------------------------------------------------------------
 # Compiled
 
-@pytest.mark.parametrize("kind", [{"precision": "bf16", "top_k": 2}, {"precision": "fp32", "capacity": 1.25, "jitter": 0.1,
-                                  "balance": "loss", "router_z": 1e-3}], ids=str)
+@pytest.mark.parametrize("kind", [{"precision": "bf16", "top_k": 2},
+                                  {"capacity": 1.25, "jitter": 0.1, "balance": "loss", "router_z": 1e-3}], ids=str)
 def test_forward_and_backward_compile_to_one_graph_for_all_choices(kind):
     cfg, graphs = config(depth=1, num_experts=3, **kind), []
     torch._dynamo.reset()
@@ -239,7 +241,8 @@ def test_the_bias_keeps_experts_busy_and_without_it_they_are_not():
         optimizers, loads = moe.make_optimizers(model), []
         for step in range(40):
             text = tokens[step % 4] % VOCAB
-            *load, dropped = moe.training_step(model, optimizers, [(text, text.roll(-1))], step, cfg, machine, False)[2:]
+            pack = text, text.roll(-1)
+            *load, dropped = moe.training_step(model, optimizers, [pack], step, cfg, machine, False)[2:]
             assert sum(load) == 256 and dropped == 0
             loads.append(load)
         busiest[balance] = max(np.mean(loads[-20:], axis=0)) / 64
@@ -331,9 +334,10 @@ def runs(data, tmp_path_factory, forkserver):
     return found
 
 
-@pytest.mark.parametrize("first, second", [((1, 0), (2, 0)), ((1, 0), (3, 0)), ((1, 1), (2, 2)), ((1, 1), (4, 2))], ids=str)
+@pytest.mark.parametrize("first, second", [((1, 0), (2, 0)), ((1, 0), (3, 0)), ((1, 1), (2, 2)), ((1, 1), (4, 2))],
+                         ids=str)
 def test_ranks_do_what_one_does(first, second, runs):
-    """Losses, weights, the bias, which follows the load of all, and what is dropped; with experts of other ranks, too."""
+    """Losses, weights, the bias, which follows the load of all, and what is dropped; with shared experts, too."""
     (one, dropped, weights), (more, also_dropped, others) = runs[first], runs[second]
     assert len(one) == 6 and more == pytest.approx(one, abs=2e-4)
     assert dropped == also_dropped and (dropped > 0.01) == (first == (1, 1))
