@@ -170,15 +170,24 @@ def test_losses_of_the_router_against_their_definitions():
         assert total - model(tokens, targets).item() == pytest.approx(extra.item(), rel=1e-4)
 
 
-def test_each_expert_is_a_matrix_of_its_own_for_muon():
-    """Experts are matrices of a group, which Muon orthogonalises one by one; routers have AdamW."""
+def test_muon_orthogonalises_each_expert_alone():
+    """However different their gradients are: all singular values of each update are about 1. Routers have AdamW."""
     model = moe.GPT(config(num_experts=3))
-    muon = moe.make_optimizers(model)[0]
-    group, = (group for group in muon.param_groups if any(param is model.experts[0].fc[0] for param in group["params"]))
-    assert all(param.ndim == 2 for param in group["params"]) and len(group["params"]) == 6      # of two layers
+    muon, adamw = moe.make_optimizers(model)
+    bank, generator = model.experts[0], torch.Generator().manual_seed(0)
+    before = [matrix.detach().clone() for matrix in bank.fc]
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator)
+    for size, matrix in zip((1e-3, 1.0, 1e3), bank.fc):
+        matrix.grad *= size
+    for group in muon.param_groups:
+        group |= {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    muon.step()
+    for old, matrix in zip(before, bank.fc):        # of 128 x 32: the update has a factor of 2
+        assert ((torch.linalg.svdvals(old - matrix.detach()) / 2 - 1).abs() < 0.25).all()
     routers = {id(bank.router.weight) for bank in model.experts}
+    assert routers == {id(param) for param in adamw.param_groups[-1]["params"]}
     assert routers.isdisjoint(id(param) for group in muon.param_groups for param in group["params"])
-    assert routers == {id(param) for param in moe.make_optimizers(model)[1].param_groups[-1]["params"]}
 
 
 # -----------------------------------------------------------------------------
