@@ -15,6 +15,7 @@ core        22 tasks, as nanochat computes them: the mean of (accuracy - baselin
 arc, mmlu, gsm8k, spellingbee
             accuracy of a chat model's answers: a letter, or a number that it works out with the calculator
 chatcore    these tasks, and the mean of (accuracy - chance) / (1 - chance)
+humaneval   share of programming tasks whose tests pass; only with --allow_code, because it runs what the model writes
 needle      accuracy of finding a number that is hidden in a text of 2,048 to 65,536 tokens
 position    the loss by the position in long documents, with full and with cut context
 
@@ -39,6 +40,7 @@ from pathlib import Path
 import numpy as np
 
 import chat_tasks
+import contained
 import long_tasks
 import sample
 from sample import GPT2_PATTERN, JOINED_PATTERNS, UserError
@@ -131,6 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "svg (default: none)")
     add("--stream_tokens", type=int, default=0, metavar="N", help="length of a packed stream, a multiple of 128; "
         "default: 131072 on cuda, else as much as 1 GiB of logits allows")
+    add("--allow_code", action="store_true", help="run the programs that the model writes for humaneval. What they can "
+        "do is limited, see contained.py: against accidents, not against hostile code (default: off)")
     sample.add_model_flags(add, "evaluate.py")
     args = parser.parse_args(sample.command_line(argv))
     check_args(args)
@@ -161,6 +165,12 @@ def check_args(args: argparse.Namespace):
         need(not (args.model and name in args.tasks) or args.shards, "model", f"needs --shards=GLOB for {name}")
     need(not (args.model and args.chat_tasks), "model", f"has no tokens for conversations, which "
          f"{','.join(args.chat_tasks)} needs; name a chat model with --checkpoint= instead")
+    if "humaneval" in args.tasks:
+        if not args.allow_code:
+            raise UserError("--tasks=humaneval runs programs that the model writes; contained.py says how they are "
+                            "limited; allow it with --allow_code")
+        if fault := contained.fault():
+            raise UserError(f"--tasks=humaneval cannot run programs here: {fault}; leave it out")
     need(args.max_tokens >= 1, "max_tokens", "must be at least 1")
     need(256 <= args.longest <= 1 << 24, "longest", "must be between 256 and 16777216")
     need(not args.heat_map or "needle" in args.tasks, "heat_map", "is a picture of needle; add it to --tasks")
@@ -233,10 +243,12 @@ class Item:
     prompts: list                # for each option: the texts that the prompt is made of
     before: tuple = ()           # texts before the answer, if the whole answer may be scored
 
-FIELDS = {                       # of an item, by kind: question, answer, right option; a list has one text per option
+# of an item, by kind: question, answer, right option, other texts; a list has one text per option
+FIELDS = {
     "choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
     "lm": ("context", "continuation", None), "ending": ("ctx", "endings", "label"),
-    "mmlu": ("question", "choices", "answer"), "gsm8k": ("question", "answer", None)}
+    "mmlu": ("question", "choices", "answer"), "gsm8k": ("question", "answer", None),
+    "humaneval": ("prompt", "test", None, "entry_point")}
 
 def task_file(evals: Path, task: Task) -> Path | None:
     """The file with a task's items, or None if it is not there."""
@@ -256,8 +268,8 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
 
 def check_item(kind: str, row: dict) -> dict:
     """The fields of an item that are used; raises KeyError, IndexError, TypeError or ValueError if one is not sound."""
-    asked, answered, gold = FIELDS[kind]
-    texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered)]
+    asked, answered, gold, *others = FIELDS[kind]
+    texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered, *others)]
     for text in itertools.chain(*texts):
         text.encode()                    # fails for what UTF-8 cannot hold
     if gold and (type(row[gold]) is not int or not 0 <= row[gold] < max(map(len, texts))):
