@@ -284,7 +284,7 @@ def test_what_is_given_beside_the_depth_stays():
 def sizes_after_training(width, rule):
     """RMS of what each block adds to the stream, and of the logits, after ten steps on the same text."""
     cfg = config(model_dim=width, head_dim=16, depth=2, width_rule=rule, num_iterations=10)
-    model, tokens = simple.GPT(cfg), torch.from_numpy(make_text(1024, 0)[:1024].astype(np.int64))
+    model, tokens = simple.GPT(cfg), torch.from_numpy(make_text(512, 0)[:512].astype(np.int64))
     optimizers, machine = simple.make_optimizers(model), simple.Machine(torch.device("cpu"), 0, 1, "cpu")
     for step in range(10):
         simple.training_step(model, optimizers, [(tokens, tokens.roll(-1))], step, cfg, machine, False)
