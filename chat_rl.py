@@ -519,7 +519,8 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     finished = step == args.steps
     if finished and args.steps:
         run.measured(step, clock.seconds, *measure(sampler, tools))
-    run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
+    if args.steps:
+        run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
     run.finish(finished, step, clock.seconds)
     return 0 if finished else 130
 

@@ -664,10 +664,10 @@ class Run:
         self.print(f"{status}: {step} steps, {self.tokens_seen:,} tokens in {seconds:.1f} s of training "
                    f"({self.tokens_seen / max(seconds, 1e-9):,.0f} tokens/s)")
         self.print(f"log, curve and checkpoint are in {self.folder}")
-        if finished:
+        if finished and self.checkpoint:
             words = ["python", os.path.relpath(HERE / "chat.py"), f"--checkpoint={self.checkpoint}"]
             self.print(f"next: {shlex.join(words)}")
-        else:
+        elif not finished:
             self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
 
 def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tokenizer):
