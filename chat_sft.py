@@ -638,7 +638,8 @@ class Run:
                 "step": step, "stage": self.parent.meta["stage"],
                 "chat": self.has_markers, "parent": self.origin_of_weights(), "history": self.history,
                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(), "train_time": seconds,
-                "tokens_seen": self.tokens_seen, "identity": self.identity, "loader_position": [0, 0]} | self.scores(step)
+                "tokens_seen": self.tokens_seen, "identity": self.identity, "loader_position": [0, 0]}
+        meta |= self.scores(step)
         self.checkpoint = self.tools.write_checkpoint(self.folder / "checkpoint", meta, files, self.tokenizer,
                                                       self.args.keep)
 
