@@ -30,6 +30,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import chat_tasks
+import evaluate
 import sample
 from sample import HERE, UserError
 
@@ -37,7 +38,7 @@ from sample import HERE, UserError
 
 READ_AHEAD = 256                         # conversations among which the packer chooses
 NEEDS = ("GPT", "config_from_dict", "UserError")
-WORDS, ANSWER_TOKENS = 64, 64            # of the spelling test during training
+ANSWER_TOKENS = 256                      # longest answer of a chat task during training
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -82,14 +83,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "the last steps of pretraining)")
     add("--val_every", type=int, default=100, metavar="STEPS", help="steps between validations; 0: only first and last "
         "(default: %(default)s)")
+    add("--evals", type=sample.path_flag, default=Path("data/evals"), metavar="FOLDER", help="folder with the questions "
+        "of evaluate.py; at each validation the model answers some of each chat task (default: %(default)s)")
+    add("--chat_items", type=int, default=64, metavar="N", help="questions of each chat task at a validation; 0: none "
+        "(default: %(default)s)")
     add("--seed", type=int, default=0, help="of the order of conversations in the second epoch and later (default: "
         "%(default)s)")
     add_run_flags(add, "chat_sft.py", lr=0.3, warmup=20)
     args = parser.parse_args(sample.command_line(argv))
     most = 1 << 30
     check_ranges(args, (("epochs", 1, 1000), ("batch_tokens", 0, most), ("lr", 1e-9, 1000), ("warmup", 0, most),
-                        ("val_every", 0, most), ("save_every", 0, most), ("keep", 1, most), ("stop_after", 0, most),
-                        ("seed", 0, most)))
+                        ("val_every", 0, most), ("chat_items", 0, most), ("save_every", 0, most), ("keep", 1, most),
+                        ("stop_after", 0, most), ("seed", 0, most)))
     if args.save_every % 2 or args.stop_after % 2:
         name = "save_every" if args.save_every % 2 else "stop_after"
         raise UserError(f"--{name}={getattr(args, name)} must be even: half of the weights move at every other step")
@@ -483,17 +488,20 @@ def validate(model, job: Job, machine, tools) -> tuple[float, float]:
         loss = tools.validate(model, SimpleNamespace(val_tokens=1), job.val, machine)
     return loss / job.val_targets, loss / math.log(2) / max(1, job.val_bytes)
 
-def spelling_test(model, tokenizer: sample.Tokenizer, count: int) -> tuple[float, float]:
-    """Shares of questions about letters of unseen words: answered right, and with a call that has a result."""
-    from tqdm import tqdm
+def read_questions(args: argparse.Namespace) -> chat_tasks.Questions:
+    """The first --chat_items questions of each chat task whose file is in --evals; raises UserError."""
+    return evaluate.read_questions(argparse.Namespace(evals=args.evals, chat_tasks=["chatcore"],
+                                                      max_items=args.chat_items))
+
+def chat_test(model, tokenizer: sample.Tokenizer, questions: chat_tasks.Questions, count: int) -> str:
+    """The model's ChatCORE over those questions, and its accuracy in each task, as text for the log."""
     format = chat_tasks.Format(model, tokenizer, "the model")
-    items = chat_tasks.make_bee_items([], count, format.data)
-    prompts = [format.prompt(item) for item in items]
-    engine = sample.Engine(model, tokenizer.vocab_size, sample.Draw(temperature=0), count,
-                           max(map(len, prompts)) + ANSWER_TOKENS, forcing=True)
-    records = chat_tasks.write_answers(format, items, prompts, engine, ANSWER_TOKENS, tqdm(disable=True))
-    return (sum(record["correct"] for record in records) / count, sum(record["results"] > 0 for record in records)
-            / count)
+    records = chat_tasks.answer_items(format, questions.items, count, ANSWER_TOKENS, quiet=True)
+    scores = chat_tasks.summarize(questions, list(records.values()), with_chatcore=True)
+    tasks = scores["chat"]["tasks"]
+    text = f"chatcore:{scores['chatcore']['chatcore']:.4f} of {len(tasks)} tasks: "
+    text += " ".join(f"{label}:{score['accuracy']:.3f}" for label, score in tasks.items())
+    return text + f" tool_calls:{tasks['spellingbee']['tool_calls']:.3f} "
 
 # -----------------------------------------------------------------------------
 # The run
@@ -605,14 +613,12 @@ class Run:
             self.save(status="diverged", error=text)
             raise FloatingPointError(text)
 
-    def validated(self, step: int, job: Job, seconds: float, measured: tuple, test: tuple):
-        """Logs a validation, with the spelling test if it was made."""
+    def validated(self, step: int, job: Job, seconds: float, measured: tuple, test: str):
+        """Logs a validation. test: what chat_test returned, or nothing."""
         loss, bits = measured
         self.history.append((step, seconds, loss))
         text = f"step:{step}/{job.steps} val_loss:{loss:.6f} bpb:{bits:.4f} "
-        if test:
-            text += f"spelling_right:{test[0]:.3f} tool_calls:{test[1]:.3f} "
-        self.print(text + self.tools.train_time(seconds, step))
+        self.print(text + test + self.tools.train_time(seconds, step))
         self.save()
 
     def origin_of_weights(self) -> dict:
@@ -671,14 +677,15 @@ class Run:
         elif not finished:
             self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
 
-def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tokenizer):
-    """Validates, and makes the spelling test if the vocabulary has the tokens for it."""
+def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tokenizer,
+            questions: chat_tasks.Questions | None):
+    """Validates, and has the model answer the questions if there are some and its vocabulary has the tokens for it."""
     measured = validate(trainer.forward, job, run.machine, run.tools)
     run.need_finite(measured[0], f"the validation loss of step {step}")
-    test = ()
-    if run.master and run.has_markers:
+    test = ""
+    if run.master and run.has_markers and questions:
         trainer.model.eval()
-        test = spelling_test(trainer.model, tokenizer, WORDS)
+        test = chat_test(trainer.model, tokenizer, questions, run.args.chat_items)
         trainer.model.train()
     run.validated(step, job, clock.seconds, measured, test)
 
@@ -697,6 +704,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     import torch
     tools = find_tools()
     parent = find_parent(args)
+    questions = read_questions(args) if args.chat_items else None
     tokenizer_json = read_data_tokenizer(args, parent)
     shards = tools.open_shards(*(f"{glob.escape(str(args.data))}/{side}_*.bin" for side in ("train", "val")))
     machine = find_machine(args, tools)
@@ -721,7 +729,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         run.train_losses = trainer.restore(run.origin, run.meta)
         run.print(f"goes on from {run.origin}")
     else:
-        measure(run, job, trainer, clock, 0, tokenizer)
+        measure(run, job, trainer, clock, 0, tokenizer, questions)
     stopping = tools.stop_on_signals()
     last_step = min(args.stop_after or job.steps, job.steps)
     stop = False
@@ -738,14 +746,14 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         run.step(step, job, clock.seconds, loss)
         if step < last_step and args.val_every and step % args.val_every == 0:
             clock.stop()
-            measure(run, job, trainer, clock, step, tokenizer)
+            measure(run, job, trainer, clock, step, tokenizer, questions)
             clock.start()
         if step < last_step and trainer.resumable and args.save_every and step % args.save_every == 0:
             run.save_checkpoint(step, trainer, clock.seconds, everything=True)
     clock.stop()
     finished = step == job.steps
     if finished:
-        measure(run, job, trainer, clock, step, tokenizer)
+        measure(run, job, trainer, clock, step, tokenizer, questions)
     run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
     run.finish(finished, step, clock.seconds)
     return 0 if finished else 130

@@ -281,10 +281,11 @@ def write_answers(format: Format, items: list[Item], prompts: list[list[int]], e
     return [judge_answer(format, item, text) for item, text in zip(items, texts)]
 
 def answer_items(format: Format, items: list[Item], batch: int, max_tokens: int, rank: int = 0,
-                 world_size: int = 1) -> dict[int, dict]:
+                 world_size: int = 1, quiet: bool = False) -> dict[int, dict]:
     """Index of an item -> its record, for those items that this rank takes; raises UserError.
 
     batch: items read or answered at the same time. Ranks take batches of items with prompts of similar length in turn.
+    quiet: without progress bars.
     """
     from tqdm import tqdm
     model, tokenizer = format.chat.model, format.chat.tokenizer
@@ -293,7 +294,7 @@ def answer_items(format: Format, items: list[Item], batch: int, max_tokens: int,
     letters = [i for i, item in enumerate(items) if item.letters]
     tokens = CPU_TOKENS if next(model.parameters()).device.type == "cpu" else GPU_TOKENS
     batches = sorted_batches([len(prompts[i]) for i in letters], batch, tokens)[rank::world_size]
-    quiet = None if rank == 0 else True
+    quiet = True if quiet or rank else None      # None: a bar if it is a terminal
     for part in tqdm(batches, unit=" batches", disable=quiet):
         part = [letters[i] for i in part]
         found = choose_letters(model, tokenizer, [prompts[i] for i in part], [items[i] for i in part])

@@ -31,7 +31,8 @@ chat = sample.import_script(ROOT / "data" / "chat.py", ("render",))
 BYTES_CHAT = json.loads(chat.extend_tokenizer(chat.shards.bytes_tokenizer_json()))
 TOKENIZER = sample.Tokenizer(BYTES_CHAT)
 STEPS = 8
-FLAGS = ("--batch_tokens=512", "--val_every=0", "--device=cpu", "--warmup=2")
+FLAGS = ("--batch_tokens=512", "--val_every=0", "--device=cpu", "--warmup=2", "--chat_items=2",
+         "--evals=none")
 
 
 def talk(question, answer):
@@ -177,7 +178,7 @@ def talks(tmp_path_factory):
 def run(parent, talks, tmp_path, capsys, monkeypatch):
     """Function of flags that runs chat_sft.py; exit code, output, errors, and the run folder if there is one."""
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)  # no curve: it takes as long as the steps
-    monkeypatch.setattr(chat_sft, "WORDS", 2)
+    monkeypatch.setattr(chat_sft, "ANSWER_TOKENS", 8)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*flags, out="logs"):
@@ -223,6 +224,20 @@ def test_a_run_makes_an_ordinary_checkpoint_and_leaves_the_first_as_it_is(run, p
                                                              "checkpoint"}
 
 
+def test_each_validation_asks_the_chat_tasks_that_have_a_file(run, tmp_path):
+    folder = tmp_path / "evals" / "gsm8k"
+    folder.mkdir(parents=True)
+    rows = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(3)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("--stop_after=2", f"--evals={folder.parent}", "--chat_items=2")
+    assert (done.code, done.err) == (130, "")
+    found = re.search(r"step:0/.* chatcore:(\S+) of 2 tasks: gsm8k:(\S+) spellingbee:(\S+) tool_calls:\S+ ", done.out)
+    assert 2 * float(found[1]) == pytest.approx(float(found[2]) + float(found[3]), abs=1e-3)
+    (folder / "test.jsonl").write_text('{"question": "no answer"}\n')
+    done = run(f"--evals={folder.parent}", out="none")
+    assert done.code == 2 and "test.jsonl does not hold items of gsm8k" in done.err and done.folder is None
+
+
 def test_the_model_begins_as_the_first_checkpoint(run, parent):
     done = run("--lr=1e-9", "--stop_after=2")
     assert done.code == 130
@@ -257,7 +272,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(run, tmp_path):
 
 
 def ranks_main(argv):
-    chat_sft.WORDS = 2
+    chat_sft.ANSWER_TOKENS = 8
     sys.modules["matplotlib.backends.backend_svg"] = None
     return chat_sft.main(argv)
 
@@ -328,7 +343,7 @@ def test_a_vocabulary_with_room_keeps_its_size(run, parent, tmp_path):
 def test_the_plain_template_needs_no_special_tokens(run, tmp_path):
     chat.main(["spelling:30", "--tokenizer=bytes", "--template=plain", f"--out={tmp_path / 'plain'}"])
     done = run(f"--data={tmp_path / 'plain'}")
-    assert (done.code, done.err) == (0, "") and "spelling_right" not in done.out
+    assert (done.code, done.err) == (0, "") and "chatcore" not in done.out
     model, tokenizer, meta = sample.load_checkpoint(sample.resolve_checkpoint(done.folder), "cpu")
     assert meta["chat"] is False and model.cfg.vocab_size == tokenizer.vocab_size == 257
 

@@ -2,6 +2,7 @@
 
 Against: the sections between the banners of train_*.py, drifts planted in them, the flags listed in test_config.py, and
 limits on lines. A section tagged "as in train_gpt.py" is edited there and copied: python tests/test_family.py --write.
+The relatives of train_gpt_simple.py have no tags. They share its functions and classes by name, except those in OWN.
 Run: python -m pytest tests/test_family.py
 """
 import ast
@@ -23,6 +24,11 @@ SIZE_VARIANTS = ["train_gpt_medium.py"]
 BANNER, TAG = "# " + "-" * 77 + "\n# ", " (as in train_gpt.py)"
 EXPERIMENT, WHOLE, FUNCTION = 1450, 2870, 70     # lines at most: down to the first appendix, of a script, of a function
 PLAIN, PLAIN_FUNCTION = 600, 60                  # the same of the script to read first, which has no appendix
+RELATIVE = 780                                   # lines of its relatives
+# relative of train_gpt_simple.py -> the functions and classes that it shares by name, but not by text
+OWN = {"train_gpt_moe.py": {"Block", "GPT", "Hyperparameters", "make_optimizers", "resolve_config", "train",
+                            "training_step"},
+       "train_gpt_long.py": {"Hyperparameters", "streams", "Stream", "GPT", "Cache", "train"}}
 # What sample.py, evaluate.py, records/ and dev/ use of an imported training script.
 INTERFACE = ("GPT Hyperparameters Machine PRESETS UserError config_from_dict main open_shards parse_config read_header "
              "read_tokenizer setup_machine to_device validate validation_streams").split()
@@ -64,6 +70,48 @@ def synced(source, other):
              for title, (tagged, text) in sections(other).items()]
     # the docstring's section ends with one newline, the others with a blank line, the last one with the file
     return (parts[0][1:] + "\n" + BANNER + ("\n\n" + BANNER).join(parts[1:])) + "\n"
+
+
+def definitions(source):
+    """Name -> text of the functions and classes at the top level of a script, with their decorators."""
+    lines, found = source.splitlines(keepends=True), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = "".join(lines[first - 1:node.end_lineno])
+    return found
+
+
+def shared_definitions(simple, relative, own):
+    """Name -> (text in train_gpt_simple.py, text in its relative) of what both have, except `own`."""
+    first, mine = definitions(simple), definitions(relative)
+    return {name: (first[name], mine[name]) for name in mine if name in first and name not in own}
+
+
+def copied(simple, relative, own):
+    """The script `relative`, whose shared functions and classes have the text that they have in train_gpt_simple.py."""
+    for right, text in shared_definitions(simple, relative, own).values():
+        assert relative.count(text) == 1
+        relative = relative.replace(text, right)
+    return relative
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_relative_of_the_plain_script_shares_its_functions(name):
+    shared = shared_definitions(SOURCES["train_gpt_simple.py"], SOURCES[name], OWN[name])
+    assert [key for key, (right, text) in shared.items() if text != right] == [], "python tests/test_family.py --write"
+    equal = definitions(SOURCES["train_gpt_simple.py"]).items() & definitions(SOURCES[name]).items()
+    assert OWN[name].isdisjoint(dict(equal)), "it is equal: take its name out of OWN"
+    assert OWN[name] <= definitions(SOURCES[name]).keys() & definitions(SOURCES["train_gpt_simple.py"]).keys()
+    assert len(shared) > 10
+
+
+def test_a_drift_of_a_relative_is_found_and_written_again():
+    simple = SOURCES["train_gpt_simple.py"]
+    drifted = simple.replace("F.rms_norm(x, (x.size(-1),))", "x").replace("total = torch.zeros(", "total = torch.ones(")
+    shared = shared_definitions(simple, drifted, {"validate"})
+    assert [name for name, (right, text) in shared.items() if text != right] == ["norm"]
+    assert copied(simple, drifted, {"validate"}) == simple.replace("total = torch.zeros(", "total = torch.ones(")
 
 
 def test_sections_are_the_same_where_they_say_so_and_only_there():
@@ -134,7 +182,7 @@ def test_lines(name):
     lines = SOURCES[name].splitlines()
     if name in WITH_TABLES:
         assert next(i for i, line in enumerate(lines) if line.startswith("# Appendix: kernels")) - 1 <= EXPERIMENT
-    assert len(lines) <= (WHOLE if name in WITH_TABLES else PLAIN)
+    assert len(lines) <= (WHOLE if name in WITH_TABLES else RELATIVE if name in OWN else PLAIN)
     assert max(map(len, lines)) <= 120
 
 
@@ -234,4 +282,8 @@ if __name__ == "__main__":
             (ROOT / name).write_text(new, encoding="utf-8")
             SOURCES[name] = new
             print(f"{name}: the tagged sections are now those of train_gpt.py")
+    for name, own in OWN.items():
+        if (new := copied(SOURCES["train_gpt_simple.py"], SOURCES[name], own)) != SOURCES[name]:
+            (ROOT / name).write_text(new, encoding="utf-8")
+            print(f"{name}: the functions and classes that it shares are now those of train_gpt_simple.py")
     sys.exit("\n".join(problems(SOURCES)) or 0)
