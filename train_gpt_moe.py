@@ -354,7 +354,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         found = [torch.stack([*matrices]).to(dtype) for matrices in (self.fc, self.proj)]
         for i, part in enumerate(found if whole and self.group else ()):
             found[i] = part.new_empty(self.cfg.num_experts, *part.shape[1:])
-            dist.all_gather_into_tensor(found[i], part, group=self.group)
+            dist.all_gather([*found[i].split(len(part))], part, group=self.group)
         return found
 
 def activation(h: Tensor, mlp: str) -> Tensor:
