@@ -351,7 +351,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         return sum((weights * (chosen == i)).sum(1, keepdim=True).to(u_TC.dtype) *
                    F.linear(activation(F.linear(u_TC, fc[i]), self.cfg.mlp), proj[i]) for i in range(len(fc)))
     def banks(self, dtype: torch.dtype, whole: bool) -> list[Tensor]:  # (E, hidden, C), (E, C, hidden) of all or mine
-        found = [torch.stack([*matrices]).to(dtype) for matrices in (self.fc, self.proj)]
+        found = [torch.stack(list(bank.parameters())).to(dtype) for bank in (self.fc, self.proj)]
         for i, part in enumerate(found if whole and self.group else ()):
             found[i] = part.new_empty(self.cfg.num_experts, *part.shape[1:])
             dist.all_gather([*found[i].split(len(part))], part, group=self.group)
