@@ -43,6 +43,33 @@ ANSWER_TOKENS = 256                      # longest answer of a chat task during 
 # -----------------------------------------------------------------------------
 # Command line
 
+def add_run_flags(add, script: str, lr: float, warmup: int):
+    """Adds the flags of a run that begins with a checkpoint, the same for chat_sft.py and chat_rl.py."""
+    add("--lr", type=float, default=lr, help="factor on the highest learning rates of pretraining (default: "
+        "%(default)s)")
+    add("--warmup", type=int, default=warmup, metavar="STEPS", help="steps over which the learning rate rises; after "
+        "them it falls to 0 in a straight line (default: %(default)s)")
+    add("--save_every", type=int, default=0, metavar="STEPS", help="steps between checkpoints from which --resume goes "
+        "on; 0: only at the end and when interrupted (default: %(default)s)")
+    add("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (default: %(default)s)")
+    add("--resume", type=sample.path_flag, metavar="FOLDER", help="go on with this run, with the same flags otherwise")
+    add("--stop_after", type=int, default=0, metavar="STEPS", help="end after this many steps, with the learning rate "
+        "as it is there; 0: off (default: %(default)s)")
+    add("--out_dir", type=sample.path_flag, default=Path("logs"), metavar="FOLDER", help="folder with the runs "
+        "(default: %(default)s)")
+    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="(default: cuda if there is a GPU, "
+        "else cpu)")
+    add("--script", type=sample.path_flag, metavar="PATH", help="run this training script to build the model; default: "
+        f"the script of the same name beside {script}")
+    add("--vocab_dir", type=sample.path_flag, metavar="FOLDER", help="folder with GPT-2's encoder.json, for a "
+        "checkpoint that has no tokenizer.json")
+
+def check_ranges(args: argparse.Namespace, ranges: tuple):
+    """Raises UserError for a flag outside its range (name, lowest, highest)."""
+    for name, low, high in ranges:
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name}={getattr(args, name)} must be {low} to {high}")
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked as far as possible without a model; raises UserError."""
     parser = sample.make_parser("chat_sft.py", __doc__)
@@ -54,39 +81,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=1, help="how often each conversation is read (default: %(default)s)")
     add("--batch_tokens", type=int, default=0, metavar="N", help="tokens of a step over all ranks (default: those of "
         "the last steps of pretraining)")
-    add("--lr", type=float, default=0.3, help="factor on the highest learning rates of pretraining (default: "
-        "%(default)s)")
-    add("--warmup", type=int, default=20, metavar="STEPS", help="steps over which the learning rate rises; after them "
-        "it falls to 0 in a straight line (default: %(default)s)")
     add("--val_every", type=int, default=100, metavar="STEPS", help="steps between validations; 0: only first and last "
         "(default: %(default)s)")
     add("--evals", type=sample.path_flag, default=Path("data/evals"), metavar="FOLDER", help="folder with the questions "
         "of evaluate.py; at each validation the model answers some of each chat task (default: %(default)s)")
     add("--chat_items", type=int, default=64, metavar="N", help="questions of each chat task at a validation; 0: none "
         "(default: %(default)s)")
-    add("--save_every", type=int, default=0, metavar="STEPS", help="steps between checkpoints from which --resume goes "
-        "on; 0: only at the end and when interrupted (default: %(default)s)")
-    add("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (default: %(default)s)")
-    add("--resume", type=sample.path_flag, metavar="FOLDER", help="go on with this run, with the same flags otherwise")
-    add("--stop_after", type=int, default=0, metavar="STEPS", help="end after this many steps, with the learning rate "
-        "as it is there; 0: off (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the order of conversations in the second epoch and later (default: "
         "%(default)s)")
-    add("--out_dir", type=sample.path_flag, default=Path("logs"), metavar="FOLDER", help="folder with the runs "
-        "(default: %(default)s)")
-    add("--device", choices=("auto", "cuda", "cpu", "mps"), default="auto", help="(default: cuda if there is a GPU, "
-        "else cpu)")
-    add("--script", type=sample.path_flag, metavar="PATH", help="run this training script to build the model; default: "
-        "the script of the same name beside chat_sft.py")
-    add("--vocab_dir", type=sample.path_flag, metavar="FOLDER", help="folder with GPT-2's encoder.json, for a "
-        "checkpoint that has no tokenizer.json")
+    add_run_flags(add, "chat_sft.py", lr=0.3, warmup=20)
     args = parser.parse_args(sample.command_line(argv))
     most = 1 << 30
-    for name, low, high in (("epochs", 1, 1000), ("batch_tokens", 0, most), ("lr", 1e-9, 1000), ("warmup", 0, most),
-                            ("val_every", 0, most), ("save_every", 0, most), ("keep", 1, most),
-                            ("chat_items", 0, most), ("stop_after", 0, most), ("seed", 0, most)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name}={getattr(args, name)} must be {low} to {high}")
+    check_ranges(args, (("epochs", 1, 1000), ("batch_tokens", 0, most), ("lr", 1e-9, 1000), ("warmup", 0, most),
+                        ("val_every", 0, most), ("chat_items", 0, most), ("save_every", 0, most), ("keep", 1, most),
+                        ("stop_after", 0, most), ("seed", 0, most)))
     if args.save_every % 2 or args.stop_after % 2:
         name = "save_every" if args.save_every % 2 else "stop_after"
         raise UserError(f"--{name}={getattr(args, name)} must be even: half of the weights move at every other step")
@@ -252,8 +260,12 @@ def read_data_tokenizer(args, parent: Parent) -> bytes:
                         f"data/chat.py --tokenizer={parent.folder / 'tokenizer.json'}")
     return content
 
-def choose_config(args, parent: Parent, machine, shard):
-    """The checkpoint's config with a vocabulary that has room for the data's, for this machine; raises UserError."""
+def choose_config(args, parent: Parent, machine, shard, compiled: bool = True):
+    """(config for this machine, config to save) of the checkpoint, with room for the data's vocabulary.
+
+    shard: says vocab_size and bos_id of the data. compiled: False for a model that must not be compiled. Raises
+    UserError.
+    """
     cfg = parent.module.config_from_dict(parent.meta["config"])
     vocab_size, multiple = cfg.vocab_size, getattr(cfg, "vocab_multiple", 1)
     if shard.vocab_size > vocab_size:
@@ -261,6 +273,8 @@ def choose_config(args, parent: Parent, machine, shard):
     saved = replace(cfg, vocab_size=vocab_size)
     # `saved` stays what the checkpoint is: its stage table gives the rotary frequencies
     changes = {"device": args.device, "attention": "auto", "init_from": "", "resume": "", "sampled_vocab": 0}
+    if not compiled:
+        changes |= {"compile": False, "attention": "plain"}
     cfg = replace(saved, **{name: value for name, value in changes.items() if hasattr(saved, name)})
     if hasattr(parent.module, "choose_attention"):
         cfg = parent.module.resolve_config(cfg, machine, shard)
@@ -327,13 +341,17 @@ class OwnOptimizer:
         """Takes the weights that the model has now as those to start from."""
         self.optimizer.reset()
 
-    def step(self, batches, step: int, factor: float, votes: tuple):
-        """One step; (1 + votes,) over all ranks: the summed loss, and how many ranks are for each vote."""
+    def plan(self, step: int, factor: float):
+        """What the schedule says of a step, with the highest rates of pretraining times `factor`."""
         low, high = self.cfg.momentum
         momentum = low + (high - low) * min(1.0, step / max(1, self.cfg.momentum_warmup))
         rate = self.cfg.lr * max(stage.lr for stage in self.cfg.stages) * factor
-        plan = self.module.StepSchedule(rate, momentum, [1.0, 0.0, 0.0, 0.0], tied=False, splits=False)
-        return self.module.training_step(self.backward, self.optimizer, batches, step, plan, self.machine, votes)
+        return self.module.StepSchedule(rate, momentum, [1.0, 0.0, 0.0, 0.0], tied=False, splits=False)
+
+    def step(self, batches, step: int, factor: float, votes: tuple):
+        """One step; (1 + votes,) over all ranks: the summed loss, and how many ranks are for each vote."""
+        return self.module.training_step(self.backward, self.optimizer, batches, step, self.plan(step, factor),
+                                         self.machine, votes)
 
     def gather(self, everything: bool) -> dict:
         """The model's tensors by name, or everything that training changes, in CPU memory of the first rank."""
@@ -376,15 +394,22 @@ class TorchOptimizers:
         totals = torch.cat([loss, torch.tensor(votes, dtype=torch.float32).to(device)])
         if self.machine.world_size > 1:
             dist.all_reduce(totals)
+        self.update(step, factor, totals[0])
+        return totals
+
+    def update(self, step: int, factor: float, loss):
+        """Moves the weights by the gradients of all ranks, which are dropped; not if the loss of all is not finite."""
+        import torch
+        import torch.distributed as dist
+        if self.machine.world_size > 1:
             for param in self.model.parameters():
                 dist.all_reduce(param.grad)
         for group in self.groups():
             group["lr"] = group["base_lr"] * factor
             group["momentum"] = 0.85 + 0.1 * min(1, step / 300)     # of Muon, as in pretraining
-        for optimizer in self.optimizers if torch.isfinite(totals[0]) else ():
+        for optimizer in self.optimizers if torch.isfinite(loss) else ():
             optimizer.step()
         self.model.zero_grad()
-        return totals
 
     def gather(self, everything: bool) -> dict:
         """The model's tensors by name, in CPU memory."""
@@ -483,16 +508,19 @@ def chat_test(model, tokenizer: sample.Tokenizer, questions: chat_tasks.Question
 
 class Run:
     """The run folder: log.txt, run.json, the sources, the curve, checkpoints. Written as the run goes, by rank 0."""
+    own_sources = (Path(__file__).resolve(),)       # the first one names the run
+    flags = ("epochs", "batch_tokens", "lr", "warmup", "seed")      # a resumed run needs the same ones
 
     def __init__(self, args, argv: list[str], parent: Parent, saved, machine, tokenizer: bytes, tools):
         self.args, self.argv, self.parent, self.saved = args, argv, parent, saved
         self.machine, self.tokenizer, self.tools = machine, tokenizer, tools
         self.master = machine.rank == 0
         self.has_markers = "<|assistant_end|>" in json.loads(tokenizer)["special_tokens"]       # not the plain template
-        self.sources = [Path(__file__).resolve(), parent.source]
+        self.script = self.own_sources[0].name
+        self.sources = [*self.own_sources, parent.source]
         self.history, self.train_losses = [], []
         self.tokens_seen, self.live, self.wrote, self.log_file, self.checkpoint = 0, False, 0.0, None, None
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_chat_sft_{os.urandom(3).hex()}"
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.own_sources[0].stem}_{os.urandom(3).hex()}"
         self.folder = args.out_dir / name
         self.identity, self.origin, self.meta = tools.on_rank0(machine, self.find_origin)
         if self.origin:
@@ -503,18 +531,17 @@ class Run:
     def find_origin(self) -> tuple[dict, Path | None, dict]:
         """(identity of the run, checkpoint to go on from or None, its meta.json); raises tools.UserError."""
         args, tools = self.args, self.tools
-        data = {path.name: tools.file_sha256(path) for path in sorted(args.data.glob("*")) if path.suffix in
-                (".bin", ".mask")}
-        flags = {name: getattr(args, name) for name in ("epochs", "batch_tokens", "lr", "warmup", "seed")}
-        identity = flags | {"data": data, "parent": tools.file_sha256(self.parent.folder / "model.safetensors"),
-                            "sources": {path.name: tools.file_sha256(path) for path in self.sources}}
+        identity = {name: getattr(args, name) for name in self.flags} | {
+            "data": {path.name: tools.file_sha256(path) for path in self.data_files()},
+            "parent": tools.file_sha256(self.parent.folder / "model.safetensors"),
+            "sources": {path.name: tools.file_sha256(path) for path in self.sources}}
         if not args.resume:
             return identity, None, {}
         folder = next(iter(tools.newest_checkpoint(args.resume)), None)
         meta = tools.read_json(folder / "meta.json") if folder else {}
         before = meta.get("identity")
         if not isinstance(before, dict) or "parent" not in meta:
-            raise tools.UserError(f"--resume={args.resume} has no checkpoint of chat_sft.py; name another run")
+            raise tools.UserError(f"--resume={args.resume} has no checkpoint of {self.script}; name another run")
         changed = [name for name in sorted(identity.keys() | before.keys()) if identity.get(name) != before.get(name)]
         if changed:
             raise tools.UserError(f"--resume={args.resume} is another run: {', '.join(changed)} differ; give the same "
@@ -524,17 +551,22 @@ class Run:
             raise tools.UserError(f"--resume={args.resume}: {folder} is not used: {fault}; name another checkpoint")
         return identity, folder, meta
 
+    def data_files(self) -> list[Path]:
+        """The files that the run reads, which a resumed run needs unchanged."""
+        return [path for path in sorted(self.args.data.glob("*")) if path.suffix in (".bin", ".mask")]
+
     def open(self):
         """Makes the folder with the log and copies of the sources; raises tools.UserError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
-            for source, name in zip(self.sources, ("chat_sft.py", f"{self.parent.meta['script']}.py")):
-                shutil.copyfile(source, self.folder / name)
+            for source in self.own_sources:
+                shutil.copyfile(source, self.folder / source.name)
+            shutil.copyfile(self.parent.source, self.folder / f"{self.parent.meta['script']}.py")
         except OSError as error:
             raise self.tools.UserError(f"--out_dir={self.args.out_dir} cannot be written ({error}); choose another"
                                        ) from None
-        self.info = {"format": 1, "script": "chat_sft.py", "argv": self.argv, "parent": self.origin_of_weights(),
+        self.info = {"format": 1, "script": self.script, "argv": self.argv, "parent": self.origin_of_weights(),
                      "world_size": self.machine.world_size, "device": self.machine.name,
                      "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "identity": self.identity}
         self.save(status="running")
@@ -542,9 +574,13 @@ class Run:
     def save(self, **changes):
         """Updates run.json, so that it is whole at any moment."""
         if self.master:
-            self.info |= changes | {"tokens_seen": self.tokens_seen, "val_losses": [
-                {"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6)} for s, t, v in self.history]}
+            self.info |= changes | {"tokens_seen": self.tokens_seen} | self.results()
             self.tools.write_atomically(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
+
+    def results(self) -> dict:
+        """What run.json says of the quality of the model so far."""
+        return {"val_losses": [{"step": s, "train_time_ms": round(1000 * t), "val_loss": round(v, 6)}
+                               for s, t, v in self.history]}
 
     def print(self, text: str, console: bool = True):
         """A line to the log, and to the console unless told otherwise."""
@@ -558,11 +594,15 @@ class Run:
         """Logs a step and its loss in nats per trained token; on a terminal live, else a line now and then."""
         self.train_losses.append((step, seconds, loss))
         text = f"step:{step}/{job.steps} train_loss:{loss:.4f} {self.tools.train_time(seconds, step)}"
+        self.progress(text, f"  {self.tokens_seen / seconds / 1000:.1f}k tokens/s  "
+                            f"{seconds / step * (job.steps - step):.0f} s left")
+
+    def progress(self, text: str, more: str):
+        """A line to the log. With `more` also to the console: on a terminal live, else now and then."""
         self.print(text, console=False)
         terminal = sys.stdout.isatty()
         if self.master and time.time() - self.wrote > (0.1 if terminal else 10):
-            text += (f"  {self.tokens_seen / seconds / 1000:.1f}k tokens/s  "
-                     f"{seconds / step * (job.steps - step):.0f} s left")
+            text += more
             print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
             self.live, self.wrote = terminal, time.time()
 
@@ -602,13 +642,20 @@ class Run:
                 "sources": {f"{self.parent.meta['script']}.py": self.tools.file_sha256(self.parent.source)},
                 "source_sha256": self.tools.file_sha256(self.parent.source),
                 "step": step, "stage": self.parent.meta["stage"],
-                "chat": self.has_markers, "parent": self.origin_of_weights(),
-                "val_loss": self.history[-1][2] if self.history[-1][0] == step else None,
-                "best_val_loss": min(loss for _, _, loss in self.history), "history": self.history,
+                "chat": self.has_markers, "parent": self.origin_of_weights(), "history": self.history,
                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(), "train_time": seconds,
-                "tokens_seen": self.tokens_seen, "identity": self.identity, "loader_position": [0, 0]}
+                "tokens_seen": self.tokens_seen, "identity": self.identity, "loader_position": [0, 0]} | self.scores(step)
         self.checkpoint = self.tools.write_checkpoint(self.folder / "checkpoint", meta, files, self.tokenizer,
                                                       self.args.keep)
+
+    def scores(self, step: int) -> dict:
+        """What meta.json says of the quality of the model."""
+        return {"val_loss": self.history[-1][2] if self.history[-1][0] == step else None,
+                "best_val_loss": min(loss for _, _, loss in self.history)}
+
+    def plot(self):
+        """curve.svg."""
+        self.tools.Run.plot(SimpleNamespace(train_losses=self.train_losses, history=self.history, folder=self.folder))
 
     def finish(self, finished: bool, step: int, seconds: float):
         """The last lines of the log, the curve, and the final run.json."""
@@ -617,8 +664,7 @@ class Run:
         status = "finished" if finished else "interrupted"
         self.save(status=status, train_time_ms=round(1000 * seconds))
         try:
-            self.tools.Run.plot(SimpleNamespace(train_losses=self.train_losses, history=self.history,
-                                                folder=self.folder))
+            self.plot()
         except Exception as error:       # whatever drawing comes up with: the run is over and well
             self.print(f"no curve.svg ({type(error).__name__}: {error})")
         self.print(f"{status}: {step} steps, {self.tokens_seen:,} tokens in {seconds:.1f} s of training "
@@ -642,17 +688,25 @@ def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tok
         trainer.model.train()
     run.validated(step, job, clock.seconds, measured, test)
 
+def find_tools():
+    """The module train_gpt.py, whose functions serve models of all scripts; raises UserError."""
+    return sample.import_script(HERE / "train_gpt.py", ("setup_machine", "write_checkpoint"), "use the train_gpt.py "
+                                "that belongs to chat_sft.py")
+
+def find_machine(args, tools):
+    """Where this process runs, one of as many ranks as there are; raises tools.UserError."""
+    one_slot = SimpleNamespace(batch_tokens=1 << 30)
+    return tools.setup_machine(SimpleNamespace(device=args.device, pack_tokens=1, compile_cache="", stages=[one_slot]))
+
 def train(args: argparse.Namespace, argv: list[str]) -> int:
     """Loads, packs, trains, validates, saves. Returns the exit code."""
     import torch
-    tools = sample.import_script(HERE / "train_gpt.py", ("setup_machine", "write_checkpoint"), "use the train_gpt.py "
-                                 "that belongs to chat_sft.py")
+    tools = find_tools()
     parent = find_parent(args)
     questions = read_questions(args) if args.chat_items else None
     tokenizer_json = read_data_tokenizer(args, parent)
     shards = tools.open_shards(*(f"{glob.escape(str(args.data))}/{side}_*.bin" for side in ("train", "val")))
-    machine = tools.setup_machine(SimpleNamespace(device=args.device, pack_tokens=1, compile_cache="", stages=[
-        SimpleNamespace(batch_tokens=1 << 30)]))
+    machine = find_machine(args, tools)
     cfg, saved = choose_config(args, parent, machine, shards[0][0])
     if args.resume and not hasattr(parent.module, "Optimizer"):
         raise UserError(f"--resume={args.resume}: runs of {parent.source.name} cannot be resumed; start a new one")
@@ -703,18 +757,17 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     run.finish(finished, step, clock.seconds)
     return 0 if finished else 130
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
+def run_command(name: str, parse, train, argv: list[str] | None) -> int:
+    """Runs train(parse(argv), argv). Exit code: 0 done, 2 the user can put it right, 3 diverged, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
     def say(text):
-        print(f"chat_sft.py: {sample.one_line(str(text))}", file=sys.stderr)
+        print(f"{name}: {sample.one_line(str(text))}", file=sys.stderr)
     try:
-        args = parse_args(argv)
-        return train(args, argv)
+        return train(parse(argv), argv)
     except KeyboardInterrupt:
         say("interrupted before the first step; nothing was saved")
         return 130
@@ -730,6 +783,10 @@ def main(argv: list[str] | None = None) -> int:
         torch = sys.modules.get("torch")
         if torch and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code, see run_command."""
+    return run_command("chat_sft.py", parse_args, train, argv)
 
 if __name__ == "__main__":
     sys.exit(main())

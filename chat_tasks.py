@@ -7,6 +7,7 @@ arc, mmlu      multiple choice: the choice is the letter that the model finds li
 gsm8k          school mathematics: the model writes an answer, with the calculator; the number after #### counts
 spellingbee    how often a letter occurs in a word: in the same way
 chatcore       the mean of (accuracy - chance) / (1 - chance) over these five tasks
+humaneval      programming: the model writes a function, and its tests are run; only with --allow_code
 
 The conversation format, the questions' form and the calculator are those of data/chat.py; answers end as in chat.py.
 """
@@ -15,10 +16,12 @@ if __name__ == "__main__":               # before the imports, so that the text 
     raise SystemExit
 
 import math
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import contained
 import sample
 from sample import HERE, UserError
 
@@ -47,7 +50,9 @@ TASKS = (
     Task("gsm8k", "gsm8k", "gsm8k", 0, "gsm8k/test"),
     Task("spellingbee", "spellingbee", "spellingbee", 0),
 )
-SCORES = ("arc", "mmlu", "gsm8k", "spellingbee", "chatcore")
+# not among those of chatcore, because it runs what the model writes
+HUMANEVAL = Task("humaneval", "humaneval", "humaneval", 0, "humaneval/HumanEval", "docs/chat.md describes it")
+SCORES = ("arc", "mmlu", "gsm8k", "spellingbee", "chatcore", "humaneval")
 LETTERS = "ABCDEFGHIJ"
 RATES = ("in_form", "tool_calls", "results", "cut_off")
 BEE_ITEMS = 256                          # questions of spellingbee
@@ -61,7 +66,7 @@ class Item:
     task: str
     line: int                    # in the data file, from 0; of spellingbee: its number
     question: str                # the user's message
-    gold: str                    # the right letter or number
+    gold: str                    # the right letter or number; of humaneval the tests, as a program
     letters: str = ""            # of the choices; "": the answer is a text
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def find_tasks(evals: Path, scores: list[str]) -> tuple[list[Task], list[str]]:
 
     A score that is asked for by its own name must have a file.
     """
-    wanted = [task for task in TASKS if task.score in scores or "chatcore" in scores]
+    wanted = [task for task in (*TASKS, HUMANEVAL) if task.score in scores or "chatcore" in scores and task in TASKS]
     here = [task for task in wanted if not task.file or find_file(evals, f"{task.file}.jsonl")]
     for task in wanted:
         if task.score in scores and not any(other.score == task.score for other in here):
@@ -122,9 +127,14 @@ def make_items(task: Task, rows: list[tuple[int, dict]], data) -> list[Item]:
         raise ValueError("it is empty")
     items = []
     for line, row in rows:
-        text = row["query" if task.kind == "choice" else "question"]
+        text = row[{"choice": "query", "humaneval": "prompt"}.get(task.kind, "question")]
         if not isinstance(text, str):
             raise ValueError(f"the question in line {line} is not a text")
+        if task.kind == "humaneval":
+            if not row["entry_point"].isidentifier():
+                raise ValueError(f"the entry_point in line {line} is not the name of a function")
+            items.append(Item(task.label, line, text, f"{row['test']}\ncheck({row['entry_point']})\n"))
+            continue
         if not task.by_letter:
             gold = data.gsm8k_answer(row["answer"])
             if gold is None:
@@ -155,15 +165,36 @@ def read_words(path: Path, data) -> list[str]:
                         "a line")
     return words
 
-def make_bee_items(words: list[str], count: int, data) -> list[Item]:
-    """`count` questions of spellingbee, about different words that the training data of data/chat.py never has.
+def make_long_words(count: int, letters: tuple[int, int], data, held_out: bool) -> list[str]:
+    """`count` made-up words of letters[0] to letters[1] letters, of one side of data.is_held_out. They may repeat.
 
-    words: where they come from; if there are none, words are made up. A short list gives fewer questions.
+    Each is made of words like those in the training data, one after the other, cut to its length.
     """
+    found, number = [], 0
+    while len(found) < count:
+        rng = random.Random(f"long word {number}")
+        number += 1
+        size, word = rng.randint(*letters), ""
+        while len(word) < size:
+            word += data.make_word(rng)
+        if data.is_held_out(word[:size]) == held_out:
+            found.append(word[:size])
+    return found
+
+def make_bee_items(words: list[str], count: int, data, held_out: bool = True,
+                   letters: tuple[int, int] | None = None) -> list[Item]:
+    """`count` questions of spellingbee, about different words.
+
+    words: where they come from; if there are none, words are made up, as many letters long as `letters` says. A short
+    list gives fewer questions. held_out: words that the training data of data/chat.py never has, else only others.
+    """
+    seed = BEE_SEED if held_out else f"{BEE_SEED} train"
+    if letters:
+        words = make_long_words(2 * count, letters, data, held_out)
     items = {}
-    for word, letter in data.spelling_word_tasks(4 * count, BEE_SEED, held_out=True, words=words):
+    for word, letter in data.spelling_word_tasks(4 * count, seed, held_out, words=words):
         if word not in items and len(items) < count:
-            question = data.spellingbee_item(word, letter, f"{BEE_SEED} {len(items)}")[0]["content"]
+            question = data.spellingbee_item(word, letter, f"{seed} {len(items)}")[0]["content"]
             items[word] = Item("spellingbee", len(items), question, str(word.count(letter)))
     return list(items.values())
 
@@ -208,18 +239,38 @@ def choose_letters(model, tokenizer: sample.Tokenizer, prompts: list[list[int]],
 def judge_answer(format: Format, item: Item, text: sample.Text) -> dict:
     """The record of an answer that the model wrote.
 
-    Only its text counts, not what stands in calls and their results: choice is the number after its first ####.
+    Only its text counts, not what stands in calls and their results: choice is the number after its first ####, or for
+    humaneval the program that is run, whose `reason` says why it failed.
     """
     answer = format.Answer(format.chat.tool)
     for token, logprob in zip(text.tokens, text.logprobs):
         answer.add(token, logprob is None)
     answer.close()
     said = "".join(part["text"] for part in answer.parts if part["type"] == "text")
-    choice = format.data.gsm8k_answer(said)
+    if item.task == "humaneval":
+        choice = make_program(item, said)
+        outcome = contained.run(f"{choice}\n\n{item.gold}")
+        judged = {"choice": choice, "correct": outcome.passed, "in_form": "```" in said, "reason": outcome.reason}
+    else:
+        choice = format.data.gsm8k_answer(said)
+        judged = {"choice": choice, "correct": choice == item.gold, "in_form": choice is not None}
     return {"task": item.task, "kind": "answer", "line": item.line, "question": item.question,
-            "answer": answer.content(), "gold": item.gold, "choice": choice, "correct": choice == item.gold,
-            "in_form": choice is not None, "calls": text.calls.made, "results": text.calls.answered,
-            "cut_off": text.finish == "length", "tokens": len(text.tokens)}
+            "answer": answer.content(), "gold": item.gold, **judged, "calls": text.calls.made,
+            "results": text.calls.answered, "cut_off": text.finish == "length", "tokens": len(text.tokens)}
+
+def make_program(item: Item, said: str) -> str:
+    """The program that an answer to a question of humaneval means, without the tests.
+
+    It is the first fenced block of the answer, or else all of it, after the imports of the question. If it does not
+    define the function, it is taken for what follows the question.
+    """
+    fenced = re.search(r"```[^\n`]*\n(.*?)(?:```|\Z)", said, re.S)
+    code = fenced[1] if fenced else said
+    entry_point = re.search(r"check\((\w+)\)\n\Z", item.gold)[1]
+    if not re.search(rf"^\s*(?:async\s+)?def\s+{entry_point}\b", code, re.M):
+        return item.question + code
+    imports = [line for line in item.question.splitlines() if re.match(r"(?:import|from)\s", line)]
+    return "\n".join([*imports, code])
 
 def write_answers(format: Format, items: list[Item], prompts: list[list[int]], engine: sample.Engine,
                   max_tokens: int, bar) -> list[dict]:
@@ -308,7 +359,8 @@ def summarize(questions: Questions, records: list[dict], with_chatcore: bool) ->
     scores = {task.label: task_score(task, [record for record in records if record["task"] == task.label])
               for task in questions.tasks}
     chat = {"n": len(records), "tasks": scores, "missing": questions.missing, "words": questions.words}
-    return {"chat": chat} | ({"chatcore": chatcore(scores)} if with_chatcore else {})
+    in_chatcore = {task.label: scores[task.label] for task in questions.tasks if task in TASKS}
+    return {"chat": chat} | ({"chatcore": chatcore(in_chatcore)} if with_chatcore else {})
 
 def table(scores: dict) -> list[str]:
     """The lines of the console's table for what `summarize` returned."""

@@ -1,4 +1,4 @@
-"""Scores of a trained model: validation loss, bits per byte, HellaSwag, CORE and chat tasks, with standard errors.
+"""Scores of a trained model: loss, bits per byte, HellaSwag, CORE, chat tasks, long texts, with standard errors.
 
     python evaluate.py                                                      # the newest run under logs/, all scores
     python evaluate.py --checkpoint=logs/<run> --tasks=val,hellaswag
@@ -15,11 +15,16 @@ core        22 tasks, as nanochat computes them: the mean of (accuracy - baselin
 arc, mmlu, gsm8k, spellingbee
             accuracy of a chat model's answers: a letter, or a number that it works out with the calculator
 chatcore    these tasks, and the mean of (accuracy - chance) / (1 - chance)
+humaneval   share of programming tasks whose tests pass; only with --allow_code, because it runs what the model writes
+needle      accuracy of finding a number that is hidden in a text of 2,048 to 65,536 tokens
+position    the loss by the position in long documents, with full and with cut context
 
 The scores do not depend on the number of GPUs or on how prompts are packed. docs/evaluation.md explains each score.
 """
 import argparse
 import glob
+import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -37,6 +42,8 @@ from pathlib import Path
 import numpy as np
 
 import chat_tasks
+import contained
+import long_tasks
 import sample
 from sample import GPT2_PATTERN, JOINED_PATTERNS, UserError
 
@@ -91,7 +98,7 @@ HELLASWAG = replace(TASKS[0], label="hellaswag", kind="ending")
 SHUFFLE_SEED = 1337                      # of the order of items
 SHOTS_SEED = 1234                        # plus the number of the item: of its examples
 BASE_SCORES = ("val", "bpb", "hellaswag", "core")
-SCORES = (*BASE_SCORES, *chat_tasks.SCORES)
+SCORES = (*BASE_SCORES, *chat_tasks.SCORES, *long_tasks.SCORES)
 FETCH_AGAIN = "fetch it again with python data/evals.py --force"
 QUESTIONS_BYTES, LINE_BYTES = 1 << 26, 1 << 20      # the largest file of questions and the longest line
 
@@ -110,27 +117,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"from {','.join(SCORES)} (default: %(default)s)")
     add("--evals", type=sample.path_flag, default=Path("data/evals"), metavar="FOLDER",
         help="folder with the questions (default: %(default)s)")
-    add("--shards", metavar="GLOB", help="token shards for val and bpb (default: the validation shards of the training "
-        "run)")
+    add("--shards", metavar="GLOB", help="token shards for val, bpb, needle and position (default: the validation "
+        "shards of the training run)")
     add("--bpb_tokens", type=int, default=10_485_760, metavar="N", help="bpb reads the documents that begin in the "
         "first N tokens; 0: all documents (default: %(default)s)")
     add("--max_items", type=int, default=0, metavar="N", help="use only the first N items of each task after "
         "shuffling, also for the examples; 0: all items (default: %(default)s)")
     add("--items_out", type=sample.path_flag, metavar="FILE", help="write the result of every item to FILE, one JSON "
         "object a line (default: none)")
+    add("--losses_out", type=sample.path_flag, metavar="FILE", help="write the loss of every token that bpb reads to "
+        "FILE (.npz), for dev/loss_diff.py (default: none)")
     add("--max_tokens", type=int, default=512, metavar="N", help="longest answer of a chat task, in tokens with the "
         "calculator's results (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="N", help="number of questions of chat tasks that are answered at the "
         "same time (default: %(default)s)")
+    add("--longest", type=int, default=65_536, metavar="N", help="longest text of needle and position, in tokens "
+        "(default: %(default)s)")
+    add("--heat_map", type=sample.path_flag, metavar="FILE", help="write a picture of the needle scores to FILE, as "
+        "svg (default: none)")
     add("--stream_tokens", type=int, default=0, metavar="N", help="length of a packed stream, a multiple of 128; "
         "default: 131072 on cuda, else as much as 1 GiB of logits allows")
+    add("--allow_code", action="store_true", help="run the programs that the model writes for humaneval. What they can "
+        "do is limited, see contained.py: against accidents, not against hostile code (default: off)")
     sample.add_model_flags(add, "evaluate.py")
     args = parser.parse_args(sample.command_line(argv))
     check_args(args)
     return args
 
 def check_args(args: argparse.Namespace):
-    """Splits --tasks into `tasks` and `chat_tasks`.
+    """Splits --tasks into `tasks`; those of chat and of long texts also into `chat_tasks` and `long_tasks`.
 
     Raises UserError for a value out of range or for flags that contradict each other.
     """
@@ -139,29 +154,41 @@ def check_args(args: argparse.Namespace):
         if name not in SCORES:
             raise UserError(f"--tasks={name} does not exist; choose from {','.join(SCORES)}")
     args.chat_tasks = [name for name in args.tasks if name in chat_tasks.SCORES]
+    args.long_tasks = [name for name in args.tasks if name in long_tasks.SCORES]
 
     def need(good, name, remedy):
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} {remedy}")
-    most = 0 if args.tasks == args.chat_tasks else max(task.shots for task in TASKS)
+    with_examples = {*args.tasks} - {*args.chat_tasks, *args.long_tasks}
+    most = max(task.shots for task in TASKS) if with_examples else 0
     for name in ("checkpoint", "vocab_dir"):
         need(not args.model or not getattr(args, name), "model", f"and --{name}={getattr(args, name)} are both given, "
              f"but --{name} is for checkpoints; give one of them")
     need(not (args.model and "val" in args.tasks), "model", "has no training script to compute val; use bpb instead")
-    need(not (args.model and "bpb" in args.tasks) or args.shards, "model", "needs --shards=GLOB for bpb")
+    for name in ("bpb", *args.long_tasks):
+        need(not (args.model and name in args.tasks) or args.shards, "model", f"needs --shards=GLOB for {name}")
     need(not (args.model and args.chat_tasks), "model", f"has no tokens for conversations, which "
          f"{','.join(args.chat_tasks)} needs; name a chat model with --checkpoint= instead")
+    if "humaneval" in args.tasks:
+        if not args.allow_code:
+            raise UserError("--tasks=humaneval runs programs that the model writes; contained.py says how they are "
+                            "limited; allow it with --allow_code")
+        if fault := contained.fault():
+            raise UserError(f"--tasks=humaneval cannot run programs here: {fault}; leave it out")
     need(args.max_tokens >= 1, "max_tokens", "must be at least 1")
+    need(256 <= args.longest <= 1 << 24, "longest", "must be between 256 and 16777216")
+    need(not args.heat_map or "needle" in args.tasks, "heat_map", "is a picture of needle; add it to --tasks")
     need(args.batch >= 1, "batch", "must be at least 1")
     need(args.stream_tokens >= 0 and args.stream_tokens % 128 == 0, "stream_tokens", "must be a multiple of 128")
     need(args.bpb_tokens >= 0, "bpb_tokens", "must be 0 (all) or a positive number")
     need(args.max_items == 0 or args.max_items > most, "max_items", f"must be 0 (all) or above {most}" + (
         ", which is the number of examples before a question" if most else ""))
     need(0 <= args.threads <= 1024, "threads", "must be 0 (chosen by trying) or a number up to 1024")
-    if args.items_out:
-        need(args.items_out.absolute().parent.is_dir(), "items_out", "is in a folder that does not exist; create it "
-             "first")
-        need(not args.items_out.is_dir(), "items_out", "is a folder; name a file")
+    for name in ("items_out", "losses_out", "heat_map"):
+        if path := getattr(args, name):
+            need(path.absolute().parent.is_dir(), name, "is in a folder that does not exist; create it first")
+            need(not path.is_dir(), name, "is a folder; name a file")
+    need(not args.losses_out or "bpb" in args.tasks, "losses_out", "needs the score bpb; add it to --tasks")
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """The checkpoint folder that the flags name, by default the latest of the newest run; raises UserError."""
@@ -221,10 +248,12 @@ class Item:
     prompts: list                # for each option: the texts that the prompt is made of
     before: tuple = ()           # texts before the answer, if the whole answer may be scored
 
-FIELDS = {                       # of an item, by kind: question, answer, right option; a list has one text per option
+# of an item, by kind: question, answer, right option, other texts; a list has one text per option
+FIELDS = {
     "choice": ("query", "choices", "gold"), "schema": ("context_options", "continuation", "gold"),
     "lm": ("context", "continuation", None), "ending": ("ctx", "endings", "label"),
-    "mmlu": ("question", "choices", "answer"), "gsm8k": ("question", "answer", None)}
+    "mmlu": ("question", "choices", "answer"), "gsm8k": ("question", "answer", None),
+    "humaneval": ("prompt", "test", None, "entry_point")}
 
 def task_file(evals: Path, task: Task) -> Path | None:
     """The file with a task's items, or None if it is not there."""
@@ -244,8 +273,8 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
 
 def check_item(kind: str, row: dict) -> dict:
     """The fields of an item that are used; raises KeyError, IndexError, TypeError or ValueError if one is not sound."""
-    asked, answered, gold = FIELDS[kind]
-    texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered)]
+    asked, answered, gold, *others = FIELDS[kind]
+    texts = [row[name] if isinstance(row[name], list) else [row[name]] for name in (asked, answered, *others)]
     for text in itertools.chain(*texts):
         text.encode()                    # fails for what UTF-8 cannot hold
     if gold and (type(row[gold]) is not int or not 0 <= row[gold] < max(map(len, texts))):
@@ -522,6 +551,13 @@ def load_subject(args: argparse.Namespace) -> Subject:
         fits = 1 << 17 if path else 1 << 15     # the attention of --model is plain
     cuts = tokenizer is not None and tokenizer.pattern in ("", GPT2_PATTERN)
     apart = tokenizer is not None and tokenizer.pattern in JOINED_PATTERNS
+    if args.long_tasks:
+        limit = getattr(model.cfg, "context_tokens", args.longest)
+        if limit < args.longest:
+            raise UserError(f"--longest={args.longest} is more than the {limit} tokens that the model reads; lower it")
+        fits = max(fits, -(-args.longest // 128) * 128)
+        if 0 < args.stream_tokens < args.longest:
+            raise UserError(f"--stream_tokens={args.stream_tokens} is below --longest={args.longest}; leave it out")
     return Subject(args.model or str(path), model, tokenizer, meta, cuts, module, machine, args.stream_tokens or fits,
                    apart)
 
@@ -573,10 +609,12 @@ def prepare_ahead(items, depth: int):
             waiting.append(thread.submit(next, items, None))
             yield item
 
-def score_documents(subject: Subject, score, documents, total_tokens: int) -> np.ndarray:
+def score_documents(subject: Subject, score, documents, total_tokens: int, kept: dict | None = None,
+                    keep: int = 0) -> np.ndarray:
     """(documents, 3): summed loss in nats over the scored tokens, their count, and how many were not the likeliest.
 
     score: the model's function of that name; documents: (tokens, start, end) each, with total_tokens together.
+    kept: gets number -> loss of each scored token, float32, of the first `keep` documents, on this rank.
     """
     import torch
     from tqdm import tqdm
@@ -594,8 +632,11 @@ def score_documents(subject: Subject, score, documents, total_tokens: int) -> np
     results = []
 
     def collect():
-        numbers, sums = waiting.popleft()
-        results.append(np.column_stack([numbers, sums.cpu().numpy().T]))
+        spans, sums, losses = waiting.popleft()
+        results.append(np.column_stack([spans[:, 0], sums.cpu().numpy().T]))
+        if losses is not None:
+            by_token = losses.float().cpu().numpy()
+            kept.update((number, by_token[start:end].copy()) for number, start, end in spans.tolist() if number < keep)
     with torch.no_grad(), bar:
         for *batch, spans in prepare_ahead(streams(), depth=4):
             tokens, targets, ends = subject.module.to_device((*batch, spans[:, 1:]), device)
@@ -605,7 +646,7 @@ def score_documents(subject: Subject, score, documents, total_tokens: int) -> np
             sums = torch.stack([part.to(sums_on, torch.float64) for part in (losses, counted, wrong)]).cumsum(1)
             sums = torch.nn.functional.pad(sums, (1, 0))
             ends = ends.to(sums_on)
-            waiting.append((spans[:, 0], sums[:, ends[:, 1]] - sums[:, ends[:, 0]]))
+            waiting.append((spans, sums[:, ends[:, 1]] - sums[:, ends[:, 0]], losses if keep else None))
             if len(waiting) > 2:         # reading results late keeps the GPU busy
                 collect()
             bar.update(min(tokens.numel() * machine.world_size, total_tokens - bar.n))
@@ -788,6 +829,48 @@ def ask(args: argparse.Namespace, questions: chat_tasks.Questions, format: chat_
     scores["chat"]["seconds"] = round(time.perf_counter() - start, 3)
     return scores, records
 
+@dataclass
+class LongTexts:
+    """What needle and position read; empty lists for a score that was not asked for. See long_tasks.py."""
+    items: list
+    documents: list              # of position
+    pieces: list
+    owners: list
+
+    def scored(self) -> list[tuple]:
+        """The documents (tokens, start, end) for score_documents, those of needle first."""
+        return [*map(long_tasks.item_document, self.items), *self.pieces]
+
+def read_long_texts(args: argparse.Namespace, subject: Subject) -> LongTexts:
+    """The texts of needle and position; raises UserError."""
+    items, documents = [], []
+    if args.long_tasks:
+        shards = open_shards(subject, args.shards or subject.model.cfg.val_files)
+    if "needle" in args.tasks:
+        items = long_tasks.make_items(subject.tokenizer, shards, args.longest, args.max_items or long_tasks.ITEMS)
+    if "position" in args.tasks:
+        documents = long_tasks.long_documents(shards, args.longest, args.max_items or long_tasks.DOCUMENTS)
+    return LongTexts(items, documents, *long_tasks.cut_documents(documents, args.longest))
+
+def score_long_texts(args: argparse.Namespace, subject: Subject, score, texts: LongTexts,
+                     results: np.ndarray) -> tuple[dict, list[dict]]:
+    """The scores of needle and position, and the records of the needles; results: of texts.scored()."""
+    start, machine, scores, records = time.perf_counter(), subject.machine, {}, []
+    if texts.items:
+        mine = long_tasks.write_answers(subject.model, subject.tokenizer.vocab_size, texts.items, machine.rank,
+                                        machine.world_size)
+        answers = {number: answer for part in gather(machine, mine) for number, answer in part.items()}
+        records = long_tasks.judge(texts.items, answers, results[:len(texts.items)], subject.tokenizer)
+        scores["needle"] = long_tasks.needle_score(records)
+    if texts.documents:
+        mine = long_tasks.full_losses(subject, score, texts.documents, args.longest, fill)
+        full = {number: sums for part in gather(machine, mine) for number, sums in part.items()}
+        full = np.stack([full[number] for number in range(len(texts.documents))])
+        pieces = results[len(texts.items):]
+        scores["position"] = long_tasks.position_score(full, pieces, texts.owners, args.longest, ratio)
+    subject.score_seconds += time.perf_counter() - start
+    return scores, records
+
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """All scores, and the records of all items; the same on every rank. Raises UserError."""
     start = time.perf_counter()
@@ -802,6 +885,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         print(f"evaluate.py: note: {sample.one_line(subject.name)} has tokens for conversations, but has not learned "
               "to chat; chat_sft.py teaches it", file=sys.stderr)
     cfg, streams, texts = read_streams(args, subject)
+    long_texts = read_long_texts(args, subject)
+    scored = long_texts.scored()
     set_threads(args, subject)
     join_ranks(machine)
     scores = {}
@@ -811,24 +896,34 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         prepared = thread.submit(prepare_items, args, tasks, subject)           # while the model is compiled
         if streams:
             scores["val"] = validation_loss(subject, cfg, streams)
-        if texts or tasks:
+        if texts or tasks or args.long_tasks:
             score = subject.compiled(subject.model.score, *fill([], subject.stream_tokens, bos_id)[:2])
         items, encoded = prepared.result()
 
     def documents():
         nonlocal too_long
         yield from texts
+        yield from scored
         for item in items:
             for document in item_documents(item, encoded, np.array([bos_id], np.int32)):
                 too_long += len(document[0]) > longest
                 yield cut(document, longest)
-    total = sum(len(tokens) for tokens, _, _ in texts) + sum(
+    total = sum(len(tokens) for tokens, _, _ in [*texts, *scored]) + sum(
         min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
-    results = score_documents(subject, score, documents(), total) if texts or tasks else np.empty((0, 3))
+    kept, keep = {}, len(texts) if args.losses_out else 0
+    results = score_documents(subject, score, documents(), total, kept, keep) if score else np.empty((0, 3))
+    if keep:
+        losses = {number: part for parts in gather(machine, kept) for number, part in parts.items()}
+        if machine.rank == 0:
+            write_losses(args.losses_out, subject, texts, losses)
     if texts:
         scores["bpb"] = bits_per_byte(texts, results[:len(texts)], subject.tokenizer)
-    records = judge(items, results[len(texts):])
+    results = results[len(texts):]
+    records = judge(items, results[len(scored):])
     scores |= summarize(tasks, records)
+    found, answers = score_long_texts(args, subject, score, long_texts, results[:len(scored)])
+    scores |= found
+    records += answers
     if format:
         spoken, answers = ask(args, questions, format, machine)
         scores |= spoken
@@ -842,18 +937,33 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
             "seconds": round(seconds, 3),
             "scores": scores}, records
 
-def write_items(path: Path, records: list[dict]):
-    """Writes the records as JSON lines, first under a temporary name; raises UserError."""
+def write_file(path: Path, flag: str, content: bytes):
+    """Writes a file, first under a temporary name; raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)           # it may be a link, which writing would follow
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        with open(temporary, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"--items_out={path} cannot be written ({error.strerror}); choose another") from None
+        raise UserError(f"--{flag}={path} cannot be written ({error.strerror}); choose another") from None
+
+def write_items(path: Path, records: list[dict]):
+    """Writes the records as JSON lines; raises UserError."""
+    write_file(path, "items_out", "".join(json.dumps(record) + "\n" for record in records).encode())
+
+def write_losses(path: Path, subject: Subject, texts: list, losses: dict[int, np.ndarray]):
+    """Writes the losses of the documents of bpb as .npz, see docs/evaluation.md; raises UserError."""
+    digests = [hashlib.sha256(b"".join(map(subject.tokenizer.token_bytes, tokens[1:].tolist()))).hexdigest()
+               for tokens, _, _ in texts]
+    file = io.BytesIO()
+    np.savez(file, format=np.array(1), model=np.array(subject.name), text_sha256=np.array(digests, "S64"),
+             lengths=np.array([len(tokens) - 1 for tokens, _, _ in texts], np.int64),
+             tokens=np.concatenate([tokens[1:] for tokens, _, _ in texts]).astype(np.int32),
+             losses=np.concatenate([losses[number] for number in range(len(texts))]).astype(np.float32))
+    write_file(path, "losses_out", file.getvalue())
 
 def summarize(tasks: list[Task], records: list[dict]) -> dict:
     """The scores of HellaSwag and CORE from the records of their items."""
@@ -901,6 +1011,7 @@ def table(result: dict) -> str:
                          f"{', '.join(core['missing'])}")
     if "chat" in scores:
         lines += chat_tasks.table(scores)
+    lines += long_tasks.table(scores)
     if result["max_items"]:
         lines.append(f"only {result['max_items']} items of each task: not comparable with the published scores")
     if result["answers_apart"] and "core" in scores:
@@ -927,6 +1038,8 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             if args.items_out:
                 write_items(args.items_out, records)
+            if args.heat_map:
+                args.heat_map.write_text(long_tasks.heat_map(result["scores"]["needle"]), encoding="utf-8")
             print(table(result))
             print(json.dumps(result), flush=True)
         return 0

@@ -4,6 +4,7 @@
     python sample.py --prompt="The old house" --num_samples=3
     python sample.py --checkpoint=logs/<run>/checkpoint/step_000900 --temperature=0
     python sample.py --prompts_file=prompts.txt --json --logprobs
+    python sample.py --document=long.txt                        # continues the text of a file
     python sample.py --benchmark --compile                      # measures the speed
     python sample.py --checkpoint=logs/<run> --export_hf=DIR    # writes the model for Hugging Face's transformers
 
@@ -161,6 +162,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"like the tiny preset, and {WORDS_PROMPT!r} for others")
     add("--prompts_file", type=path_flag, metavar="FILE", help="UTF-8 file with one prompt a line; default: only "
         "--prompt")
+    add("--document", type=path_flag, metavar="FILE", help="UTF-8 file whose whole text is the prompt, which may be "
+        "long; default: only --prompt")
     add("--num_samples", type=int, default=1, metavar="N", help="number of texts for each prompt (default: "
         "%(default)s)")
     add_drawing_flags(add)
@@ -202,10 +205,14 @@ def check_args(args: argparse.Namespace):
     need(0 <= args.threads <= 1024, "threads", "must be 0 (chosen by trying) or a number up to 1024")
     need(args.prompt != "", "prompt", "is empty; give it some text, or leave the flag out")
     need(args.prompt is None or not args.prompts_file, "prompts_file", "and --prompt are both given; give one of them")
+    for name in ("prompt", "prompts_file"):
+        need(getattr(args, name) is None or not args.document, "document", f"and --{name} are both given; give one of "
+             "them")
     for name in ("checkpoint", "script", "vocab_dir"):
         need(not args.model or not getattr(args, name), "model", f"and --{name}={getattr(args, name)} are both given, "
              f"but --{name} is for checkpoints; give one of them")
-    for name in ("model", "prompt", "prompts_file", "json", "logprobs", "benchmark") if args.export_hf else ():
+    text_flags = "model", "prompt", "prompts_file", "document", "json", "logprobs", "benchmark"
+    for name in text_flags if args.export_hf else ():
         need(not getattr(args, name), "export_hf", f"prints no text, so --{name} has no use; leave one of them out")
     if args.prompt is not None:
         args.prompt = text_flag("prompt", args.prompt)
@@ -1042,27 +1049,36 @@ def generate(engine: Engine, prompts: list[list[int]], texts: list[Text], count:
 # -----------------------------------------------------------------------------
 # The command
 
+def read_text(flag: str, path: Path, content: str) -> str:
+    """The text of a file of prompts without a byte order mark; raises UserError. content: what the file should hold."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(PROMPTS_BYTES + 1)
+        if len(raw) > PROMPTS_BYTES:
+            raise UserError(f"{flag} has more than {PROMPTS_BYTES} bytes; split it into several files")
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{flag} cannot be read ({error.strerror}); name a UTF-8 file with {content}") from None
+    except UnicodeDecodeError as error:
+        utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        reason = "it is UTF-16" if utf16 else f"byte {error.start} is invalid"
+        raise UserError(f"{flag} is not UTF-8 ({reason}); save it as UTF-8") from None
+
 def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[str]:
     """The prompts that the flags give; raises UserError.
 
-    In a file only LF and CR LF end a prompt, and a byte order mark at the beginning is skipped.
+    In a file of prompts only LF and CR LF end a prompt, and a byte order mark at the beginning is skipped.
     """
+    if args.document:
+        flag = f"--document={args.document}"
+        text = read_text(flag, args.document, "a text to continue")
+        if not text:
+            raise UserError(f"{flag} is empty; write a text to continue")
+        return [text]
     if not args.prompts_file:
         return [args.prompt or (WORDS_PROMPT if tokenizer.encoding else BYTES_PROMPT)]
     flag = f"--prompts_file={args.prompts_file}"
-    try:
-        with open(args.prompts_file, "rb") as file:
-            content = file.read(PROMPTS_BYTES + 1)
-        if len(content) > PROMPTS_BYTES:
-            raise UserError(f"{flag} has more than {PROMPTS_BYTES} bytes; split it into several files")
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{flag} cannot be read ({error.strerror}); name a UTF-8 file with one prompt a line") from None
-    except UnicodeDecodeError as error:
-        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        reason = "it is UTF-16" if utf16 else f"byte {error.start} is invalid"
-        raise UserError(f"{flag} is not UTF-8 ({reason}); save it as UTF-8") from None
-    lines = text.replace("\r\n", "\n").split("\n")
+    lines = read_text(flag, args.prompts_file, "one prompt a line").replace("\r\n", "\n").split("\n")
     if lines[-1] == "":                                             # after the last line end
         lines.pop()
     if not lines:
@@ -1201,7 +1217,7 @@ def benchmark(args: argparse.Namespace, model, vocab_size: int, ids: list[int], 
     weight = next(model.parameters())
     cuda = weight.is_cuda
     precision = str(weight.dtype).removeprefix("torch.")
-    if not args.prompt:
+    if not args.prompt and not args.document:
         ids = ids[:1] + random.Random(0).choices(range(vocab_size - 1), k=127)
     weights = model.matmul_parameters * weight.element_size()
     most_threads = torch.get_num_threads()

@@ -3,6 +3,8 @@
     python data/text.py                             # the Python library on this machine -> data/local/
     python data/text.py my_folder/ more.jsonl.gz    # your files -> data/my_folder_more/
 
+    python data/text.py my_package/ --join=folder --max_doc_tokens=65536 --needles=500      # long documents
+
 It reads .txt .md .rst .py .html (as they are, tags included), .jsonl and .json (one object a line), all of these also
 as .gz .xz .zst, and .parquet. A folder is read with everything in it, links included, except hidden files and folders,
 __pycache__, node_modules, site-packages. Each file it finds is counted once: as read, or as left out for a reason.
@@ -58,6 +60,10 @@ WINDOW = 1 << 16  # bytes searched for a paragraph end when a long text file is 
 JSON_BYTES = 1 << 24  # largest manifest.json or tokenizer.json
 VOCAB_BYTES = 1 << 22  # largest file of GPT-2's vocabulary
 LINE_BYTES = 1 << 25  # a longer line of .jsonl is left out: as objects it can take 24 times as much
+JOIN_BYTES = 1 << 18  # --join: longest document that is made of several files
+LONG_VAL_TOKENS = 1 << 20  # --join: validation tokens in the command for training, at most
+FIRST_NEEDLE = 1 << 24  # more than the pieces of a document
+NEEDLE_TOKENS = 65_536  # --needles: longest document, when --max_doc_tokens does not say
 CHUNK_TOKENS = 1024  # --stream: longest chunk, when --max_doc_tokens does not say
 SORT_ROWS = 4_000_000  # document records handled at a time
 MAX_GATHERERS = 8  # processes that each hold one shard in memory
@@ -437,15 +443,27 @@ def _is_json_lines(path):
 # Planning the work
 
 
-def plan_tasks(files, text_column, encoding="", split=""):
+def plan_tasks(files, text_column, encoding="", split="", join="", needles=0):
     """Yields (size, units): what one worker reads at a time; `size` counts bytes on disk, for the progress bar.
 
-    Units: ("text" | "jsonl", path, nominal start, nominal end), ("block", path, bytes of text), ("lines", path, bytes),
+    join, needles: the options of these names. InputError if there are no joined documents to hide needles in.
+    Units: ("joined", files (path, size), numbers of the needle documents made of it), ("text" | "jsonl", path, nominal
+    start, nominal end), ("block", path, bytes of text), ("lines", path, bytes),
     ("parquet", path, row group), ("damage", path, reason, detail, count = 1). Packed files, and those in UTF-16 or
     UTF-32, are unpacked here, one after the other.
     """
     units, gathered = [], 0
+    groups = join_files(files, encoding) if join else []
+    if needles and not groups:
+        raise InputError(f"--needles={needles}: no text files to hide needles in (.txt .md .rst .py .html, of at most "
+                         f"{JOIN_BYTES} bytes); add some")
+    for number, group in enumerate(groups):
+        yield sum(f.size for f in group), [("joined", tuple((f.path, f.size) for f in group),
+                                            tuple(range(number, needles, len(groups))))]
+    joined = {f.path for group in groups for f in group}
     for f in files:
+        if f.path in joined:
+            continue
         if f.kind in ("text", "jsonl") and not _wide_encoding_of(f.path, encoding):
             size = DOC_BYTES if f.kind == "text" else TASK_BYTES
             for start in range(0, max(f.size, 1), size):
@@ -460,6 +478,27 @@ def plan_tasks(files, text_column, encoding="", split=""):
             yield from ((read, [unit]) for read, unit in plan)
     if units:
         yield gathered, units
+
+
+def join_files(files, encoding=""):
+    """Lists of text files that become one document each: of one folder of the input, with all that is below it.
+
+    A list has at most JOIN_BYTES, so a large folder gives several. Larger files and those in UTF-16 or UTF-32 are in
+    no list.
+    """
+    folders = defaultdict(list)
+    for f in files:
+        if f.kind == "text" and f.size <= JOIN_BYTES and not _wide_encoding_of(f.path, encoding):
+            folders["/".join(f.name.split("/")[:-1][:2])].append(f)
+    groups = []
+    for found in folders.values():
+        size = JOIN_BYTES + 1
+        for f in found:
+            if (size := size + f.size) > JOIN_BYTES:
+                groups.append([])
+                size = f.size
+            groups[-1].append(f)
+    return groups
 
 
 def _wide_encoding_of(path, encoding):
@@ -905,12 +944,15 @@ class Tokeniser:
     def run(self, task):
         """(size, records, reports) of a task (size, units, whether it is validation text).
 
-        A report, one a unit: (path, documents, bytes of text, skipped).
+        A report, one a file or part of one: (path, texts, documents made of them, bytes of text, skipped).
         """
         size, units, val = task
         column, encoding, split = (self.options[name] for name in ("text_column", "encoding", "split"))
         parts, rows, reports = [], [], []
         for unit in units:
+            if unit[0] == "joined":
+                reports += self.add_joined(*unit[1:], parts, rows)
+                continue
             documents, text_bytes, skipped = 0, 0, {}
             for raw, text in read_documents(unit, column, skipped, encoding, split):
                 if self.stopped:
@@ -918,8 +960,35 @@ class Tokeniser:
                 self.add(raw, text, parts, rows)
                 documents += 1
                 text_bytes += len(raw)
-            reports.append((unit[1], documents, text_bytes, skipped))
+            reports.append((unit[1], documents, documents, text_bytes, skipped))
         return size, self.save(parts, rows, val), reports
+
+    def add_joined(self, files, needles, parts, rows):
+        """Appends the document that these files make and the needle documents made of it; returns reports."""
+        texts, reports = [], []
+        for path, size in files:
+            skipped = {}
+            found = list(read_documents(("text", path, 0, size), self.options["text_column"], skipped,
+                                        self.options["encoding"]))
+            made = (1 + len(needles)) * bool(found and not texts)
+            reports.append((path, len(found), made, sum(len(raw) for raw, _ in found), skipped))
+            texts += [text.strip("\n") for _, text in found]
+        if not texts:
+            return reports
+        text = "\n\n\n".join(texts) + "\n"
+        raw = text.encode()
+        self.add(raw, text, parts, rows)
+        doc, ids = rows[-1][0], self.encoder.encode(raw, text)
+        limit = (self.limit or NEEDLE_TOKENS) - 1
+        for number in needles:
+            import needles as module
+
+            rng = np.random.default_rng((self.options["seed"], number))
+            hidden = module.training_document(ids, lambda text: self.encoder.encode(text.encode(), text), limit, rng)
+            parts.append(hidden)
+            # it is on the same side of the split as its document, and has a place of its own in the shuffle
+            rows.append((doc, FIRST_NEEDLE + number, 1, int(self.encoder.token_bytes[hidden].sum())))
+        return reports
 
     def add(self, raw, text, parts, rows):
         """Appends a document, or the pieces of a long one, to `parts` and `rows`."""
@@ -973,11 +1042,12 @@ class Tally:
     """Adds up the reports of the workers, so that each file ends in exactly one count."""
 
     def __init__(self):
-        self.documents, self.text_bytes = Counter(), 0
+        self.documents, self.made, self.text_bytes = Counter(), 0, 0
         self.reasons = defaultdict(dict)  # reason -> path -> (count, example)
 
-    def add(self, path, documents, text_bytes, skipped):
+    def add(self, path, documents, made, text_bytes, skipped):
         self.documents[path] += documents
+        self.made += made
         self.text_bytes += text_bytes
         for reason, (count, example) in skipped.items():
             note(self.reasons[reason], path, example, count)
@@ -1163,9 +1233,16 @@ def check_options(options):
     for name, fine, rule in (
             ("val_fraction", val_fraction is None or 0 <= val_fraction < 1, "at least 0 and below 1"),
             ("max_doc_tokens", options["max_doc_tokens"] == 0 or options["max_doc_tokens"] >= 16, "0 (off) or 16 up"),
+            ("needles", 0 <= options.get("needles", 0) <= 10**6, "0 up to 1000000"),
             ("shard_tokens", 1 <= options["shard_tokens"] < 2**31, "1 up to 2147483647")):
         if not fine:
             raise InputError(f"--{name}={options[name]}: must be {rule}")
+    if options.get("join", "") not in ("", "folder"):
+        raise InputError(f"--join={options['join']}: must be folder")
+    if options.get("needles") and not options.get("join"):
+        raise InputError(f"--needles={options['needles']} hides needles in joined documents; add --join=folder")
+    if options.get("join") and options.get("split"):
+        raise InputError("--join and --split contradict each other; use one of them")
     try:
         with warnings.catch_warnings(action="ignore"):  # of sets that may mean something else some day
             re.compile(options["exclude"])
@@ -1298,8 +1375,10 @@ def _tokenise(pool, window, job, building):
     """Runs all tokenising tasks, with a progress bar; writes the records to `index` and returns the counts."""
     tally, tokens, start = Tally(), 0, time.perf_counter()
     sources = [*job.files, *job.val_files]
+    names = ("text_column", "encoding", "split")
+    join, needles = job.options.get("join", ""), job.options.get("needles", 0)
     tasks = ((*task, val) for val, files in enumerate((job.files, job.val_files))
-             for task in plan_tasks(files, *(job.options[name] for name in ("text_column", "encoding", "split"))))
+             for task in plan_tasks(files, *(job.options[name] for name in names), join, 0 if val else needles))
     with open(building / "index", "wb") as index, tqdm(
             total=sum(f.size for f in sources), disable=None, leave=False, desc="tokenising",
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
@@ -1318,7 +1397,7 @@ def _tokenise(pool, window, job, building):
                          + "; ".join(tell(left_out) + tell(skipped)))
     read = sum(tally.documents[f.path] > 0 for f in sources)
     found = read + sum(count for count, _ in left_out.values())
-    return {"documents": tally.documents.total(), "text_bytes": tally.text_bytes,
+    return {"documents": tally.made, "text_bytes": tally.text_bytes,
             "files": {"found": found, "read": read, "left_out": _as_lists(left_out)},
             "folders_left_out": _as_lists(job.folders), "skipped": _as_lists(skipped)}
 
@@ -1365,6 +1444,11 @@ def next_step(out_dir, manifest):
     tokens = {split: sum(e["tokens"] for n, e in files.items() if n.startswith(split)) for split in ("train", "val")}
     if not tokens["val"] or not tokens["train"]:
         return [_why_one_side(tokens, made_by)]
+    if made_by["options"].get("join"):
+        fitting = min(tokens["val"] - 1, LONG_VAL_TOKENS) // 128 * 128
+        return [f"next: python {shlex.quote(shown(HERE.parent / 'train_gpt_long.py'))} --preset=long --init_from=RUN "
+                f"--train_files={_pattern(out_dir, 'train')} --val_files={_pattern(out_dir, 'val')} "
+                f"--val_tokens={fitting}    (RUN: the folder of a run with this tokenizer; docs/long.md)"]
     needed = packs_of_steps(TINY_STEPS)
     packs = count_packs(out_dir, manifest, needed)
     steps, epochs = fit_run(packs)
@@ -1530,6 +1614,13 @@ def parse_args(argv=None):
              "no more than the first 512 tokens of a document. 0: do not split (default: %(default)s)")
     add("--split", metavar="TEXT", default="",
         help="what separates the documents within a text file, such as '<|endoftext|>'; \\n in it is a line end")
+    add("--join", default="", metavar="folder",
+        help=f"folder: make one document of all text files of a folder and its subfolders, such as those of a Python "
+             f"package, in the order of their names. Documents have at most {JOIN_BYTES >> 10} KiB, so a large folder "
+             f"gives several. Use it with --max_doc_tokens=65536")
+    add("--needles", type=int, default=0, metavar="N",
+        help="also make N documents for training a model to look far back: parts of the joined documents in which "
+             "made-up sentences stand twice (data/needles.py); needs --join (default: %(default)s)")
     add("--encoding", default="",
         help="how to read text files that are not UTF-8, such as utf-16, gb18030, cp1251, cp1252")
     add("--text_column", default="text", help="column of .jsonl and .parquet to read (default: %(default)s)")
@@ -1653,6 +1744,7 @@ def main():
     tokenizer, why = choose_tokenizer(args)
     names = ("val val_fraction max_doc_tokens seed stream shard_tokens text_column encoding split exclude "
              "drop_duplicates vocab_dir").split()
+    names += ["join", "needles"] if args.join or args.needles else []       # other shards have manifests without them
     job = prepare(inputs, out_dir=out_dir, tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
     manifest = check_out_dir(out_dir, job.description, args.force)
     if manifest:

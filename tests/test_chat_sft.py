@@ -271,7 +271,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(run, tmp_path):
 
 
 def ranks_main(argv):
-    chat_sft.WORDS = 2
+    chat_sft.ANSWER_TOKENS = 8
     sys.modules["matplotlib.backends.backend_svg"] = None
     return chat_sft.main(argv)
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import chat_tasks
+import contained
 import evaluate
 import sample
 import train_gpt
@@ -560,6 +561,55 @@ def test_chatcore_names_the_tasks_that_are_left_out(score, tmp_path):
     assert "left out, because their files are missing: arc_easy, arc_challenge, mmlu, gsm8k" in table
 
 
+FIRST = {"prompt": 'import math\n\ndef half(x):\n    """Half of x."""\n', "entry_point": "half",
+         "test": "def check(candidate):\n    assert candidate(3) == 1.5\n", "task_id": "t/0", "canonical_solution": ""}
+WRITTEN = [                              # what a model answers to FIRST, whether it is right, in form, and the reason
+    ("```python\ndef half(x):\n    return x / 2\n```\nDone.", True, True, ""),
+    ("def half(x):\n    return math.ldexp(x, -1)", True, False, ""),
+    ("    return x / 2", True, False, ""),
+    ("```\ndef half(x):\n    return x / 2", True, True, ""),              # cut off in the block
+    ("```python\ndef half(x):\n    return x // 2\n```", False, True, "AssertionError"),
+    ("def half(x):\n    return open('/tmp/x', 'w')", False, False, "PermissionError"),
+    ("I do not know.", False, False, "SyntaxError"),
+    ("", False, False, "AssertionError")]
+
+
+@pytest.mark.parametrize("said, correct, in_form, reason", WRITTEN, ids=str)
+def test_a_program_is_run_with_its_tests(said, correct, in_form, reason):
+    item, = chat_tasks.make_items(chat_tasks.HUMANEVAL, [(0, FIRST)], data)
+    model = Planted({FIRST["prompt"]: [*said.encode(), END]})
+    record = ask(model, [item], max_tokens=80)[0]
+    assert (record["correct"], record["in_form"]) == (correct, in_form) and record["reason"].startswith(reason), record
+    assert bool(record["reason"]) != correct and record["task"] == "humaneval"
+
+
+def test_humaneval_is_asked_only_if_code_is_allowed(score, refused, tmp_path, capsys):
+    path = tmp_path / "humaneval" / "HumanEval.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(FIRST) + "\n")
+    refused("--tasks=humaneval", f"--evals={tmp_path}", words=["--tasks=humaneval runs programs", "--allow_code"])
+    result, table, records = score("--tasks=humaneval,spellingbee", "--allow_code", f"--evals={tmp_path}",
+                                   "--max_items=1")
+    assert list(result["scores"]) == ["chat"] and [record["task"] for record in records] == ["spellingbee", "humaneval"]
+    assert records[1]["gold"].endswith("check(half)\n") and "humaneval" in table and records[1]["correct"] is False
+    result, _, _ = score("--tasks=humaneval,chatcore", "--allow_code", f"--evals={tmp_path}", "--max_items=1")
+    assert result["scores"]["chatcore"]["n"] == 1       # spellingbee
+    path.write_text(json.dumps(FIRST | {"entry_point": "half(1)"}) + "\n")
+    refused("--tasks=humaneval", "--allow_code", f"--evals={tmp_path}", words=["line 0 is not the name of a function"])
+    refused("--tasks=humaneval", "--allow_code", "--evals=nowhere", words=["no humaneval/HumanEval.jsonl", "docs/chat.md"])
+
+
+@needs_data
+def test_the_solutions_of_humaneval_pass():
+    with lzma.open(SHARED / "humaneval" / "HumanEval.jsonl.xz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    items = chat_tasks.make_items(chat_tasks.HUMANEVAL, list(enumerate(rows)), data)
+    assert len(items) == 164
+    for i in range(0, 164, 41):
+        program = chat_tasks.make_program(items[i], rows[i]["canonical_solution"])
+        assert contained.run(f"{program}\n\n{items[i].gold}").reason == "", i
+
+
 def test_a_word_list_is_used_and_named(score, tmp_path):
     (tmp_path / "words_alpha.txt").write_text("strawberry\n")
     result, _, records = score("--tasks=spellingbee", f"--evals={tmp_path}")
@@ -598,7 +648,7 @@ def test_a_bad_flag_is_refused(refused, flags, words):
     refused(*flags, words=words)
 
 
-@pytest.mark.parametrize("task", chat_tasks.SCORES)
+@pytest.mark.parametrize("task", [task for task in chat_tasks.SCORES if task != "humaneval"])
 def test_a_base_model_is_refused(refused, tmp_path_factory, task):
     run = tmp_path_factory.getbasetemp() / "base" / "run"
     if not run.exists():

@@ -66,8 +66,8 @@ evaluate, gpt2, evals, tokenizer_script = map(optional, ("evaluate.py", "gpt2.py
 runs, records = map(optional, ("records/runs.py", "records/records.py"))
 
 # two files are called chat.py, so neither is imported by its name
-chat, chat_data, chat_sft = (sample.import_script(ROOT / path, needs=("parse_args",))
-                             for path in ("chat.py", "data/chat.py", "chat_sft.py"))
+chat, chat_data, chat_sft, chat_rl = (sample.import_script(ROOT / path, needs=("parse_args",))
+                                      for path in ("chat.py", "data/chat.py", "chat_sft.py", "chat_rl.py"))
 CPU = train_gpt.Machine(torch.device("cpu"), 0, 1, "cpu")
 
 # -----------------------------------------------------------------------------
@@ -777,6 +777,8 @@ COMMANDS = {
                         chat.parse_args, sample.UserError),
     "chat_sft.py": commands(["--checkpoint=x", "--data=y", "--epochs=2", "--lr=0.5", "--warmup=3", "--device=cpu"],
                             chat_sft.parse_args, sample.UserError),
+    "chat_rl.py": commands(["--task=spellingbee", "--letters=13-16", "--steps=3", "--kl=0.5", "--std", "--samples=4"],
+                           chat_rl.parse_args, sample.UserError),
     "data/chat.py": commands(["spelling:10", "a.jsonl=0.5", "--tokenizer=bytes", "--out=x", "--max_tokens=100",
                               "--val_fraction=0.1", "--show=2"], chat_data.parse_args, ()),
 }

@@ -942,6 +942,8 @@ def test_text_streams_in_whole_characters(capsys, monkeypatch):
     (["--stop", b"\xff"], ["--stop=", "UTF-8"]), (["--model=gpt2", "--vocab_dir=a"], ["--model=gpt2", "--vocab_dir=a"]),
     (["--stop="], ["--stop=", "empty"]), (["--stop=a", "--stop", ""], ["--stop=", "empty"]),
     (["--prompt=a", "--prompts_file=b"], ["--prompts_file=b", "--prompt"]),
+    (["--prompt=a", "--document=b"], ["--document=b", "--prompt"]),
+    (["--prompts_file=a", "--document=b"], ["--document=b", "--prompts_file"]),
     (["--model=gpt2", "--checkpoint=a"], ["--model=gpt2", "--checkpoint"]),
     (["--prompt="], ["--prompt=", "empty"]), (["--prompt", b"\xff\xfe"], ["--prompt=", "UTF-8"]),
     (["--temprature=1"], ["--temprature=1", "--help"]), (["--temp=1"], ["--temp=1"]), (["hello"], ["hello"]),
@@ -991,6 +993,20 @@ def test_prompts_files_that_are_none_are_refused(capsys, trained, tmp_path, cont
                    tmp_path / "prompts", *parts)
 
 
+@pytest.mark.parametrize("content, parts", [
+    (None, ["No such file"]), (b"", ["is empty"]), (b"a\xff\n", ["is not UTF-8 (byte 1 is invalid)"])])
+def test_documents_that_are_none_are_refused(capsys, trained, tmp_path, content, parts):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    assert_refused(run_main(capsys, f"--checkpoint={trained}", f"--document={tmp_path / 'text'}"), "--document=", *parts)
+
+
+def test_a_document_is_one_prompt_with_its_line_ends(tmp_path):
+    (tmp_path / "text").write_bytes("\ufeffone\n\ntwo\r\n".encode())
+    args = argparse.Namespace(document=tmp_path / "text", prompts_file=None, prompt=None)
+    assert sample.read_prompts(args, None) == ["one\n\ntwo\r\n"]
+
+
 ODD = "\x0b\x0c\x1c\x85\u2028\u2029"                           # str.splitlines ends a line at each
 
 
@@ -999,7 +1015,7 @@ ODD = "\x0b\x0c\x1c\x85\u2028\u2029"                           # str.splitlines 
     ("one\rtwo\n", ["one\rtwo"]), (f"a{ODD}b\n", [f"a{ODD}b"]), ("a\ufeffb\n é \n", ["a\ufeffb", " é "])])
 def test_only_line_ends_separate_prompts(tmp_path, content, prompts):
     (tmp_path / "prompts").write_bytes(content.encode())
-    args = argparse.Namespace(prompts_file=tmp_path / "prompts", prompt=None)
+    args = argparse.Namespace(prompts_file=tmp_path / "prompts", prompt=None, document=None)
     assert sample.read_prompts(args, None) == prompts
 
 
@@ -1084,7 +1100,7 @@ def test_model_comes_from_gpt2(capsys, monkeypatch):
 def test_help_lists_every_flag_and_its_default():
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for flag in ("checkpoint", "model", "prompt", "prompts_file", "num_samples", "max_tokens", "temperature", "top_k",
+    for flag in ("checkpoint", "model", "prompt", "prompts_file", "document", "num_samples", "max_tokens", "temperature", "top_k",
                  "top_p", "min_p", "repetition_penalty", "stop", "seed", "logprobs", "json", "batch", "benchmark",
                  "compile", "device", "precision", "threads", "script", "vocab_dir", "out_dir"):
         described = done.stdout.split(f"  --{flag} ")[1].split("\n  --")[0]

@@ -68,6 +68,8 @@ ALLOWED = {
     ("data/code.py", "exec_module"): "the standard library's module of the same name, see its top",
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
+    ("contained.py", "compile"): "a model's program, only with --allow_code, in a process that can do no harm",
+    ("contained.py", "exec"): "as above",
     ("evaluate.py", "torch.distributed.all_gather_object"): "results of the ranks of one run, never from a file",
     ("train_*.py", "torch.distributed.all_gather_object"): "what the ranks of one run agree on, as above",
     ("dev/track_*.py", "torch.distributed.broadcast_object_list"): "frozen records: as they ran",

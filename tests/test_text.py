@@ -977,3 +977,80 @@ def test_workers_end_while_one_of_them_answers(tmp_path):
             time.sleep(0.01)
         time.sleep(0.4)
         raise KeyboardInterrupt
+
+
+# -----------------------------------------------------------------------------
+# Joined documents and needles
+
+def write_packages(folder, packages=6, files=5):
+    """A folder of packages with modules of different sizes; returns package -> texts in the order of their names."""
+    rng, texts = random.Random(0), {}
+    for p in range(packages):
+        for f in range(files):
+            path = folder / f"package{p}" / ("sub" if f % 2 else "") / f"m{f}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"# {p} {f}\n{words(rng, 300)}\n")
+        found = sorted((folder / f"package{p}").rglob("*.py"), key=lambda path: str(path.relative_to(folder)))
+        texts[f"package{p}"] = [path.read_text() for path in found]
+    return texts
+
+
+def test_join_makes_one_document_of_a_package(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    texts = write_packages(source)
+    (source / "alone.txt").write_text("a file beside the packages\n")
+    (source / "rows.jsonl").write_text('{"text": "a row"}\n{"text": "another row"}\n')
+    (source / "package0" / "empty.py").write_text("\n")
+    manifest = build(source, tmp_path / "out", join="folder")
+    joined = ["\n\n\n".join(text.strip("\n") for text in found) + "\n" for found in texts.values()]
+    wanted = [*joined, "a file beside the packages\n", "a row", "another row"]
+    assert sorted(decode(tmp_path / "out", "train")) == sorted(wanted)
+    counts = manifest["made_by"]["counts"]
+    assert counts["documents"] == len(wanted) and counts["files"]["read"] == 32 and counts["files"]["found"] == 33
+    assert left_out(manifest) == {"file that holds no document": 1}
+    monkeypatch.setattr(text, "JOIN_BYTES", 6000)       # two files of a package
+    build(source, tmp_path / "short", join="folder")
+    found = [document for document in decode(tmp_path / "short", "train") if document.startswith("#")]
+    assert len(found) == 6 * 3 and all(len(document) <= 6000 for document in found)
+    assert sorted("\n\n\n".join(found).split()) == sorted("\n".join(joined).split())
+
+
+def test_needles_stand_twice_in_documents_that_are_held_out_together(tmp_path):
+    source = tmp_path / "source"
+    write_packages(source)
+    outs = [tmp_path / f"out{processes}" for processes in (1, 2)]
+    for processes, out in enumerate(outs, 1):
+        manifest = build(source, out, join="folder", needles=20, max_doc_tokens=4096, val_fraction=0.4,
+                         processes=processes)
+    assert digests(outs[0]) == digests(outs[1])         # the result does not depend on the processes
+    assert manifest["made_by"]["counts"]["documents"] == 6 + 20
+    sides = {}
+    for split in ("train", "val"):
+        hidden = [document for document in decode(outs[0], split) if "The secret number of the" in document]
+        sides[split] = hidden
+        for document in hidden:
+            found = re.findall(r"\nThe secret number of the (\w+ \w+) is (\d{5})\.\n", document)
+            assert len(found) == 2 * len(set(found)) == 2 * len({key for key, _ in found}) and len(document) < 4096
+    assert len(sides["train"]) + len(sides["val"]) == 20 and sides["val"]
+    originals = {split: " ".join(document for document in decode(outs[0], split) if "secret" not in document)
+                 for split in ("train", "val")}
+    for split, other in (("train", "val"), ("val", "train")):
+        for document in sides[split]:
+            piece = max(re.split(r"\nThe secret number of the [^\n]*\n", document), key=len)[5:60]
+            assert piece in originals[split] and piece not in originals[other]
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--join=file"], "--join=file"), (["--needles=3"], "--join=folder"), (["--join=folder", "--needles=-1"], "-1"),
+    (["--join=folder", "--split=x"], "--split")])
+def test_bad_values_of_join_and_needles(words, named, tmp_path):
+    (tmp_path / "a.txt").write_text("some text\n" * 2000)
+    done = run_here(tmp_path / "a.txt", f"--out={tmp_path}/out", "--tokenizer=bytes", *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_needles_need_text_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 5000}) + "\n")
+    done = run_here(tmp_path / "a.jsonl", f"--out={tmp_path}/out", "--tokenizer=bytes", "--join=folder", "--needles=3")
+    assert done.returncode == 2 and "--needles=3" in done.stderr and not (tmp_path / "out").exists()
