@@ -898,7 +898,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
             for document in item_documents(item, encoded, np.array([bos_id], np.int32)):
                 too_long += len(document[0]) > longest
                 yield cut(document, longest)
-    total = sum(len(tokens) for tokens, _, _ in [*texts, *scored]) + sum(
+    total = sum(map(len, long_texts.documents)) + sum(len(tokens) for tokens, _, _ in [*texts, *scored]) + sum(
         min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
     results = score_documents(subject, score, documents(), total) if score else np.empty((0, 3))
     if texts:
