@@ -351,6 +351,7 @@ def measure(sampler: Sampler, tools) -> tuple[dict, list[dict]]:
 
     pass1: share of right answers among PASSES drawn ones; pass8: share of questions with a right one among them;
     greedy: share of right answers when the likeliest token is taken each time. The standard errors are over questions.
+    rights: for each question how many of its drawn answers are right, as one text.
     """
     found = {}
     for part in tools.all_gather_object(sampler.machine, sampler.fixed_answers()):
@@ -365,7 +366,8 @@ def measure(sampler: Sampler, tools) -> tuple[dict, list[dict]]:
                "tool_calls": np.mean([record["calls"] > 0 for record in records]),
                "cut_off": np.mean([record["cut_off"] for record in records])}
     shown = [record for i in range(min(SHOWN, len(found))) for record in (found[i][0], found[i][1][0])]
-    return {name: round(float(value), 6) for name, value in scores.items()}, shown
+    scores = {name: round(float(value), 6) for name, value in scores.items()}
+    return scores | {"rights": " ".join(str(sum(row)) for row in rights)}, shown
 
 def step_statistics(groups: list) -> dict:
     """Sums over this rank's answers of a step, which add up over ranks."""
@@ -420,7 +422,7 @@ class Run(chat_sft.Run):
         """Logs the scores on the fixed questions, and writes some answers to samples.jsonl."""
         self.history.append((step, seconds, scores["pass1"]))
         self.evaluations.append({"step": step, "train_time_ms": round(1000 * seconds)} | scores)
-        values = " ".join(f"{name}:{value:.4f}" for name, value in scores.items())
+        values = " ".join(f"{name}:{value:.4f}" for name, value in scores.items() if name != "rights")
         self.print(f"step:{step}/{self.args.steps} {values} {self.tools.train_time(seconds, max(step, 1))}")
         self.save()
         if self.master:

@@ -23,6 +23,8 @@ The scores do not depend on the number of GPUs or on how prompts are packed. doc
 """
 import argparse
 import glob
+import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -123,6 +125,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "shuffling, also for the examples; 0: all items (default: %(default)s)")
     add("--items_out", type=sample.path_flag, metavar="FILE", help="write the result of every item to FILE, one JSON "
         "object a line (default: none)")
+    add("--losses_out", type=sample.path_flag, metavar="FILE", help="write the loss of every token that bpb reads to "
+        "FILE (.npz), for dev/loss_diff.py (default: none)")
     add("--max_tokens", type=int, default=512, metavar="N", help="longest answer of a chat task, in tokens with the "
         "calculator's results (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="N", help="number of questions of chat tasks that are answered at the "
@@ -180,10 +184,11 @@ def check_args(args: argparse.Namespace):
     need(args.max_items == 0 or args.max_items > most, "max_items", f"must be 0 (all) or above {most}" + (
         ", which is the number of examples before a question" if most else ""))
     need(0 <= args.threads <= 1024, "threads", "must be 0 (chosen by trying) or a number up to 1024")
-    for name in ("items_out", "heat_map"):
+    for name in ("items_out", "losses_out", "heat_map"):
         if path := getattr(args, name):
             need(path.absolute().parent.is_dir(), name, "is in a folder that does not exist; create it first")
             need(not path.is_dir(), name, "is a folder; name a file")
+    need(not args.losses_out or "bpb" in args.tasks, "losses_out", "needs the score bpb; add it to --tasks")
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """The checkpoint folder that the flags name, by default the latest of the newest run; raises UserError."""
@@ -604,10 +609,12 @@ def prepare_ahead(items, depth: int):
             waiting.append(thread.submit(next, items, None))
             yield item
 
-def score_documents(subject: Subject, score, documents, total_tokens: int) -> np.ndarray:
+def score_documents(subject: Subject, score, documents, total_tokens: int, kept: dict | None = None,
+                    keep: int = 0) -> np.ndarray:
     """(documents, 3): summed loss in nats over the scored tokens, their count, and how many were not the likeliest.
 
     score: the model's function of that name; documents: (tokens, start, end) each, with total_tokens together.
+    kept: gets number -> loss of each scored token, float32, of the first `keep` documents, on this rank.
     """
     import torch
     from tqdm import tqdm
@@ -625,8 +632,11 @@ def score_documents(subject: Subject, score, documents, total_tokens: int) -> np
     results = []
 
     def collect():
-        numbers, sums = waiting.popleft()
-        results.append(np.column_stack([numbers, sums.cpu().numpy().T]))
+        spans, sums, losses = waiting.popleft()
+        results.append(np.column_stack([spans[:, 0], sums.cpu().numpy().T]))
+        if losses is not None:
+            by_token = losses.float().cpu().numpy()
+            kept.update((number, by_token[start:end].copy()) for number, start, end in spans.tolist() if number < keep)
     with torch.no_grad(), bar:
         for *batch, spans in prepare_ahead(streams(), depth=4):
             tokens, targets, ends = subject.module.to_device((*batch, spans[:, 1:]), device)
@@ -636,7 +646,7 @@ def score_documents(subject: Subject, score, documents, total_tokens: int) -> np
             sums = torch.stack([part.to(sums_on, torch.float64) for part in (losses, counted, wrong)]).cumsum(1)
             sums = torch.nn.functional.pad(sums, (1, 0))
             ends = ends.to(sums_on)
-            waiting.append((spans[:, 0], sums[:, ends[:, 1]] - sums[:, ends[:, 0]]))
+            waiting.append((spans, sums[:, ends[:, 1]] - sums[:, ends[:, 0]], losses if keep else None))
             if len(waiting) > 2:         # reading results late keeps the GPU busy
                 collect()
             bar.update(min(tokens.numel() * machine.world_size, total_tokens - bar.n))
@@ -900,7 +910,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
                 yield cut(document, longest)
     total = sum(map(len, long_texts.documents)) + sum(len(tokens) for tokens, _, _ in [*texts, *scored]) + sum(
         min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
-    results = score_documents(subject, score, documents(), total) if score else np.empty((0, 3))
+    kept, keep = {}, len(texts) if args.losses_out else 0
+    results = score_documents(subject, score, documents(), total, kept, keep) if score else np.empty((0, 3))
+    if keep:
+        losses = {number: part for parts in gather(machine, kept) for number, part in parts.items()}
+        if machine.rank == 0:
+            write_losses(args.losses_out, subject, texts, losses)
     if texts:
         scores["bpb"] = bits_per_byte(texts, results[:len(texts)], subject.tokenizer)
     results = results[len(texts):]
@@ -922,18 +937,33 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
             "seconds": round(seconds, 3),
             "scores": scores}, records
 
-def write_items(path: Path, records: list[dict]):
-    """Writes the records as JSON lines, first under a temporary name; raises UserError."""
+def write_file(path: Path, flag: str, content: bytes):
+    """Writes a file, first under a temporary name; raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)           # it may be a link, which writing would follow
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        with open(temporary, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"--items_out={path} cannot be written ({error.strerror}); choose another") from None
+        raise UserError(f"--{flag}={path} cannot be written ({error.strerror}); choose another") from None
+
+def write_items(path: Path, records: list[dict]):
+    """Writes the records as JSON lines; raises UserError."""
+    write_file(path, "items_out", "".join(json.dumps(record) + "\n" for record in records).encode())
+
+def write_losses(path: Path, subject: Subject, texts: list, losses: dict[int, np.ndarray]):
+    """Writes the losses of the documents of bpb as .npz, see docs/evaluation.md; raises UserError."""
+    digests = [hashlib.sha256(b"".join(map(subject.tokenizer.token_bytes, tokens[1:].tolist()))).hexdigest()
+               for tokens, _, _ in texts]
+    file = io.BytesIO()
+    np.savez(file, format=np.array(1), model=np.array(subject.name), text_sha256=np.array(digests, "S64"),
+             lengths=np.array([len(tokens) - 1 for tokens, _, _ in texts], np.int64),
+             tokens=np.concatenate([tokens[1:] for tokens, _, _ in texts]).astype(np.int32),
+             losses=np.concatenate([losses[number] for number in range(len(texts))]).astype(np.float32))
+    write_file(path, "losses_out", file.getvalue())
 
 def summarize(tasks: list[Task], records: list[dict]) -> dict:
     """The scores of HellaSwag and CORE from the records of their items."""

@@ -163,9 +163,9 @@ def layer_windows(model) -> tuple[list[str], int | None, int]:
 # Weights and settings
 
 def query_key_value(weights: dict, block: str) -> tuple:
-    """The three matrices (C, C) of a layer, whether they are stored one by one or stacked in one; raises KeyError."""
-    if f"{block}.qkv.weight" in weights:
-        return weights.pop(f"{block}.qkv.weight").chunk(3)
+    """The three matrices (C, C) of a layer, stored one by one or as one tensor (3, C, C); raises KeyError."""
+    if f"{block}.qkv" in weights:
+        return tuple(weights.pop(f"{block}.qkv"))
     return tuple(weights.pop(f"{block}.{name}.weight") for name in "qkv")
 
 def convert_weights(model, vocab_size: int) -> dict:

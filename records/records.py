@@ -12,6 +12,7 @@
     python records/records.py compare my_idea.py --track=track_0_cpu                   # pairs with the standing record
     python records/records.py make MyIdea my_idea.py --track=track_0_cpu               # run, and make the record folder
     python records/records.py shards track_0_cpu                   # are the shards here those of the track?
+    python records/records.py new_rl MyCurve logs/*_chat_rl_*     # curves of chat_rl.py
     python records/records.py board                                # writes records/README.md and its pictures
 
 A run folder holds run.json and log.txt. A record or a comparison is a folder with runs.json, the list of all runs that
@@ -32,6 +33,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import reinforcement
 from checks import check_record, record_order, standing_record, track_problem
 from comparison import check_flags, compare, save_ledger
 from diffs import script_diff
@@ -164,7 +166,7 @@ def board_text() -> str:
     """records/README.md: the rules, and a table per track."""
     parts = ["# Records", "This page is written by `python records/records.py board` from the logs in these folders.",
              RULES, "## Records so far", MEANINGS, "![the records of each track](history.svg)",
-             *track_texts(read_archive(HERE)), "### Development",
+             *track_texts(read_archive(HERE)), *reinforcement.board_parts(HERE), "### Development",
              f"Earlier records used a text that cannot be handed out: [{DEV}/records.md](../{DEV}/records.md)."]
     return "\n\n".join(parts) + "\n"
 
@@ -403,6 +405,13 @@ def keep_script(folder: Path, ledger: dict, sources: list[Path], slug: str) -> s
     return f"{where}{sources[0].name}"
 
 
+def new_rl(args) -> int:
+    """Makes a folder of curves from runs of chat_rl.py."""
+    folder = reinforcement.new_folder(HERE, args.name, args.runs, args.alone, args.date)
+    print(f"{folder}\nNow answer what its README marks FILL IN. Then run: records.py check --all && records.py board")
+    return 0
+
+
 # -----------------------------------------------------------------------------
 # Command line
 
@@ -435,6 +444,10 @@ def check(args) -> int:
         for folder, problems in zip(folders, threads.map(partial(check_record, guard=not args.no_guard), folders)):
             lies += [f"{folder}: {problem}" for problem in problems]
             print(f"{folder}: {'NOT ' if problems else ''}ok", flush=True)
+    for folder in reinforcement.folders(HERE) if args.all else ():
+        problems = reinforcement.check_folder(folder)
+        lies += [f"{folder}: {problem}" for problem in problems]
+        print(f"{folder}: {'NOT ' if problems else ''}ok", flush=True)
     lies += board_problem() if args.all and not lies else []
     for line in lies:
         print(f"records.py: {line}", file=sys.stderr)
@@ -543,7 +556,7 @@ def make_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add_command in (add_compare, add_summarize, add_plot, add_new, add_check, add_replay, add_board, add_shards,
-                        add_make):
+                        add_make, add_new_rl):
         add_command(commands)
     return parser
 
@@ -628,6 +641,18 @@ track's is refused. Checkpoints are left out.""")
     add("--track", required=True, help="as in track_1_small")
     add("--date", help="YYYY-MM-DD (default: today)")
     add("--killed", action="store_true", help="runs whose run.json says running were killed: list them so")
+
+
+def add_new_rl(commands):
+    add = add_parser(commands, "new_rl", new_rl, "make a folder of curves from runs of chat_rl.py", """\
+Copies run.json, log.txt and samples.jsonl of each run to records/track_rl/DATE_NAME, and writes a README whose tables
+are computed from them, with the curve of pass@1. Runs may differ in --lr, --std, --kl and --seed. Paths of the machine
+are cut to their last part. `check --all` computes the tables again.""")
+    add("name", metavar="NAME", help="as in SpellingBee; the folder is DATE_NAME")
+    add("runs", nargs="+", type=user_path, metavar="RUN", help="run folders of finished runs")
+    add("--alone", type=user_path, action="append", default=[], metavar="RUN", help="a further run, which had the "
+        "card alone and says how long a step takes; may be given several times")
+    add("--date", help="YYYY-MM-DD (default: today)")
 
 
 def add_check(commands):

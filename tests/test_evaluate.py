@@ -566,16 +566,19 @@ def rank_main(flags):
 
 def test_two_ranks_give_the_same_items_and_scores(run, evals, score, start_ranks, tmp_path):
     flags = ["--tasks=val,bpb,hellaswag,core", "--stream_tokens=512"]
-    result, _, records = score(*flags)
+    result, _, records = score(*flags, f"--losses_out={tmp_path / 'one.npz'}")
     out = tmp_path / "two.jsonl"
     processes = start_ranks(2, rank_main, [f"--checkpoint={run}", f"--evals={evals}", f"--items_out={out}",
-                                           "--device=cpu", *flags])
+                                           f"--losses_out={tmp_path / 'two.npz'}", "--device=cpu", *flags])
     assert join(processes) == [0, 0], [process.output.read_text() for process in processes]
     two = json.loads(processes[0].output.read_text().splitlines()[-1])
     assert out.read_bytes() == (tmp_path / "items.jsonl").read_bytes() and len(records) == 16 + 5 * 14
     assert two["world_size"] == 2 and two["scores"]["val"].pop("loss") == pytest.approx(
         result["scores"]["val"].pop("loss"), abs=2e-6)
     assert two["scores"] == result["scores"] and processes[1].output.read_text() == ""
+    one, both = (np.load(tmp_path / f"{name}.npz", allow_pickle=False) for name in ("one", "two"))
+    assert len(one["losses"]) == result["scores"]["bpb"]["tokens"] and (one["tokens"] == both["tokens"]).all()
+    assert np.allclose(one["losses"], both["losses"], atol=1e-5)
 
 
 def test_original_weights_are_evaluated_too(evals, shards, tmp_path, monkeypatch, capsys):

@@ -114,7 +114,7 @@ def test_transformers_writes_the_same_text(tmp_path, transformers):
 def test_stacked_and_single_matrices_give_the_same_weights():
     q, k, v = (torch.full((4, 4), float(value)) for value in range(3))
     single = {f"b.{name}.weight": weight for name, weight in zip("qkv", (q, k, v))}
-    for weights in (single, {"b.qkv.weight": torch.cat([q, k, v])}):
+    for weights in (single, {"b.qkv": torch.stack([q, k, v])}):
         assert [part.unique().item() for part in export_hf.query_key_value(weights, "b")] == [0, 1, 2]
         assert weights == {}
 

@@ -1,0 +1,369 @@
+"""train_gpt_moe.py: routing, the products of the experts, their load, and the experts of several ranks.
+
+Against: train_gpt_simple.py for one expert, a plain loop over the experts for many, forward for decode, one rank for
+several, and the tools that read a run. Run: python -m pytest tests/test_moe.py
+"""
+import json
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import xml.dom.minidom
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, only_folder, rank_starter
+from safetensors.torch import load_file
+
+import sample
+import train_gpt_moe as moe
+import train_gpt_simple as simple
+
+SMALL = {"preset": "tiny", "depth": 2, "model_dim": 32, "head_dim": 8, "windows": (8, 24), "pack_tokens": 128,
+         "val_tokens": 1500, "val_stream_tokens": 512, "batch_tokens": 512, "num_iterations": 6, "val_every": 0,
+         "width_rule": "none", "device": "cpu", "expert_layers": (1,), "num_experts": 4}
+KINDS = [{}, {"top_k": 2, "shared_dim": 32}, {"top_k": 3, "mlp": "swiglu"}, {"router": "hash", "top_k": 2}]
+
+
+def flags(data, **changes):
+    return as_flags(SMALL | {"train_files": f"{data}/train_*.bin", "val_files": f"{data}/val_*.bin"} | changes)
+
+
+def config(script=moe, **changes):
+    """The small configuration with everything filled in, without the fields that the script lacks."""
+    fields = SMALL | {"vocab_size": VOCAB, "bos_id": BOS, "compile": False, "attention": "plain"} | changes
+    default = script.PRESETS["tiny"]
+    return replace(default, **{name: value for name, value in fields.items() if hasattr(default, name)})
+
+
+def moved(cfg, script=moe):
+    """A model with every parameter away from its initial value."""
+    model, generator = script.GPT(cfg), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.1 * torch.randn(param.shape, generator=generator)
+    return model
+
+
+def stream(*lengths):
+    """Documents of random tokens, one after the other."""
+    rng = np.random.default_rng(0)
+    return torch.cat([torch.tensor([BOS, *rng.integers(0, 256, length - 1)]) for length in lengths])
+
+
+@pytest.fixture
+def script():
+    return moe
+
+
+def as_compiled(monkeypatch):
+    """Experts in fp32 are computed as in a compiled model: by a loop."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+@pytest.mark.parametrize("kind", [{"num_experts": 1}, {"num_experts": 1, "mlp": "swiglu"}, {"expert_layers": (0,)}],
+                         ids=str)
+def test_one_expert_is_the_dense_model(kind):
+    tokens = stream(90, 60)
+    dense, one = (script.GPT(config(script, **kind)) for script in (simple, moe))
+    optimizers = [script.make_optimizers(model) for script, model in ((simple, dense), (moe, one))]
+    machine = simple.Machine(torch.device("cpu"), 0, 1, "cpu")
+    for step in range(3):
+        losses = [script.training_step(model, both, [(tokens, tokens.roll(-1))], step, model.cfg, machine, False)[0]
+                  for script, model, both in zip((simple, moe), (dense, one), optimizers)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert one.matmul_parameters == dense.matmul_parameters
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_grouped_products_equal_a_loop_forward_and_gradients(kind, monkeypatch):
+    tokens, models = stream(100, 47), [moved(config(**kind)) for _ in range(2)]
+    losses = [models[0](tokens, tokens.roll(-1))]
+    as_compiled(monkeypatch)
+    monkeypatch.setattr(moe.F, "grouped_mm", None)
+    losses.append(models[1](tokens, tokens.roll(-1)))
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for grouped, loop in zip(*(model.parameters() for model in models)):
+        assert_close(grouped.grad, loop.grad, 1e-5)
+
+
+def test_an_expert_without_tokens_has_no_gradient():
+    model, tokens = moved(config(num_experts=8, router="hash", expert_layers=(1, 0))), torch.full((20,), 7)
+    model(tokens, tokens).backward()
+    used = [matrix.grad.any().item() for matrix in model.experts[0].fc]
+    assert sum(used) == 1 and model.experts[0].load.tolist().count(0) == 8
+
+
+def test_the_router_chooses_the_best_by_score_and_bias():
+    bank = moved(config(top_k=2)).experts[0]
+    bank.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+    u = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    context = type("Context", (), {"training": False})
+    chosen, weights, logits = bank.choose(u, context)
+    assert (chosen[:, 0] == 1).all()                # the bias decides who works, not how much it counts
+    others = logits.detach().index_fill(1, torch.tensor([1]), -math.inf)
+    assert chosen[:, 1].equal(others.argmax(1)) and weights.equal(2 * logits.sigmoid().gather(1, chosen))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"capacity": 0.5, "jitter": 0.1}], ids=str)
+def test_nothing_looks_at_later_tokens_or_other_documents(kind):
+    """In training, too, where the first tokens of a pack have a place in a full expert."""
+    model, tokens = moved(config(**kind)), stream(70, 1, 60)
+    together, later = model(tokens), tokens.clone()
+    later[100:] = 5
+    assert_close(model(later)[:100], together[:100], 1e-3)
+    with torch.no_grad():
+        alone = torch.cat([model(document) for document in tokens.split([70, 1, 60])])
+        assert_close(model(tokens), alone, 1e-3)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"capacity": 0.5}], ids=str)
+def test_decoding_equals_forward(kind):
+    model = moved(config(**kind)).requires_grad_(False).eval()
+    tokens = torch.stack([stream(40), stream(40).flip(0).roll(1)])
+    cache = model.new_cache(2, 40)
+    found = torch.cat([model.decode(part, cache) for part in tokens.split([5, 1, 30, 4], 1)], 1)
+    assert_close(found, torch.stack([model(row) for row in tokens]), 1e-3)
+
+
+def test_a_full_expert_drops_the_last_choices_and_counts_them():
+    model, tokens = moved(config(capacity=0.5, top_k=2, expert_layers=(0, 1))), stream(96)
+    bank, seen = model.experts[0], {}
+    bank.register_forward_hook(lambda module, inputs, output: seen.update(u=inputs[0], context=inputs[1], y=output))
+    model(tokens)
+    counts, dropped = bank.load[:-1], bank.load[-1].item()
+    assert counts.sum() == 192 and dropped == (counts - 24).clamp(min=0).sum() > 0
+    chosen, weights, _ = bank.choose(seen["u"], seen["context"])
+    for i in range(4):                              # 24 places of an expert are half of the mean load
+        position = (chosen == i).flatten().nonzero().flatten()[24:]
+        weights.view(-1)[position] = 0
+    assert_close(seen["y"], bank.loop(seen["u"], chosen, weights), 1e-5)
+
+
+def test_jitter_acts_in_training_alone_and_is_the_same_each_time():
+    tokens, plain, noisy = stream(100), moved(config()), moved(config(jitter=0.2))
+    assert not torch.equal(plain(tokens), noisy(tokens)) and torch.equal(noisy(tokens), noisy(tokens))
+    with torch.no_grad():
+        assert torch.equal(plain(tokens), noisy(tokens))
+
+
+def test_losses_of_the_router_against_their_definitions():
+    model, tokens = moved(config(balance="loss", balance_rate=0.3, router_z=0.2, expert_layers=(0, 1))), stream(80)
+    seen = {}
+    model.experts[0].register_forward_hook(lambda module, inputs, output: seen.update(u=inputs[0], context=inputs[1]))
+    targets = tokens.roll(-1)
+    total = model(tokens, targets).item()
+    chosen, _, logits = model.experts[0].choose(seen["u"], seen["context"])
+    fractions = torch.bincount(chosen.flatten(), minlength=4) / 80
+    wanted = (logits.sigmoid() / logits.sigmoid().sum(1, keepdim=True)).mean(0)
+    extra = 80 * 0.3 * 4 * (fractions * wanted).sum() + 0.2 * logits.logsumexp(1).square().sum()
+    with torch.no_grad():
+        assert total - model(tokens, targets).item() == pytest.approx(extra.item(), rel=1e-4)
+
+
+def test_muon_orthogonalises_each_expert_alone():
+    """However different their gradients are: all singular values of each update are about 1. Routers have AdamW."""
+    model = moe.GPT(config(num_experts=3))
+    muon, adamw = moe.make_optimizers(model)
+    bank, generator = model.experts[0], torch.Generator().manual_seed(0)
+    before = [matrix.detach().clone() for matrix in bank.fc]
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator)
+    for size, matrix in zip((1e-3, 1.0, 1e3), bank.fc):
+        matrix.grad *= size
+    for group in muon.param_groups:
+        group |= {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    muon.step()
+    for old, matrix in zip(before, bank.fc):        # of 128 x 32: the update has a factor of 2
+        assert ((torch.linalg.svdvals(old - matrix.detach()) / 2 - 1).abs() < 0.25).all()
+    routers = {id(bank.router.weight) for bank in model.experts}
+    assert routers == {id(param) for param in adamw.param_groups[-1]["params"]}
+    assert routers.isdisjoint(id(param) for group in muon.param_groups for param in group["params"])
+
+
+# -----------------------------------------------------------------------------
+# Compiled
+
+@pytest.mark.parametrize("kind", [{"precision": "bf16", "top_k": 2},
+                                  {"capacity": 1.25, "jitter": 0.1, "balance": "loss", "router_z": 1e-3}], ids=str)
+def test_forward_and_backward_compile_to_one_graph_for_all_choices(kind):
+    cfg, graphs = config(depth=1, num_experts=3, **kind), []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = moved(cfg)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+    for lengths in ((60, 36), (96,)):
+        tokens = stream(*lengths)
+        loss = compiled(tokens, tokens.roll(-1))
+        loss.backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1] and model.experts[0].load[:-1].sum() == 192 * cfg.top_k
+    assert loss.item() == pytest.approx(model(tokens, tokens.roll(-1)).item(), rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [{}, {"top_k": 2, "capacity": 1.25, "jitter": 0.1}], ids=str)
+def test_a_step_waits_for_the_gpu_only_to_read_the_loss(kind, monkeypatch):
+    machine = moe.Machine(torch.device("cuda"), 0, 1, "cuda")
+    cfg = config(precision="bf16", attention="flex", compile=True, head_dim=32, model_dim=128, pack_tokens=1024, **kind)
+    with torch.device("cuda"):
+        model = moe.GPT(cfg)
+    forward, optimizers = torch.compile(model, dynamic=False, fullgraph=True), moe.make_optimizers(model)
+    packs = [(stream(n, 1024 - n).cuda().int(), stream(n, 1024 - n).roll(-1).cuda()) for n in (300, 500)]
+    moe.training_step(forward, optimizers, packs, 0, cfg, machine, False)
+    graphs, read = torch._dynamo.utils.counters["stats"]["unique_graphs"], torch.Tensor.tolist
+
+    def last_read(tensor):
+        torch.cuda.set_sync_debug_mode("default")
+        return read(tensor)
+    monkeypatch.setattr(torch.Tensor, "tolist", last_read)
+    try:
+        for step in (1, 2):
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            loss = moe.training_step(forward, optimizers, packs, step, cfg, machine, False)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(loss) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+# -----------------------------------------------------------------------------
+# The load
+
+def test_the_bias_keeps_experts_busy_and_without_it_they_are_not():
+    """On a router that prefers one expert at the start."""
+    tokens, busiest = [stream(256) + i for i in range(4)], {}
+    for balance in ("bias", "none"):
+        cfg = config(depth=1, balance=balance, balance_rate=0.03, num_iterations=400, batch_tokens=256)
+        model, machine = moe.GPT(cfg), moe.Machine(torch.device("cpu"), 0, 1, "cpu")
+        with torch.no_grad():
+            model.experts[0].router.weight[0] += 0.1 * model.embed.weight.mean(0).sign()
+        optimizers, loads = moe.make_optimizers(model), []
+        for step in range(40):
+            text = tokens[step % 4] % VOCAB
+            pack = text, text.roll(-1)
+            *load, dropped = moe.training_step(model, optimizers, [pack], step, cfg, machine, False)[2:]
+            assert sum(load) == 256 and dropped == 0
+            loads.append(load)
+        busiest[balance] = max(np.mean(loads[-20:], axis=0)) / 64
+    assert busiest["bias"] < 1.3 < 1.5 < busiest["none"], busiest
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a finished run, whose layer 1 has experts."""
+    logs, patch = tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["train_gpt_moe.py", *flags(data, out_dir=logs, expert_layers=(0, 1), top_k=2)])
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    assert moe.main() == 0
+    patch.undo()
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+    return only_folder(logs)
+
+
+def test_what_a_run_leaves_behind(finished):
+    info, log = json.loads((finished / "run.json").read_text()), (finished / "log.txt").read_text().split("=" * 100)[1]
+    losses = [point["val_loss"] for point in info["val_losses"]]
+    assert info["status"] == "finished" and losses[0] == pytest.approx(math.log(VOCAB), abs=0.02)
+    assert losses[-1] < losses[0] - 0.1
+    table = re.search(r"^load of the experts over the mean, last 6 steps: .*\n  layer 1: (.*)$", log, re.M)
+    assert sum(json.loads(table[1])) == pytest.approx(4, abs=0.01) and "dropped 0.000000" in table[0]
+    lines = xml.dom.minidom.parse(str(finished / "load.svg")).getElementsByTagName("polyline")
+    assert len(lines) == 4 and all(len(line.getAttribute("points").split()) == 6 for line in lines)
+
+
+def test_sample_reads_its_checkpoint(finished):
+    model, _, meta = sample.load_checkpoint(finished / "checkpoint" / "step_000006", "cpu")
+    assert meta["script"] == "train_gpt_moe" and model.experts[0].bias.any()
+    prompt, engine = [BOS, *b"the old "], sample.Engine(model, VOCAB, sample.Draw(0.0), 2, 32)
+    drawn = [tokens[0] for tokens, _ in engine.steps([prompt], [(0, 0), (0, 1)], 8)]
+    wanted = list(prompt)
+    for _ in drawn:
+        wanted.append(int(model(torch.tensor(wanted))[-1].argmax()))
+    assert drawn == wanted[len(prompt):]
+
+
+def test_the_metric_guard_passes():
+    sys.path.insert(0, str(ROOT / "records"))
+    import guard
+    guard.check_script(moe, json.loads(json.dumps(vars(config(top_k=2, capacity=1.0, jitter=0.1, balance="loss")))))
+
+
+def run_all(commands):
+    """What `python train_gpt_moe.py ...` does, for pairs of a free port and a command line, one after the other."""
+    codes = []
+    for port, argv in commands:
+        os.environ["MASTER_PORT"], sys.argv = str(port), ["train_gpt_moe.py", *argv]
+        codes.append(moe.main())
+    return max(codes)
+
+
+SHARED = {"capacity": 0.9, "jitter": 0.01, "balance_rate": 0.02}        # drops some choices
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory, forkserver):
+    """(ranks, ranks that share experts) -> all losses of the log, share of dropped choices, weights of the checkpoint.
+
+    With 0 ranks that share, no expert has a capacity.
+    """
+    plan = {1: [0, 1], 2: [0, 2], 3: [0], 4: [2]}
+    folder, commands, processes = tmp_path_factory.mktemp("ranks"), {}, []
+    for ranks, share in ((ranks, share) for ranks, sharing in plan.items() for share in sharing):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        changes = SHARED | {"expert_ranks": share} if share else {}
+        argv = flags(data, out_dir=folder / f"{ranks}_{share}", num_iterations=4, batch_tokens=1536, top_k=2, **changes)
+        commands.setdefault(ranks, []).append((port, argv))
+    with rank_starter(forkserver, folder) as start:
+        for ranks in plan:
+            processes += start(ranks, run_all, commands[ranks])
+        assert join(processes) == [0] * 10
+    found = {}
+    for ranks, share in ((ranks, share) for ranks, sharing in plan.items() for share in sharing):
+        run = only_folder(folder / f"{ranks}_{share}")
+        log = (run / "log.txt").read_text().split("=" * 100)[1]
+        losses = [float(loss) for loss in re.findall(r"(?:train|val)_loss:([\d.]+)", log)]
+        dropped = float(re.search(r"dropped ([^ ]*)", log)[1])
+        found[ranks, share] = losses, dropped, load_file(run / "checkpoint" / "step_000004" / "model.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("first, second", [((1, 0), (2, 0)), ((1, 0), (3, 0)), ((1, 1), (2, 2)), ((1, 1), (4, 2))],
+                         ids=str)
+def test_ranks_do_what_one_does(first, second, runs):
+    """Losses, weights, the bias, which follows the load of all, and what is dropped; with shared experts, too."""
+    (one, dropped, weights), (more, also_dropped, others) = runs[first], runs[second]
+    assert len(one) == 6 and more == pytest.approx(one, abs=2e-4)
+    assert dropped == also_dropped and (dropped > 0.01) == (first == (1, 1))
+    assert weights.keys() == others.keys() and weights["blocks.1.experts.bias"].any()
+    for name, weight in weights.items():
+        assert_close(others[name], weight, 2e-3)
+
+
+@pytest.mark.parametrize("bad, word", [
+    ({"top_k": 5}, "--top_k=5"), ({"expert_dim": 24}, "--expert_dim=24"), ({"num_experts": 0}, "--num_experts=0"),
+    ({"expert_ranks": 2, "capacity": 1.5}, "--expert_ranks=2"), ({"balance": "luck"}, "bias")], ids=str)
+def test_a_bad_value_gets_one_line(bad, word, data, refused):
+    refused(*flags(data, **bad), words=[word])
+
+
+@pytest.mark.parametrize("bad, word", [({"expert_ranks": 2}, "--capacity="),
+                                       ({"expert_ranks": 3, "capacity": 1.5}, "--expert_ranks=3")], ids=str)
+def test_ranks_that_cannot_share_experts(bad, word):
+    with pytest.raises(moe.UserError, match=word):
+        moe.GPT(config(**bad))
