@@ -1039,7 +1039,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.items_out:
                 write_items(args.items_out, records)
             if args.heat_map:
-                args.heat_map.write_text(long_tasks.heat_map(result["scores"]["needle"]), encoding="utf-8")
+                write_file(args.heat_map, "heat_map", long_tasks.heat_map(result["scores"]["needle"]).encode())
             print(table(result))
             print(json.dumps(result), flush=True)
         return 0
