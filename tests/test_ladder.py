@@ -23,7 +23,6 @@ import ladder  # noqa: E402
 import ladder_tables as tables  # noqa: E402
 import loss_diff  # noqa: E402
 import pictures  # noqa: E402
-from prodigy import prodigy  # noqa: E402
 
 SMALL = {"preset": "tiny", "depth": 3, "model_dim": 32, "head_dim": 8, "windows": (8, 24), "pack_tokens": 128,
          "val_tokens": 1500, "val_stream_tokens": 512, "batch_tokens": 512, "device": "cpu"}
@@ -370,18 +369,6 @@ def test_an_arm_may_edit_the_script(sweep, refused, tmp_path):
     for edits, words in (('[["cfg.depth", "1"]]', "occurs 4 times"), ('[["one"]]', "pairs [old text, new text]")):
         plan.write_text(f'[[arms]]\nname = "edited"\nedits = {edits}\n')
         refused(ladder.main, ["sweep", plan, f"--script={tmp_path / 'stand_in.py'}", f"--out={tmp_path / 'o'}"], words)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_prodigy_finds_the_rate_that_a_problem_needs(scale):
-    """Least squares with the solution at a distance of `scale`: no rate is given, and it is found within 400 steps."""
-    weight, target = torch.nn.Parameter(torch.zeros(8)), scale * torch.linspace(-1, 1, 8)
-    optimizer = prodigy([{"params": [weight], "lr": 99.0}])
-    for _ in range(400):
-        optimizer.zero_grad()
-        ((weight - target) ** 2).sum().backward()
-        optimizer.step()
-    assert (weight - target).abs().max() < 0.1 * scale
 
 
 def test_no_run_starts_after_the_limit(sweep):
