@@ -65,6 +65,8 @@ def problems(sources):
 
 def synced(source, other):
     """The script `other`, whose tagged sections have the text that they have in `source`."""
+    if BANNER not in other:
+        return other                    # a relative of the plain script
     first = sections(source)
     parts = [f"{title}{TAG * tagged}\n{first[title][1] if tagged and title in first else text}"
              for title, (tagged, text) in sections(other).items()]
