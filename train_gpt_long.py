@@ -85,9 +85,9 @@ LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth hea
           "ratio muon_lr adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay lr_floor"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 8192        # in steps; of the rotary angles; tokens with logits at a time
-BLOCK = 128                              # tokens of a block, also of FlexAttention
-ALIGNED = 2048                           # longer documents begin at a multiple of BLOCK: their masks are cheaper
-READ_TOKENS = 8192                       # tokens of a prompt that are read together, over all rows
+BLOCK = 128                             # tokens of a block, also of FlexAttention
+ALIGNED = 2048                          # longer documents begin at a multiple of BLOCK: their masks are cheaper
+READ_TOKENS = 8192                      # tokens of a prompt that are read together, over all rows
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
 
 def parse_config(argv: list[str]) -> Hyperparameters:
@@ -257,7 +257,7 @@ def far_mask(first_T: Tensor, start_T: Tensor, phase: int, period: int, heads: i
         return (key <= query) & ((key >= first_T[query]) | far)
     return block_mask(touched, full, T, seen)
 
-class Stream: # where the documents of a stream begin, and attention that stays inside them
+class Stream:                           # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
         self.cfg, self.flex = cfg, cfg.attention == "flex" or cfg.attention == "auto" and cfg.compile
         self.index = torch.arange(len(tokens_T), device=tokens_T.device)
