@@ -123,6 +123,25 @@ def test_flex_attention_sees_what_plain_attention_sees(monkeypatch):
     assert_close(moved(replace(cfg, attention="flex"))(tokens), moved(cfg)(tokens), 1e-3)
 
 
+@pytest.mark.parametrize("length", [1000, 1024])
+def test_blocks_of_flex_attention_hold_what_is_seen_and_no_more(length):
+    """Blocks that are called full need no mask; the others that are listed have something in them."""
+    tokens = stream(300, 90, length - 390)
+    index = torch.arange(length)
+    start = torch.where(tokens == BOS, index, 0).cummax(0).values
+    for window in (40, 300, 5000):
+        first = torch.maximum(start, index - window)
+        mask = simple.flex_mask(first)
+        seen = torch.zeros(1024, 1024, dtype=torch.bool)
+        seen[:length, :length] = (index <= index[:, None]) & (index >= first[:, None])
+        tiles = seen.view(8, 128, 8, 128).transpose(1, 2)
+        assert mask.to_dense()[0, 0].bool().equal(tiles.any(3).any(2))
+        for row in range(8):
+            full = mask.full_kv_indices[0, 0, row, :mask.full_kv_num_blocks[0, 0, row]].tolist()
+            assert all(tiles[row, column][:length - 128 * row].all() for column in full)
+            assert mask.full_kv_num_blocks.sum() > 0 or window < 256
+
+
 def test_the_masked_model_compiles_to_one_graph_for_all_texts():
     """Traced as on CUDA, without the kernels: new documents in a pack of the same length need no new graph."""
     cfg, graphs = config(depth=1, windows=(40,), attention="flex"), []
