@@ -377,13 +377,25 @@ def verdict(values: list[float]) -> str:
     return "helps" if describe(values)[1] < 0 else "hurts"
 
 
-def cell(values: list[float]) -> str:
-    """Mean difference, its standard error and the verdict."""
+def cell(values: list[float], judged: bool = True) -> str:
+    """Mean difference, its standard error and, if `judged`, the verdict."""
     if not values:
         return "-"
     n, mean, sd = describe(values)
     error = f" ± {sd / math.sqrt(n):.4f}" if n > 1 else ""
-    return f"{mean:+.4f}{error}, {verdict(values)}"
+    return f"{mean:+.4f}{error}" + f", {verdict(values)}" * judged
+
+
+def summary_table(techniques: Techniques) -> str:
+    """The pairs of all depths together, the best technique first."""
+    def pooled(arm, measure):
+        return [value for depth in techniques.depths for value in techniques.differences(arm, depth, measure)]
+    arms = [arm for arm in techniques.arms if pooled(arm, "tokens")]
+    lines = ["| technique | pairs | at equal tokens | at equal FLOPs |", "| --- | --: | --- | --- |"]
+    for arm in sorted(arms, key=lambda arm: describe(pooled(arm, "tokens"))[1]):
+        tokens, flops = pooled(arm, "tokens"), pooled(arm, "FLOPs")
+        lines.append(f"| {arm} | {len(tokens)} | {cell(tokens)} | {cell(flops)} |")
+    return "\n".join(lines)
 
 
 def technique_tables(techniques: Techniques) -> str:
@@ -399,7 +411,8 @@ def technique_tables(techniques: Techniques) -> str:
                  "| at equal seconds |", "| --- | --: | --- | --: | --- | --: | --- |"]
         arms = [arm for arm in techniques.arms if techniques.pairs(arm, depth)]
         for arm in sorted(arms, key=lambda arm: describe(techniques.differences(arm, depth, "tokens"))[1]):
-            cells = [cell(techniques.differences(arm, depth, measure)) for measure in ("tokens", "FLOPs", "seconds")]
+            cells = [cell(techniques.differences(arm, depth, measure), measure != "seconds")
+                     for measure in ("tokens", "FLOPs", "seconds")]
             costs = [techniques.cost(arm, depth, measure) for measure in ("FLOPs", "seconds")]
             flops, seconds = ("-" if cost is None else f"x {cost:.3f}" for cost in costs)
             lines.append(f"| {arm} | {len(techniques.pairs(arm, depth))} | {cells[0]} | {flops} | {cells[1]} | "
@@ -488,13 +501,15 @@ This page is generated. Do not edit it; run the command again:
 
 Loss is validation loss in nats per token. A difference is technique minus base, so a negative one is good. A pair has
 the same seed and depth. ± is the standard error over pairs. "helps" and "hurts" mean p < {p:g} in a two-sided paired
-t-test, and with {tests} tests on this page about {chance:.0f} of them say so by chance. "no difference seen" is not "no
-difference": the table of noise says how small a difference could have been seen.
+t-test. By chance alone about {chance:.0f} of the {tests} tests by depth would say so. "no difference seen" is not
+"no difference": the table of noise says how small a difference could have been seen.
 
 Equal tokens: both runs as they are. Equal FLOPs and equal seconds: a technique that makes a token dearer is compared
 with a base that trains on more tokens for the same cost. That base's loss is interpolated between base runs of several
-lengths, each with its whole schedule; beyond these lengths the line is extended. Speeds come from short runs that had
-the machine for themselves.
+lengths, each with its whole schedule; beyond these lengths the line is extended.
+
+Speeds come from short runs that had the machine for themselves, one for each technique and depth. How uncertain a speed
+is, ± does not say, so there is no verdict at equal seconds. "-": not timed.
 
 These models are small and train for seconds. Gains often shrink with size, and a rate that was not tuned for a
 technique can hide its worth. Take a row as a reason to try it, not as a law.
@@ -503,7 +518,11 @@ technique can hide its worth. Take a row as a reason to try it, not as a law.
 
 {noise}
 
-## Techniques
+## Techniques, all depths together
+
+{summary}
+
+## Techniques by depth
 
 {techniques}
 """
@@ -512,10 +531,10 @@ technique can hide its worth. Take a row as a reason to try it, not as a law.
 def make_page(rows: list[dict], command: str, hold_out: int, image: str = "") -> str:
     """The page with all tables; sections without runs are left out."""
     techniques = Techniques(rows)
-    tests = sum(len(techniques.differences(arm, depth, measure)) > 1 for arm in techniques.arms
-                for depth in techniques.depths for measure in ("tokens", "FLOPs", "seconds"))
+    tests = 2 * sum(bool(techniques.pairs(arm, depth)) for arm in techniques.arms for depth in techniques.depths)
     text = PAGE.format(command=command, setup=setup_line(rows), p=P, tests=tests, chance=tests * P,
-                       noise=noise_table(techniques), techniques=technique_tables(techniques))
+                       noise=noise_table(techniques), summary=summary_table(techniques),
+                       techniques=technique_tables(techniques))
     if finished(rows, "isoflop"):
         link = f"\n\n![Loss over size for each budget, and the best sizes]({image})" if image else ""
         text += f"\n## Scaling laws\n\n{fit_tables(rows, hold_out)}{link}\n"
