@@ -127,8 +127,8 @@ prepare_fineweb() { # fails if the hub cannot be reached
 
 prepare_local() {
   local start=$SECONDS
-  # Documents are cut into pieces, because the tiny preset reads only the beginning of a long document.
-  run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=1024 --out=data/local
+  # Documents are cut into pieces of the length that the tiny preset reads of a document.
+  run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local
   say data "data/local has text of this machine ($(took "$start")); your own: .venv/bin/python data/text.py --help"
 }
 

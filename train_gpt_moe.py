@@ -298,7 +298,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             first = (context.tokens * 2_654_435_761 + self.layer * 40_503 >> 8) % len(ids)
             chosen = (first[:, None] + ids[:cfg.top_k]) % len(ids)
             return chosen, torch.ones_like(chosen, dtype=torch.float32), u_TC.new_zeros(len(u_TC), 1)
-        logits, chosen = F.linear(u_TC.float(), self.router.weight.float()), []
+        logits, chosen, weights = F.linear(u_TC.float(), self.router.weight.float()), [], []
         scores = logits.sigmoid()
         ranking = scores.detach() + self.bias
         if context.training and cfg.jitter:     # a hash, so that it is the same on any number of ranks
@@ -306,9 +306,9 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             ranking = ranking + cfg.jitter * ((place * 2_654_435_761 >> 8 & 0xFFFF) / 2**15 - 1)
         for _ in range(cfg.top_k):       # on a GPU faster than topk, and the first of equals wins everywhere
             chosen.append(ranking.argmax(1, keepdim=True))
-            ranking = ranking.scatter(1, chosen[-1], -math.inf)
-        chosen = torch.cat(chosen, 1)
-        return chosen, 2 * scores.gather(1, chosen), logits
+            weights.append(2 * (scores * (ids == chosen[-1])).sum(1, keepdim=True))
+            ranking = ranking.masked_fill(ids == chosen[-1], -math.inf)
+        return torch.cat(chosen, 1), torch.cat(weights, 1), logits
     def forward(self, u_TC: Tensor, context) -> Tensor:
         """What the experts add to the stream, (T, C). No wait for the GPU, and no shape that depends on the choices."""
         cfg, E = self.cfg, self.cfg.num_experts
@@ -351,10 +351,10 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         return sum((weights * (chosen == i)).sum(1, keepdim=True).to(u_TC.dtype) *
                    F.linear(activation(F.linear(u_TC, fc[i]), self.cfg.mlp), proj[i]) for i in range(len(fc)))
     def banks(self, dtype: torch.dtype, whole: bool) -> list[Tensor]:  # (E, hidden, C), (E, C, hidden) of all or mine
-        found = [torch.stack([*matrices]).to(dtype) for matrices in (self.fc, self.proj)]
+        found = [torch.stack(list(bank.parameters())).to(dtype) for bank in (self.fc, self.proj)]
         for i, part in enumerate(found if whole and self.group else ()):
             found[i] = part.new_empty(self.cfg.num_experts, *part.shape[1:])
-            dist.all_gather_into_tensor(found[i], part, group=self.group)
+            dist.all_gather([*found[i].split(len(part))], part, group=self.group)
         return found
 
 def activation(h: Tensor, mlp: str) -> Tensor:

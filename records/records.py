@@ -95,7 +95,7 @@ One command runs your script and makes the folder of the record. On a track with
 runs beside it, in pairs. The flags of the track are added by themselves:
 
 ```bash
-python records/records.py make MyIdea my_idea.py --track=track_0_cpu --n=6 --preset=tiny --num_iterations=46
+python records/records.py make MyIdea my_idea.py --track=track_0_cpu --n=6 --preset=tiny --num_iterations=70
 ```
 
 You can also start the runs yourself, for example on another machine. Then name every run that was started:
@@ -508,8 +508,8 @@ def shards(args) -> int:
             bad += state not in ("ok", "the track names no sha256")
             print(f"{path}: {state}")
     if bad:
-        print(f"records.py: {bad} shard(s) of {args.track} are missing or not the track's; make them as its page says",
-              file=sys.stderr)
+        print(f"records.py: {bad} shard(s) of {args.track} are missing or not the track's; make them: "
+              f"{track['commands'][0]}", file=sys.stderr)
     return int(bad > 0)
 
 

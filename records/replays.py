@@ -83,7 +83,11 @@ def environment(record: Record, there: dict, plan: list[str]) -> list[str]:
                        str(there["config"].get(flag, "")))
         pinned = {name: shard["sha256"] for name, shard in record.track.get(side, {}).items() if shard["sha256"]}
         pinned |= base_names(said)
-        for path in matching_files(pattern) if pinned or side == "val_data" else []:
+        paths = matching_files(pattern) if pinned or side == "val_data" else []
+        if pattern and pinned and not paths:
+            remedy = (record.track.get("commands") or ["see records/README.md"])[0]
+            raise UserError(f"--{flag}={pattern} matches no file; make the text of this track: {remedy}")
+        for path in paths:
             if (digest := sha256(path)) != pinned.get(path.name, digest):
                 raise UserError(f"{path} has sha256 {digest[:12]}, the record's {path.name} {pinned[path.name][:12]}: "
                                 "losses on different texts cannot be compared")

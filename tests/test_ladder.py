@@ -435,7 +435,7 @@ def test_the_plain_script_has_what_a_worker_uses(tmp_path):
     argv = as_flags(SMALL | {"gate": "head", "train_files": f"{data}/train_*.bin", "val_files": f"{data}/val_*.bin"})
     assert all(hasattr(simple, name) for name in ladder.NEEDS)
     found = ladder.describe(simple, argv)
-    assert found["parameters"] == 3 * (12 * 32 * 32 + 4 * 32) + 257 * 32 and found["batch_tokens"] == 512
+    assert found["parameters"] == 3 * (12 * 32 * 32 + 4 * 32) + 320 * 32 and found["batch_tokens"] == 512
     text = np.fromfile(next(data.glob("val_*")), "<u2", offset=1024)[:1500]
     borders = np.append(np.flatnonzero(text == BOS), 1500)
     position = np.concatenate([np.arange(size) for size in np.diff(borders)])

@@ -1299,6 +1299,12 @@ def test_a_replay_refuses_another_training_text(timed, tool):
     Path("train_000000.bin").write_text("not that file")
     code, _, errors = tool("replay", record, "--train_files=train_*.bin")
     assert code == 2 and "losses on different texts cannot be compared" in errors[0]
+    Path("train_000000.bin").unlink()
+    edit(timed.folder / "track.json", lambda track: track.update(commands=["python make_text.py"]))
+    before = sorted(Path().rglob("*"))
+    code, _, errors = tool("replay", record, "--train_files=train_*.bin")
+    assert code == 2 and "train_*.bin matches no file" in errors[0] and "python make_text.py" in errors[0]
+    assert sorted(Path().rglob("*")) == before
 
 
 @pytest.mark.parametrize("change, words", [
