@@ -193,9 +193,9 @@ def held_out(rows: list[dict], depth: int) -> list[tuple]:
     """(budget, parameters, measured loss, by the law, by the parabola) of a depth that the fits did not see."""
     seen = [row for row in rows if row["depth"] != depth]
     hidden = [row for row in rows if row["depth"] == depth]
-    if not hidden or len({row["depth"] for row in seen}) < 3:
+    if not hidden or len({row["parameters"] for row in seen}) < 3:
         raise UserError(f"--hold_out={depth}: the results have the depths {sorted({row['depth'] for row in rows})}; "
-                        "choose one of them that leaves at least 3")
+                        "choose one of them that leaves at least 3 sizes")
     law, fits, lines = fit_law(*columns_of(seen)), {}, []
     for budget in sorted({row["budget"] for row in hidden}):
         mine = [row for row in hidden if row["budget"] == budget]
@@ -511,8 +511,12 @@ lengths, each with its whole schedule; beyond these lengths the line is extended
 Speeds come from short runs that had the machine for themselves, one for each technique and depth. How uncertain a speed
 is, ± does not say, so there is no verdict at equal seconds. "-": not timed.
 
-These models are small and train for seconds. Gains often shrink with size, and a rate that was not tuned for a
-technique can hide its worth. Take a row as a reason to try it, not as a law.
+What this shows: what a technique does to the loss of models of {sizes} M parameters within their first {tokens} M
+tokens, and how sure that is. What it does not show: what it is worth in a model of 100 M parameters after billions of
+tokens. Gains often shrink with size. Weight decay, a second epoch, z-loss, norm scaling and value residual are meant
+for longer runs and deeper models than these. All arms have the learning rates of the base unless their name says
+otherwise, and a rate that suits a technique better could change its verdict. Take a row as a reason to try it, not as
+a law.
 
 ## Noise: the seed and the order of documents alone
 
@@ -532,7 +536,10 @@ def make_page(rows: list[dict], command: str, hold_out: int, image: str = "") ->
     """The page with all tables; sections without runs are left out."""
     techniques = Techniques(rows)
     tests = 2 * sum(bool(techniques.pairs(arm, depth)) for arm in techniques.arms for depth in techniques.depths)
-    text = PAGE.format(command=command, setup=setup_line(rows), p=P, tests=tests, chance=tests * P,
+    runs = finished(rows, "technique")
+    sizes, tokens = ([row[name] / 1e6 for row in runs] for name in ("parameters", "tokens"))
+    text = PAGE.format(command=command, setup=setup_line(rows), p=P, tokens=f"{max(tokens):.2g}",
+                       sizes=f"{min(sizes):.2g} to {max(sizes):.2g}", tests=tests, chance=tests * P,
                        noise=noise_table(techniques), summary=summary_table(techniques),
                        techniques=technique_tables(techniques))
     if finished(rows, "isoflop"):
