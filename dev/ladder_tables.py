@@ -308,24 +308,27 @@ class Techniques:
         self.depths = sorted({depth for arm, depth in self.runs if arm == "base"})
         if not self.depths:
             raise UserError("the results have no finished run of the arm base in the group technique; run it")
-        self.lengths = {}                # (depth, seed) -> base runs that are shorter or longer
+        self.lengths = {}                # depth -> tokens -> loss of shorter or longer base runs minus that of base
         for row in finished(rows, "length"):
-            self.lengths.setdefault((row["depth"], row["seed"]), []).append(row)
+            if base := self.runs.get(("base", row["depth"]), {}).get(row["seed"]):
+                found = self.lengths.setdefault(row["depth"], {base["tokens"]: [0.0]})
+                found.setdefault(row["tokens"], []).append(row["loss"] - base["loss"])
 
     def base_loss(self, base: dict, tokens: float) -> float | None:
         """Loss of the base after a whole run of so many tokens: by lines between base runs of several lengths.
 
-        Beyond the lengths that were run the last line goes on. None if base has one length only and it is another.
+        What another length changes is the mean over the seeds that ran it. Beyond the lengths that were run the last
+        line goes on. None if base has one length only and it is another.
         """
-        found = {row["tokens"]: row["loss"] for row in [*self.lengths.get((base["depth"], base["seed"]), []), base]}
         if abs(math.log(tokens / base["tokens"])) < 1e-3:
             return base["loss"]
-        if len(found) < 2:
+        found = self.lengths.get(base["depth"])
+        if not found:
             return None
-        x, y = np.log(sorted(found)), np.array([found[size] for size in sorted(found)])
+        x, y = np.log(sorted(found)), np.array([np.mean(found[size]) for size in sorted(found)])
         at = min(max(int(np.searchsorted(x, math.log(tokens))), 1), len(x) - 1)
         slope = (y[at] - y[at - 1]) / (x[at] - x[at - 1])
-        return float(y[at] + slope * (math.log(tokens) - x[at]))
+        return float(base["loss"] + y[at] + slope * (math.log(tokens) - x[at]))
 
     def difference(self, run: dict, base: dict, ratio: float) -> float | None:
         """Loss of a run minus that of the base when both have spent the same; a token of `run` costs ratio x base's."""
