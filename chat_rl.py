@@ -510,8 +510,8 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         step += 1
         signals.append(totals["signals"] / len(totals["rewards"]))
         if len(signals) == 10 and np.mean(signals) < 1 - SPARSE:
-            run.print(f"note: {1 - np.mean(signals):.1%} of the questions had answers that were all right or all wrong, "
-                      "so there is little to learn from; choose easier or harder questions")
+            run.print(f"note: {1 - np.mean(signals):.1%} of the questions had answers that were all right or all "
+                      "wrong, so there is little to learn from; choose easier or harder questions")
         if step < last_step and args.eval_every and step % args.eval_every == 0:
             run.measured(step, clock.seconds, *measure(sampler, tools))
         if step < last_step and trainer.resumable and args.save_every and step % args.save_every == 0:
@@ -519,7 +519,8 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     finished = step == args.steps
     if finished and args.steps:
         run.measured(step, clock.seconds, *measure(sampler, tools))
-    run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
+    if args.steps:
+        run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
     run.finish(finished, step, clock.seconds)
     return 0 if finished else 130
 

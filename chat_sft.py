@@ -644,7 +644,8 @@ class Run:
                 "step": step, "stage": self.parent.meta["stage"],
                 "chat": self.has_markers, "parent": self.origin_of_weights(), "history": self.history,
                 "tokenizer_sha256": hashlib.sha256(self.tokenizer).hexdigest(), "train_time": seconds,
-                "tokens_seen": self.tokens_seen, "identity": self.identity, "loader_position": [0, 0]} | self.scores(step)
+                "tokens_seen": self.tokens_seen, "identity": self.identity, "loader_position": [0, 0]}
+        meta |= self.scores(step)
         self.checkpoint = self.tools.write_checkpoint(self.folder / "checkpoint", meta, files, self.tokenizer,
                                                       self.args.keep)
 
@@ -670,10 +671,10 @@ class Run:
         self.print(f"{status}: {step} steps, {self.tokens_seen:,} tokens in {seconds:.1f} s of training "
                    f"({self.tokens_seen / max(seconds, 1e-9):,.0f} tokens/s)")
         self.print(f"log, curve and checkpoint are in {self.folder}")
-        if finished:
+        if finished and self.checkpoint:
             words = ["python", os.path.relpath(HERE / "chat.py"), f"--checkpoint={self.checkpoint}"]
             self.print(f"next: {shlex.join(words)}")
-        else:
+        elif not finished:
             self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
 
 def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tokenizer,

@@ -908,7 +908,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
             for document in item_documents(item, encoded, np.array([bos_id], np.int32)):
                 too_long += len(document[0]) > longest
                 yield cut(document, longest)
-    total = sum(len(tokens) for tokens, _, _ in [*texts, *scored]) + sum(
+    total = sum(map(len, long_texts.documents)) + sum(len(tokens) for tokens, _, _ in [*texts, *scored]) + sum(
         min(1 + sum(len(encoded[text]) for text in prompt), longest) for item in items for prompt in item.prompts)
     kept, keep = {}, len(texts) if args.losses_out else 0
     results = score_documents(subject, score, documents(), total, kept, keep) if score else np.empty((0, 3))
@@ -1039,7 +1039,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.items_out:
                 write_items(args.items_out, records)
             if args.heat_map:
-                args.heat_map.write_text(long_tasks.heat_map(result["scores"]["needle"]), encoding="utf-8")
+                write_file(args.heat_map, "heat_map", long_tasks.heat_map(result["scores"]["needle"]).encode())
             print(table(result))
             print(json.dumps(result), flush=True)
         return 0

@@ -1,6 +1,7 @@
 """Writes a checkpoint of train_gpt_simple.py as a Hugging Face model folder: what --export_hf of sample.py does.
 
     python sample.py --checkpoint=logs/<run> --export_hf=my_model
+    python export_hf.py --import=my_model --out=weights         # back, for train_gpt_simple.py --init_from=weights
 
 With --mlp=swiglu the model of train_gpt_simple.py is the one that Hugging Face's transformers calls Qwen3: norms before
 attention and MLP, normalised queries and keys, rotary positions, SwiGLU, no biases. The gains of all norms are 1. Other
@@ -8,15 +9,21 @@ settings change the function that the model computes, so they are refused.
 
 The new folder is compared with the model before it is moved to its place: a short PyTorch version of Qwen3 reads what
 was written and must give the same logits. docs/formats.md describes the files.
+
+--import reads such a folder, writes model.safetensors under the names of train_gpt_simple.py, and prints the flags of a
+run that begins with these weights. The text of that run must be in the vocabulary of the model.
 """
-if __name__ == "__main__":               # before the imports, so that the text comes at once
+import sys
+
+if __name__ == "__main__" and (len(sys.argv) == 1 or "--help" in sys.argv):     # before the slow imports
     print(__doc__.strip())
     raise SystemExit
 
+import argparse
 import contextlib
 import json
+import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -135,12 +142,12 @@ def check_meta(meta: dict):
             raise UserError(f"--export_hf: the model was trained with --{name}={str(value).lower()}, which Qwen3 does "
                             f"not have; train one with --{name}={shown}")
 
-def check_folder(folder: Path):
+def check_folder(folder: Path, flag: str = "--export_hf"):
     """Raises UserError if `folder` is a file or has something in it."""
     if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink()):
-        raise UserError(f"--export_hf={folder} is not a folder; choose another name")
+        raise UserError(f"{flag}={folder} is not a folder; choose another name")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--export_hf={folder} is not empty; choose another folder, or empty this one")
+        raise UserError(f"{flag}={folder} is not empty; choose another folder, or empty this one")
 
 def layer_windows(model) -> tuple[list[str], int | None, int]:
     """(layer_types, sliding_window, longest text in tokens) of a model; raises UserError.
@@ -374,3 +381,100 @@ def export(model, tokenizer_json: bytes, meta: dict, huggingface_json, folder: P
         (building / "model.safetensors").chmod((building / "config.json").stat().st_mode & 0o777)
         check_logits(model, config, load_file(building / "model.safetensors"))
     return config
+
+# -----------------------------------------------------------------------------
+# And back
+
+def check_qwen3(config: dict):
+    """Raises UserError unless the model of a config.json is one that train_gpt_simple.py can hold; names the value."""
+    if not isinstance(config, dict) or config.get("model_type") != "qwen3":
+        raise UserError("--import: config.json is not that of a model of type qwen3; choose such a model")
+    rope = config.get("rope_parameters") or {}
+    channels, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 0)
+    found = {"rope_theta": rope.get("rope_theta", config.get("rope_theta"))} | config
+    wanted = {"num_key_value_heads": heads, "head_dim": channels // max(1, heads), "rope_theta": 10_000,
+              "intermediate_size": channels // 6 * 16, "hidden_act": "silu", "attention_bias": False}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(f"--import: the model has {name}={found.get(name)}, but {SCRIPT}.py needs {value}; choose "
+                            "a model that was made with --export_hf")
+
+def import_windows(config: dict) -> tuple[int, ...]:
+    """The shortest --windows of a config.json; raises UserError if there is none. 0 means no limit."""
+    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    windows = [config["sliding_window"] - 1 if kind == "sliding_attention" else 0 for kind in kinds]
+    largest = 0 if 0 in windows else windows[-1]
+    if windows[-1] != largest:
+        raise UserError(f"--import: the last layer has a window of {windows[-1]} tokens, but others have none; in "
+                        f"{SCRIPT}.py the last layer has the largest one, so choose another model")
+    for length in range(1, len(windows) + 1):
+        pattern = windows[:length]
+        repeated = [pattern[layer % length] for layer in range(len(windows) - 1)] + [0 if 0 in pattern else pattern[-1]]
+        if repeated == windows:
+            return tuple(pattern)
+
+def import_weights(config: dict, weights: dict) -> dict:
+    """The weights of a Qwen3 under the names of train_gpt_simple.py, in fp32; raises UserError.
+
+    Gains before products become part of the products. Tables get rows of zeros up to a multiple of 64, as in a run.
+    """
+    weights = {name.removesuffix(".weight"): weight.float() for name, weight in weights.items()}
+    found = {}
+    try:
+        embed = weights.pop("model.embed_tokens")
+        head = weights.pop("lm_head", embed) * weights.pop("model.norm")
+        for layer in range(config["num_hidden_layers"]):
+            block, name = f"blocks.{layer}", f"model.layers.{layer}"
+            gains = torch.cat([weights.pop(f"{name}.self_attn.{letter}_norm") for letter in "qk"])
+            if not (gains == 1).all():
+                raise UserError(f"--import: {name} has gains of queries or keys, which {SCRIPT}.py does not have; "
+                                "choose a model that was made with --export_hf")
+            gain = weights.pop(f"{name}.input_layernorm")
+            found[f"{block}.qkv"] = torch.stack([weights.pop(f"{name}.self_attn.{x}_proj") for x in "qkv"]) * gain
+            found[f"{block}.attn_proj.weight"] = weights.pop(f"{name}.self_attn.o_proj")
+            gain = weights.pop(f"{name}.post_attention_layernorm")
+            parts = [weights.pop(f"{name}.mlp.{part}_proj") for part in ("gate", "up")]
+            found[f"{block}.fc.weight"] = torch.cat(parts) * gain
+            found[f"{block}.mlp_proj.weight"] = weights.pop(f"{name}.mlp.down_proj")
+    except KeyError as error:
+        raise UserError(f"--import: the model has no weight {error}; choose a whole model") from None
+    if weights:
+        raise UserError(f"--import: {SCRIPT}.py has no place for {', '.join(weights)[:200]}; choose another model")
+    rows = math.ceil(len(embed) / 64) * 64 - len(embed)
+    found |= {"embed.weight": F.pad(embed, (0, 0, 0, rows)), "lm_head.weight": F.pad(head, (0, 0, 0, rows))}
+    return {name: weight.contiguous() for name, weight in found.items()}
+
+def import_folder(source: Path, out: Path) -> list[str]:
+    """Writes out/model.safetensors, and returns the flags of train_gpt_simple.py that fit it; raises UserError."""
+    check_folder(out, "--out")
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(source / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--import={source} cannot be read ({error}); name a folder with config.json and "
+                        "model.safetensors") from None
+    check_qwen3(config)
+    windows = import_windows(config)
+    weights = import_weights(config, weights)
+    with new_folder(out) as building:
+        save_file(weights, building / "model.safetensors", {"format": "pt"})
+    return [f"--init_from={out}", "--mlp=swiglu", f"--depth={config['num_hidden_layers']}",
+            f"--model_dim={config['hidden_size']}", f"--head_dim={config['head_dim']}",
+            f"--windows={','.join(map(str, windows))}"]
+
+def main(argv: list[str]) -> int:
+    """The command --import. Exit code: 0 done, 2 the user can fix it."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="export_hf.py --import=FOLDER --out=FOLDER")
+    parser.add_argument("--import", dest="source", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    try:
+        flags = import_folder(args.source, args.out)
+    except (UserError, OSError) as error:
+        print(f"export_hf.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"next: python {SCRIPT}.py {' '.join(flags)}")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

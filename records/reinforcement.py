@@ -19,7 +19,8 @@ from student import describe
 TRACK = "track_rl"
 TITLE = "### Reinforcement learning: what to expect"
 KEPT = ("run.json", "log.txt", "samples.jsonl")
-POINT = {"step": int, "rights": str, **dict.fromkeys(("pass1", "pass1_se", "pass8", "greedy", "length", "tool_calls"), float)}
+POINT = {"step": int, "rights": str, "pass1": float, "pass1_se": float, "pass8": float, "greedy": float,
+         "length": float, "tool_calls": float}
 FIELDS = {"script": str, "status": str, "device": str, "world_size": int, "started": str, "identity": dict,
           "evaluations": list}
 PASSES = 8                               # answers to each fixed question
@@ -55,7 +56,8 @@ def read_curve(folder: Path, alone: bool = False) -> Curve:
     info, log = read_json(folder / "run.json"), unix_lines(read_text(folder / "log.txt", MAX_LOG))
     check_fields(info, FIELDS, folder / "run.json")
     if info["script"] != "chat_rl.py" or info["status"] != "finished":
-        raise UserError(f"{folder} is not a finished run of chat_rl.py ({info['script']}, {info['status']}); name others")
+        raise UserError(f"{folder} is not a finished run of chat_rl.py ({info['script']}, {info['status']}); name "
+                        "others")
     for point in info["evaluations"]:
         check_fields(point, POINT, folder / "run.json")
     said = [(int(step), *values) for step, *values in MEASURED.findall(log)]
@@ -81,7 +83,8 @@ def read_folder(folder: Path) -> list[Curve]:
     for entry in read_json(folder / "curves.json").get("runs", []):
         check_fields(entry, {"folder": str, "alone": bool, "sha256": dict}, folder / "curves.json")
         if not NAME.fullmatch(entry["folder"]):
-            raise UserError(f"{folder / 'curves.json'} names the folder {entry['folder']!r}, which is not a run beside it")
+            raise UserError(f"{folder / 'curves.json'} names the folder {entry['folder']!r}, which is not a run beside "
+                            "it")
         for name, wanted in entry["sha256"].items():
             if name not in KEPT or sha256(folder / entry["folder"] / name) != wanted:
                 raise UserError(f"{folder / entry['folder']}/{name} is not the file that was added; put it back")
@@ -109,8 +112,10 @@ def gain(curves: list[Curve]) -> tuple[int, float, float]:
     The error is the larger one of two: that over seeds, and that over the fixed questions, each compared with itself.
     """
     n, mean, sd = describe(curve.points[-1]["pass1"] - curve.points[0]["pass1"] for curve in curves)
-    changes = [[int(after) - int(before) for before, after in zip(*(curve.points[i]["rights"].split() for i in (0, -1)))]
-               for curve in curves]
+    changes = []
+    for curve in curves:
+        before, after = (map(int, curve.points[i]["rights"].split()) for i in (0, -1))
+        changes.append([late - early for early, late in zip(before, after)])
     questions, _, spread = describe(statistics.mean(column) / PASSES for column in zip(*changes))
     return n, mean, max(sd / n ** 0.5, spread / questions ** 0.5)
 
@@ -180,8 +185,8 @@ def time_table(curves: list[Curve]) -> str:
 def setup_text(curves: list[Curve]) -> str:
     """What all runs have in common."""
     info = curves[-1].info
-    flags = {name: value for name, value in info["identity"].items() if name not in (*SETTINGS, "seed", "data", "parent",
-                                                                                     "sources")}
+    others = (*SETTINGS, "seed", "data", "parent", "sources")
+    flags = {name: value for name, value in info["identity"].items() if name not in others}
     shown = " ".join(f"--{name}={value}" for name, value in flags.items() if value not in ("", False))
     return (f"`{shown}` on {info['world_size']} x {info['device']}, from the model with sha256 "
             f"{info['identity']['parent'][:12]}.")

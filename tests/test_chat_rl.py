@@ -233,6 +233,15 @@ def test_a_run_raises_the_reward_and_makes_an_ordinary_checkpoint(run, own_paren
         "checkpoint"}
 
 
+def test_no_step_only_measures(run):
+    done = run("--steps=0", "--letters=13-14")
+    assert (done.code, done.err) == (0, "") and "next:" not in done.out
+    info = json.loads((done.folder / "run.json").read_text())
+    assert info["status"] == "finished" and [one["step"] for one in info["evaluations"]] == [0]
+    assert not (done.folder / "checkpoint").exists()
+    assert [len(one["rights"].split()) for one in info["evaluations"]] == [3]
+
+
 def test_a_model_of_the_plain_script(run, plain_parent):
     done = run("--steps=8", "--lr=8", "--questions=8", parent=plain_parent)
     assert (done.code, done.err) == (0, "")

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import chat_sft
 import sample
 import train_gpt
+import train_gpt_simple
 
 chat = sample.import_script(ROOT / "data" / "chat.py", ("render",))
 BYTES_CHAT = json.loads(chat.extend_tokenizer(chat.shards.bytes_tokenizer_json()))
@@ -386,7 +387,6 @@ def test_what_is_refused(run, talks, parent, tmp_path):
 
 
 def test_a_model_of_the_plain_script(run, data, talks, tmp_path):
-    import train_gpt_simple
     flags = ["--preset=tiny", f"--train_files={data}/train_*.bin", f"--val_files={data}/val_*.bin", "--depth=2",
              "--model_dim=96", "--pack_tokens=256", "--batch_tokens=512", "--num_iterations=2", "--val_tokens=2000",
              "--width_rule=none", "--device=cpu", f"--out_dir={tmp_path / 'base'}"]

@@ -596,7 +596,7 @@ def test_humaneval_is_asked_only_if_code_is_allowed(score, refused, tmp_path, ca
     assert result["scores"]["chatcore"]["n"] == 1       # spellingbee
     path.write_text(json.dumps(FIRST | {"entry_point": "half(1)"}) + "\n")
     refused("--tasks=humaneval", "--allow_code", f"--evals={tmp_path}", words=["line 0 is not the name of a function"])
-    refused("--tasks=humaneval", "--allow_code", "--evals=nowhere", words=["no humaneval/HumanEval.jsonl", "docs/chat.md"])
+    refused("--tasks=humaneval", "--allow_code", "--evals=nowhere", words=["humaneval/HumanEval.jsonl", "docs/chat.md"])
 
 
 @needs_data

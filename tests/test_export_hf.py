@@ -291,3 +291,68 @@ def test_a_folder_with_something_in_it_stays_as_it_is(tmp_path, capsys):
         assert_refused(tmp_path, capsys, word, flags=[f"--export_hf={tmp_path / name}"])
     assert sample.main([f"--checkpoint={tmp_path / 'step'}", f"--export_hf={tmp_path / 'empty'}"]) == 0
     assert {path.name for path in (tmp_path / "empty").iterdir()} == FILES
+
+
+# -----------------------------------------------------------------------------
+# And back
+
+def run_import(source, out):
+    return export_hf.main([f"--import={source}", f"--out={out}"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"windows": (0,)}, {"windows": (8,)},
+                                     {"width_rule": "mup", "vocab_size": 320}], ids=str)
+def test_an_exported_model_comes_back(changes, tmp_path, capsys):
+    """The printed flags make a model that takes the weights and gives the same logits."""
+    model = make_checkpoint(tmp_path / "step", changes=changes)
+    hf = export(tmp_path)
+    capsys.readouterr()
+    assert run_import(hf, tmp_path / "back") == 0
+    flags = capsys.readouterr().out.split("train_gpt_simple.py ")[1].split()
+    cfg = replace(simple.parse_config(["--preset=tiny", *flags]), vocab_size=320, bos_id=BOS, compile=False)
+    again = simple.GPT(cfg).requires_grad_(False)
+    again.load_state_dict(load_file(tmp_path / "back" / "model.safetensors"))
+    tokens = some_tokens(60)
+    assert [block.window for block in again.blocks] == [block.window for block in model.blocks]
+    assert_close(again(tokens)[:, :VOCAB], model(tokens)[:, :VOCAB], 1e-4)
+
+
+def test_gains_become_part_of_the_products(tmp_path):
+    make_checkpoint(tmp_path / "step")
+    hf = export(tmp_path)
+    config, weights = json.loads((hf / "config.json").read_text()), load_file(hf / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("layernorm.weight", "model.norm.weight")):
+            weight.copy_(torch.linspace(0.5, 1.5, len(weight)))
+    tokens = some_tokens(40)
+    wanted = export_hf.qwen3_logits(config, weights, tokens)
+    cfg = replace(simple.PRESETS["tiny"], depth=3, model_dim=32, head_dim=8, mlp="swiglu", vocab_size=320, bos_id=BOS,
+                  windows=export_hf.import_windows(config))
+    model = simple.GPT(replace(cfg, compile=False)).requires_grad_(False)
+    model.load_state_dict(export_hf.import_weights(config, weights))
+    assert_close(model(tokens)[:, :VOCAB], wanted, 1e-3)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "llama"}, ["qwen3"]), ({"num_key_value_heads": 1}, ["num_key_value_heads=1", "4"]),
+    ({"rope_theta": 1e6}, ["rope_theta=1000000.0"]), ({"intermediate_size": 96}, ["intermediate_size=96", "80"]),
+    ({"num_hidden_layers": 4}, ["layers.3"]), ({"num_hidden_layers": 2}, ["layers.2"]),
+    ({"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, ["last layer"]), (None, ["cannot be read"])],
+    ids=str)
+def test_what_cannot_be_imported_gets_one_line(changes, words, tmp_path, capsys):
+    make_checkpoint(tmp_path / "step")
+    hf = export(tmp_path)
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | changes) if changes else "{")
+    capsys.readouterr()
+    assert run_import(hf, tmp_path / "back") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(word in err for word in ["--import", *words]), err
+    assert not (tmp_path / "back").exists()
+
+
+def test_an_import_overwrites_nothing(tmp_path, capsys):
+    make_checkpoint(tmp_path / "step")
+    hf = export(tmp_path)
+    capsys.readouterr()
+    assert run_import(hf, hf) == 2 and "--out" in capsys.readouterr().err

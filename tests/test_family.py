@@ -28,7 +28,7 @@ RELATIVE = 780                                   # lines of its relatives
 # relative of train_gpt_simple.py -> the functions and classes that it shares by name, but not by text
 OWN = {"train_gpt_moe.py": {"Block", "GPT", "Hyperparameters", "make_optimizers", "resolve_config", "train",
                             "training_step"},
-       "train_gpt_long.py": {"Hyperparameters", "streams", "Stream", "GPT", "Cache", "train"}}
+       "train_gpt_long.py": {"Cache", "GPT", "Hyperparameters", "Stream", "parse_config", "streams"}}
 # What sample.py, evaluate.py, records/ and dev/ use of an imported training script.
 INTERFACE = ("GPT Hyperparameters Machine PRESETS UserError config_from_dict main open_shards parse_config read_header "
              "read_tokenizer setup_machine to_device validate validation_streams").split()
@@ -65,6 +65,8 @@ def problems(sources):
 
 def synced(source, other):
     """The script `other`, whose tagged sections have the text that they have in `source`."""
+    if BANNER not in other:
+        return other                    # a relative of the plain script
     first = sections(source)
     parts = [f"{title}{TAG * tagged}\n{first[title][1] if tagged and title in first else text}"
              for title, (tagged, text) in sections(other).items()]

@@ -64,7 +64,7 @@ def folder(sound, tmp_path):
 def test_tables_are_those_of_the_logs(folder):
     text = (folder / "README.md").read_text()
     # by hand: gains 0.5 and 0.375; their spread 0.0884 / sqrt(2); questions gain 1, .5, .5, -.25, their error 0.2577
-    assert "`--lr=0.05`: no change that could be shown; pass@1 changed by +0.4375, standard error 0.2577, n = 2." in text
+    assert "`--lr=0.05`: no change that could be shown; pass@1 changed by +0.4375, standard error 0.2577, n = 2" in text
     assert "`--lr=0.2`: no change that could be shown; pass@1 changed by +0.0000, standard error" in text
     assert "| `--lr=0.05` | 2 | 4 | 0.5000 | 0.9375 | +0.4375 (0.2577) | 0.5000 | 0.5000 | 1.0000 | 1.0000 |" in text
     assert "| 512 | 40.0 | 0.30 | 0.25 | 0.05 | 1,000 | 2,000 | 0.500 |" in text    # medians of the last two steps

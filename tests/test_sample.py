@@ -998,7 +998,8 @@ def test_prompts_files_that_are_none_are_refused(capsys, trained, tmp_path, cont
 def test_documents_that_are_none_are_refused(capsys, trained, tmp_path, content, parts):
     if content is not None:
         (tmp_path / "text").write_bytes(content)
-    assert_refused(run_main(capsys, f"--checkpoint={trained}", f"--document={tmp_path / 'text'}"), "--document=", *parts)
+    done = run_main(capsys, f"--checkpoint={trained}", f"--document={tmp_path / 'text'}")
+    assert_refused(done, "--document=", *parts)
 
 
 def test_a_document_is_one_prompt_with_its_line_ends(tmp_path):
@@ -1100,8 +1101,9 @@ def test_model_comes_from_gpt2(capsys, monkeypatch):
 def test_help_lists_every_flag_and_its_default():
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for flag in ("checkpoint", "model", "prompt", "prompts_file", "document", "num_samples", "max_tokens", "temperature", "top_k",
-                 "top_p", "min_p", "repetition_penalty", "stop", "seed", "logprobs", "json", "batch", "benchmark",
+    for flag in ("checkpoint", "model", "prompt", "prompts_file", "document", "num_samples", "max_tokens",
+                 "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed", "logprobs", "json",
+                 "batch", "benchmark",
                  "compile", "device", "precision", "threads", "script", "vocab_dir", "out_dir"):
         described = done.stdout.split(f"  --{flag} ")[1].split("\n  --")[0]
         assert "default:" in described, flag

@@ -272,7 +272,7 @@ def test_tests_may_write_pickles_and_not_read_them():
 
 # package of the standard library or of an installed one -> why a training script may import it
 PACKAGES = {"torch": "the model", "numpy": "shards", "safetensors": "checkpoints", "matplotlib": "the curve",
-            "triton_kernels": "the file beside the script"}
+            "triton_kernels": "the file beside the script", "prodigyopt": "only for --optimizer=prodigy"}
 NETWORK = {"socket", "socketserver", "ssl", "http", "urllib", "ftplib", "smtplib", "imaplib", "poplib", "xmlrpc",
            "asyncio", "webbrowser", "wsgiref"}
 
