@@ -37,7 +37,7 @@ class Hyperparameters:
     head_dim: int = 128                 # channels of a head, even, 32 to 128
     windows: tuple[int, ...] = (512, 512, 512, 2048)    # tokens a layer looks back, in turn; 0: the whole document
     mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu (arXiv 2002.05202) has as many weights
-    expert_layers: int = 2              # every second layer has experts; 1: every layer, 0: none
+    expert_layers: int = 2              # every n-th layer has experts; 1: every layer, 0: none
     num_experts: int = 8                # MLPs of such a layer; 1 is a dense layer
     top_k: int = 1                      # experts that a token uses
     expert_dim: int = 0                 # hidden channels of an expert, a multiple of 16; 0: as much work as a dense MLP
@@ -46,8 +46,8 @@ class Hyperparameters:
     router_lr: float = 0.002            # of the routers; 0.0005 to 0.01
     balance: Literal["bias", "loss", "none"] = "bias"   # what keeps experts equally busy
     balance_rate: float = 0.01          # step of the bias, or weight of the loss (arXiv 2101.03961)
-    router_z: float = 0.0               # the same of the routers, about 0.001 (arXiv 2202.08906); 0: off
-    jitter: float = 0.0                 # noise up to +- this on the scores in training, about 0.01; 0: off
+    router_z: float = 0.0               # weight of log(sum exp router logits)^2, about 0.001 (arXiv 2202.08906); 0: off
+    jitter: float = 0.0                 # noise of at most this on the scores in training, about 0.01; 0: off
     capacity: float = 0.0               # in training an expert takes at most this times the mean load; 0: takes all
     expert_ranks: int = 1               # ranks that share the experts of a layer; more than 1 needs a capacity
     gate: Literal["none", "head", "element"] = "none"   # gated attention (arXiv 2505.06708)
@@ -706,7 +706,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     machine, shards = setup_machine(cfg), open_shards(cfg.train_files, cfg.val_files)
     cfg, tokenizer = resolve_config(cfg, machine, shards[0]), read_tokenizer(shards[0][0])
     val_streams, steps = validation_streams(cfg, shards[1]), len(plan(cfg))
-    val_streams += [(val_streams[0][0], val_streams[0][1] * 0 - 1)] * (-len(val_streams) % machine.world_size)  # empty
+    val_streams += [(val_streams[0][0], np.full(cfg.val_stream_tokens, -1))] * (-len(val_streams) % machine.world_size)
     model = GPT(cfg).to(machine.device)
     if cfg.init_from:
         file = Path(cfg.init_from, "model.safetensors") if Path(cfg.init_from).is_dir() else cfg.init_from
@@ -714,7 +714,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
             model.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--init_from={cfg.init_from} does not fit the model of the other flags: {error}") from None
-    model.share_experts()
+    model.share_experts()               # ranks that share run as many passes: hence streams without targets above
     optimizers, run, began = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
     run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "
             f"{cfg.model_dim}, {steps} steps of {cfg.batch_tokens} tokens, factors {rate_factors(cfg)}")
