@@ -765,7 +765,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
 def main() -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can fix it, 3 diverged, 130 interrupted."""
     try:
-        if "--help" in sys.argv:
+        if "--help" in sys.argv or "-h" in sys.argv:
             return print(__doc__, inspect.getsource(Hyperparameters), sep="\n")
         return train(parse_config(sys.argv[1:]), sys.argv[1:])
     except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
