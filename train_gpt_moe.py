@@ -392,13 +392,17 @@ class GPT(nn.Module):                   # of a config in which everything is fil
             else:
                 std = 0.02 if self.cfg.width_rule == "none" else param.size(-1) ** -0.5
                 param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
-    def share_experts(self):            # with expert_ranks each rank keeps a part of every bank
-        ranks = self.cfg.expert_ranks if dist.is_initialized() else 1
-        if ranks > 1:                   # in a row of this table are ranks that share, in a column those with the same
-            table = np.arange(dist.get_world_size()).reshape(-1, ranks)
-            group, same = (dist.new_subgroups_by_enumeration(rows.tolist())[0] for rows in (table, table.T))
-            low = dist.get_rank(group) * (size := self.cfg.num_experts // ranks)
-        for bank in self.experts if ranks > 1 else ():
+    def share_experts(self):            # with expert_ranks each rank keeps a part of every bank; raises UserError
+        ranks, packs = self.cfg.expert_ranks, self.cfg.batch_tokens // self.cfg.pack_tokens
+        if ranks == 1 or not dist.is_initialized():
+            return
+        if (world := dist.get_world_size()) % ranks or packs % world:
+            raise UserError(f"--expert_ranks={ranks} must divide the {world} ranks, and they the {packs} packs "
+                            "of a step; see --nproc_per_node and --pack_tokens")
+        table = np.arange(world).reshape(-1, ranks)     # in a row are ranks that share, in a column those with the same
+        group, same = (dist.new_subgroups_by_enumeration(rows.tolist())[0] for rows in (table, table.T))
+        low = dist.get_rank(group) * (size := self.cfg.num_experts // ranks)
+        for bank in self.experts:
             bank.group = group
             bank.fc, bank.proj = (nn.Parameter(whole[low:low + size].clone()) for whole in (bank.fc, bank.proj))
             bank.fc.replicas = bank.proj.replicas = same    # the ranks whose gradients are added up
@@ -576,8 +580,8 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name() if cuda else "cpu")
 def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
     """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
-    compiled, ids = cfg.compile and machine.device.type == "cuda", shards[0].vocab_size
-    vocab_size = math.ceil(ids / 64) * 64 if compiled else ids      # GPUs are slow with odd sizes
+    compiled = cfg.compile and machine.device.type == "cuda"
+    vocab_size = math.ceil(shards[0].vocab_size / 64) * 64          # GPUs are slow with odd sizes
     cfg = dial(replace(cfg, vocab_size=vocab_size, bos_id=shards[0].bos_id, compile=compiled))
     needed, found = cfg.num_iterations * cfg.batch_tokens, sum(shard.num_tokens for shard in shards)
     if needed > found * cfg.epochs:
@@ -585,9 +589,6 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) 
                         f"add text, or use --epochs={math.ceil(needed / found)}")
     if machine.world_size > (packs := cfg.batch_tokens // cfg.pack_tokens):
         raise UserError(f"{machine.world_size} ranks share {packs} packs; lower --pack_tokens={cfg.pack_tokens}")
-    if machine.world_size % cfg.expert_ranks or cfg.expert_ranks > 1 and packs % machine.world_size:
-        raise UserError(f"--expert_ranks={cfg.expert_ranks} must divide the {machine.world_size} ranks, and they the "
-                        f"{packs} packs of a batch; see --nproc_per_node and --pack_tokens")
     return cfg
 
 class Run:      # the folder of a run: log.txt, run.json, this script and the checkpoint; only rank 0 writes
