@@ -564,8 +564,8 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name() if cuda else "cpu")
 def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
     """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
-    compiled, ids = cfg.compile and machine.device.type == "cuda", shards[0].vocab_size
-    vocab_size = math.ceil(ids / 64) * 64 if compiled else ids      # GPUs are slow with odd sizes
+    compiled = cfg.compile and machine.device.type == "cuda"
+    vocab_size = math.ceil(shards[0].vocab_size / 64) * 64          # GPUs are slow with odd sizes
     cfg = dial(replace(cfg, vocab_size=vocab_size, bos_id=shards[0].bos_id, compile=compiled))
     needed, found = cfg.num_iterations * cfg.batch_tokens, sum(shard.num_tokens for shard in shards)
     if needed > found * cfg.epochs:
@@ -719,7 +719,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
 def main() -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can fix it, 3 diverged, 130 interrupted."""
     try:
-        if "--help" in sys.argv:
+        if "--help" in sys.argv or "-h" in sys.argv:
             return print(__doc__, inspect.getsource(Hyperparameters), sep="\n")
         return train(parse_config(sys.argv[1:]), sys.argv[1:])
     except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
