@@ -662,7 +662,7 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
         for param in (param for group in groups for param in group["params"]):
             dist.all_reduce(param.grad, group=getattr(param, "replicas", None))
     for bank, load in zip(forward.experts, totals[2:].split(cfg.num_experts + 1)):
-        bank.bias += (cfg.balance == "bias") * cfg.balance_rate * rate * torch.sign(load[:-1].mean() - load[:-1])
+        bank.bias += (cfg.balance == "bias") * cfg.balance_rate * torch.sign(load[:-1].mean() - load[:-1])
         bank.load.zero_()
     for group in groups:
         group["lr"] = group["base_lr"] * rate
