@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # -------------------- Hyperparameters and command line ----------------------------------------------------------------
 @dataclass(frozen=True)
 class Hyperparameters:
@@ -90,7 +90,7 @@ LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth hea
           "expert_dim shared_dim", (1e-9, 1e9): "ratio muon_lr adamw_lr embed_lr head_lr router_lr cooldown",
           (0, 1e9): "softcap z_loss weight_decay lr_floor balance_rate router_z jitter capacity"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
-WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 8192        # in steps; of the rotary angles; tokens with logits at a time
+WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
 
 def parse_config(argv: list[str]) -> Hyperparameters:
@@ -139,7 +139,6 @@ class Shard(NamedTuple):                # a file: a header of 256 int32, then to
         if ids.max() >= self.vocab_size:
             raise UserError(f"{self.path} holds id {ids.max()}, but has only {self.vocab_size} ids; make it again")
         return ids
-
 def read_header(path: str) -> Shard:
     """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
@@ -148,8 +147,7 @@ def read_header(path: str) -> Shard:
     tokenizer = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
     shard = Shard(path, num_tokens, vocab_size or 50257, bos_id or 50256, width or 2, tokenizer)
     sound = shard.width in (2, 4) and 0 <= shard.bos_id < shard.vocab_size <= 256 ** shard.width
-    whole = num_tokens >= 1 and size == 1024 + num_tokens * shard.width
-    if (magic, version) != (20240520, 1) or not sound or not whole:
+    if (magic, version) != (20240520, 1) or not sound or num_tokens < 1 or size != 1024 + num_tokens * shard.width:
         raise UserError(f"{path} is not a whole shard of version 1; make it with data/fineweb.py or data/text.py")
     return shard
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
@@ -195,8 +193,7 @@ def training_documents(cfg: Hyperparameters, shards: list[Shard]):  # in file or
         yield from (docs[i] for i in order) if epoch else docs
 def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) streams that hold each of the first val_tokens tokens once; only longer documents are cut."""
-    found = sum(shard.num_tokens for shard in shards)
-    if found <= cfg.val_tokens:
+    if (found := sum(shard.num_tokens for shard in shards)) <= cfg.val_tokens:
         raise UserError(f"--val_files={cfg.val_files} holds {found} tokens; add text, or use --val_tokens={found - 1}")
     text = np.concatenate([shard.read() for shard in shards])[:cfg.val_tokens + 1]
     return list(streams(documents(text, shards[0].bos_id), cfg.val_stream_tokens, shards[0].bos_id, whole=True))
@@ -206,6 +203,16 @@ def norm(x: Tensor) -> Tensor:          # RMS norm over the last axis, without a
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # turns channel pairs (j, j + D/2)
     a, b = x_THD.chunk(2, dim=2)
     return x_THD * cos_TD[:, None] + torch.cat([-b, a], dim=2) * sin_TD[:, None]
+
+def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
+    """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
+    T, row = len(first_T), torch.arange(math.ceil(len(first_T) / block), device=first_T.device)
+    touched = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None])     # first_T never falls
+    full = (row < row[:, None]) & (row * block >= first_T[(row * block + block - 1).clamp(max=T - 1)][:, None])
+    def listed(blocks):                 # how many blocks each block of queries has, and their indices first
+        return blocks.sum(1).int()[None, None], (~blocks).int().argsort(dim=1, stable=True).int()[None, None]
+    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=block, seq_lengths=(T, T),
+                                    mask_mod=lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
 
 class Stream:                           # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
@@ -218,9 +225,8 @@ class Stream:                           # where the documents of a stream begin,
         index, first = self.index, torch.maximum(self.doc_start, self.index - window)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
         if self.flex:
-            if window not in self.masks:    # made of blocks inside the compiled model: there is no (T, T) mask
-                self.masks[window] = create_block_mask(lambda b, h, query, key: (key <= query) & (key >= first[query]),
-                                                       None, None, len(index), len(index), device=index.device)
+            if window not in self.masks:
+                self.masks[window] = flex_mask(first)
             return flex_attention(q, k, v, block_mask=self.masks[window])[0].transpose(0, 1)
         parts = []
         for low in range(0, len(index), 512):   # 512 queries at a time, with the keys that their windows reach
@@ -426,14 +432,15 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         return cap * torch.tanh(logits / cap) if (cap := self.cfg.softcap) else logits
     def score(self, tokens_T: Tensor, targets_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy (T,) in nats, 0 where the target is -1, plus other losses; and the likeliest token (T,)."""
-        x, losses, likeliest = self.trunk(tokens_T, context := Stream(self.cfg, tokens_T)), [], []
+        x, parts = self.trunk(tokens_T, context := Stream(self.cfg, tokens_T)), []
         for part, targets in zip(x.split(HEAD_CHUNK), targets_T.split(HEAD_CHUNK)):
             logits = self.logits(part)
-            losses.append(F.cross_entropy(logits, targets, ignore_index=-1, reduction="none"))
+            losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
             if z_loss:
-                losses[-1] = losses[-1] + z_loss * logits.logsumexp(1).square() * (targets >= 0)
-            likeliest.append(logits.detach().argmax(1))
-        return torch.cat(losses) + context.extra, torch.cat(likeliest)
+                losses = losses + z_loss * logits.logsumexp(1).square() * (targets >= 0)
+            parts.append((losses, logits.detach().argmax(1)))
+        losses, likeliest = (torch.cat(column) for column in zip(*parts))
+        return losses + context.extra, likeliest
     def forward(self, tokens_T: Tensor, targets_T: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """Logits (T, V) in fp32 of a stream of documents; with targets (T,) the sum of their losses, see score."""
         if targets_T is not None:
@@ -488,7 +495,6 @@ def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular valu
         poly = b * gram + c * gram @ gram
         x = a * x + (x @ poly if tall else poly @ x)
     return x.float()
-
 def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu: Tensor, decay: Tensor):
     """Muon (Jordan 2024) with cautious decay (arXiv 2411.16085), in place, for parameters of one shape (..., R, C)."""
     w, grad = (torch.cat([x.view(-1, *x.shape[-2:]) for x in group]) for group in (params, grads))
@@ -516,7 +522,6 @@ def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
         length = cfg.num_iterations * cfg.batch_tokens / (cfg.ratio * products(12, BASE_WIDTH, cfg.vocab_size))
         factors = dict.fromkeys(factors, batch * width ** -0.5) | {"muon_lr": batch, "weight_decay": batch / length}
     return factors
-
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters; base_lr of a group is its learning rate before the schedule."""
     cfg, factors, shapes = model.cfg, rate_factors(model.cfg), {}
@@ -533,10 +538,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     rest = [group([model.embed.weight], "embed_lr"), group(head, "head_lr"), *routers]
     adamw = partial(torch.optim.AdamW, betas=(0.8, 0.95), eps=1e-10, fused=model.embed.weight.is_cuda)
     if cfg.optimizer == "prodigy":      # finds one rate for all (arXiv 2306.06101)
-        try:
-            from prodigyopt import Prodigy
-        except ImportError:
-            raise UserError("--optimizer=prodigy needs a package; get it with: pip install prodigyopt") from None
+        from prodigyopt import Prodigy
         return [Prodigy([entry | {"base_lr": 1.0} for entry in matrices + rest], betas=(0.9, 0.99))]
     update = torch.compile(muon_update, dynamic=False, fullgraph=True) if cfg.compile else muon_update
     return [Muon(matrices, {"update": update}), adamw(rest)] if cfg.optimizer == "muon" else [adamw(matrices + rest)]
@@ -593,7 +595,7 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) 
 
 class Run:      # the folder of a run: log.txt, run.json, this script and the checkpoint; only rank 0 writes
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str], shards: tuple):
-        self.cfg, self.master, self.interrupted, self.seconds = cfg, machine.rank == 0, False, 0.0
+        self.cfg, self.master, self.seconds = cfg, machine.rank == 0, 0.0
         source, now, name = Path(__file__).read_bytes(), time.localtime(), Path(__file__).name
         digest, gpu = hashlib.sha256(source).hexdigest(), machine.name if machine.device.type == "cuda" else ""
         self.info = {"format": 1, "status": "running", "script": name, "source_sha256": digest, "argv": argv,
@@ -605,8 +607,6 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
         self.folder = Path(cfg.out_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S', now)}_{name[:-3]}_{os.urandom(3).hex()}")
         self.write(name, source)
         self.log(source.decode() + "\n" + "=" * 100, console=False)
-    def interrupt(self, *_):            # what Ctrl-C does
-        self.interrupted = True
     def write(self, name: str, content: bytes):  # renamed when whole, so that a reader never sees half a file
         if self.master:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -662,7 +662,7 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
         for param in (param for group in groups for param in group["params"]):
             dist.all_reduce(param.grad, group=getattr(param, "replicas", None))
     for bank, load in zip(forward.experts, totals[2:].split(cfg.num_experts + 1)):
-        bank.bias += (cfg.balance == "bias") * cfg.balance_rate * rate * torch.sign(load[:-1].mean() - load[:-1])
+        bank.bias += (cfg.balance == "bias") * cfg.balance_rate * torch.sign(load[:-1].mean() - load[:-1])
         bank.load.zero_()
     for group in groups:
         group["lr"] = group["base_lr"] * rate
@@ -701,7 +701,6 @@ def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> fl
     if machine.world_size > 1:
         dist.all_reduce(total)
     return total.item() / cfg.val_tokens
-
 def train(cfg: Hyperparameters, argv: list[str]) -> int:
     """The experiment: build, compile, train, validate with the clock stopped, save. Returns the exit code."""
     machine, shards = setup_machine(cfg), open_shards(cfg.train_files, cfg.val_files)
@@ -734,11 +733,12 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         log_loads(run, model, loads)
     log_validation()
     run.info["compile_seconds"] = (time.perf_counter() - began) * cfg.compile
-    graphs, unread, began = torch._dynamo.utils.counters["stats"]["unique_graphs"], [], time.perf_counter()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, run.interrupt)
+    graphs, interrupted = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
+    for name in (signal.SIGINT, signal.SIGTERM):                    # save what there is
+        signal.signal(name, lambda *_: interrupted.append(True))
+    unread, began = [], time.perf_counter()
     for step, batch in enumerate(batches(cfg, shards[0], machine), 1):
-        unread.append(training_step(forward, optimizers, batch, step - 1, cfg, machine, run.interrupted))
+        unread.append(training_step(forward, optimizers, batch, step - 1, cfg, machine, bool(interrupted)))
         validates = step == steps or cfg.val_every and step % cfg.val_every == 0
         if cfg.compile and step % 10 and not validates:
             continue                    # a GPU waits while results are read, so they are read ten at a time
@@ -749,8 +749,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
             run.seconds += seconds
             run.info |= {"step": done, "tokens_seen": run.info["tokens_seen"] + plan(cfg)[done - 1][1]}
             run.log_loss("train_loss", loss, console=done % 10 == 0)
-        if validates:
-            log_validation()
+        log_validation() if validates else None
         if stop:
             break
         unread, began = [], time.perf_counter()
@@ -769,8 +768,9 @@ def main() -> int:
         if "--help" in sys.argv or "-h" in sys.argv:
             return print(__doc__, inspect.getsource(Hyperparameters), sep="\n")
         return train(parse_config(sys.argv[1:]), sys.argv[1:])
-    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, ImportError, KeyboardInterrupt) as error:
         line = " ".join(str(error).split()) or "interrupted before the first step; nothing to save"
+        line += f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         return {FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     finally:
