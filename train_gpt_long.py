@@ -217,12 +217,6 @@ def far_phase(cfg: Hyperparameters, layer: int) -> int | None:
         return None
     return cfg.far_layers.index(layer) * (cfg.model_dim // cfg.head_dim) % cfg.far_period
 
-def block_mask(touched_HQK: Tensor, full_HQK: Tensor, T: int, mask_mod) -> BlockMask:
-    """The mask of FlexAttention, of blocks Q of queries and K of keys: those in which something is seen, and all is."""
-    def listed(blocks):                 # how many blocks each block of queries has, and their indices first
-        return blocks.sum(2).int()[None], (~blocks).int().argsort(dim=2, stable=True).int()[None]
-    return BlockMask.from_kv_blocks(*listed(touched_HQK & ~full_HQK), *listed(full_HQK), BLOCK_SIZE=BLOCK,
-                                    seq_lengths=(T, T), mask_mod=mask_mod)
 def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
     """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
     T, row = len(first_T), torch.arange(math.ceil(len(first_T) / block), device=first_T.device)
@@ -255,7 +249,10 @@ def far_mask(first_T: Tensor, start_T: Tensor, phase: int, period: int, heads: i
         place = key - start_T[query]
         far = (place >= 0) & ((place // BLOCK - phase - h) % period == 0)
         return (key <= query) & ((key >= first_T[query]) | far)
-    return block_mask(touched, full, T, seen)
+    def listed(blocks):                 # how many blocks each block of queries has, and their indices first
+        return blocks.sum(2).int()[None], (~blocks).int().argsort(dim=2, stable=True).int()[None]
+    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=BLOCK, seq_lengths=(T, T),
+                                    mask_mod=seen)
 
 class Stream:                           # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
@@ -358,14 +355,14 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         return cap * torch.tanh(logits / cap) if (cap := self.cfg.softcap) else logits
     def score(self, tokens_T: Tensor, targets_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy (T,) in nats, 0 where the target is -1, plus z-loss; and the likeliest token (T,)."""
-        x, losses, likeliest = self.trunk(tokens_T, Stream(self.cfg, tokens_T)), [], []
+        x, parts = self.trunk(tokens_T, Stream(self.cfg, tokens_T)), []
         for part, targets in zip(x.split(HEAD_CHUNK), targets_T.split(HEAD_CHUNK)):
             logits = self.logits(part)
-            losses.append(F.cross_entropy(logits, targets, ignore_index=-1, reduction="none"))
+            losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
             if z_loss:
-                losses[-1] = losses[-1] + z_loss * logits.logsumexp(1).square() * (targets >= 0)
-            likeliest.append(logits.detach().argmax(1))
-        return torch.cat(losses), torch.cat(likeliest)
+                losses = losses + z_loss * logits.logsumexp(1).square() * (targets >= 0)
+            parts.append((losses, logits.detach().argmax(1)))
+        return tuple(torch.cat(column) for column in zip(*parts))
     def forward(self, tokens_T: Tensor, targets_T: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """Logits (T, V) in fp32 of a stream of documents; with targets (T,) the sum of their losses, see score."""
         if targets_T is not None:
