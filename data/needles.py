@@ -20,7 +20,7 @@ SECOND = ("anchor arrow badger basket beacon bridge candle canyon castle cedar c
           "feather forest fountain fox garden glacier hammer harbor heron island jacket kettle ladder lantern lemon "
           "maple meadow mirror mountain otter owl pebble piano raven ribbon river saddle sparrow spider thunder tiger "
           "valley").split()
-EVERY = 256                              # tokens of a training document for each of its needles
+EVERY = 128                              # tokens of a training document for each of its needles
 SHORTEST = 1024                          # tokens of a training document, if the text is long enough
 
 

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -298,7 +299,8 @@ class Worker:
                 self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                                                 text=True, env=self.env, start_new_session=True)
         try:
-            print(json.dumps({"script": str(script), "argv": job.argv(), "budget": job.budget}), file=self.process.stdin, flush=True)
+            request = {"script": str(script), "argv": job.argv(), "budget": job.budget}
+            print(json.dumps(request), file=self.process.stdin, flush=True)
             line = self.process.stdout.readline()
         except OSError:
             line = ""
@@ -509,4 +511,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for stop in (signal.SIGINT, signal.SIGTERM):        # both end the workers, also if a shell has it in the background
+        signal.signal(stop, signal.default_int_handler)
     sys.exit(main())

@@ -193,9 +193,9 @@ def held_out(rows: list[dict], depth: int) -> list[tuple]:
     """(budget, parameters, measured loss, by the law, by the parabola) of a depth that the fits did not see."""
     seen = [row for row in rows if row["depth"] != depth]
     hidden = [row for row in rows if row["depth"] == depth]
-    if not hidden or len({row["depth"] for row in seen}) < 3:
+    if not hidden or len({row["parameters"] for row in seen}) < 3:
         raise UserError(f"--hold_out={depth}: the results have the depths {sorted({row['depth'] for row in rows})}; "
-                        "choose one of them that leaves at least 3")
+                        "choose one of them that leaves at least 3 sizes")
     law, fits, lines = fit_law(*columns_of(seen)), {}, []
     for budget in sorted({row["budget"] for row in hidden}):
         mine = [row for row in hidden if row["budget"] == budget]
@@ -308,24 +308,27 @@ class Techniques:
         self.depths = sorted({depth for arm, depth in self.runs if arm == "base"})
         if not self.depths:
             raise UserError("the results have no finished run of the arm base in the group technique; run it")
-        self.lengths = {}                # (depth, seed) -> base runs that are shorter or longer
+        self.lengths = {}                # depth -> tokens -> loss of shorter or longer base runs minus that of base
         for row in finished(rows, "length"):
-            self.lengths.setdefault((row["depth"], row["seed"]), []).append(row)
+            if base := self.runs.get(("base", row["depth"]), {}).get(row["seed"]):
+                found = self.lengths.setdefault(row["depth"], {base["tokens"]: [0.0]})
+                found.setdefault(row["tokens"], []).append(row["loss"] - base["loss"])
 
     def base_loss(self, base: dict, tokens: float) -> float | None:
         """Loss of the base after a whole run of so many tokens: by lines between base runs of several lengths.
 
-        Beyond the lengths that were run the last line goes on. None if base has one length only and it is another.
+        What another length changes is the mean over the seeds that ran it. Beyond the lengths that were run the last
+        line goes on. None if base has one length only and it is another.
         """
-        found = {row["tokens"]: row["loss"] for row in [*self.lengths.get((base["depth"], base["seed"]), []), base]}
         if abs(math.log(tokens / base["tokens"])) < 1e-3:
             return base["loss"]
-        if len(found) < 2:
+        found = self.lengths.get(base["depth"])
+        if not found:
             return None
-        x, y = np.log(sorted(found)), np.array([found[size] for size in sorted(found)])
+        x, y = np.log(sorted(found)), np.array([np.mean(found[size]) for size in sorted(found)])
         at = min(max(int(np.searchsorted(x, math.log(tokens))), 1), len(x) - 1)
         slope = (y[at] - y[at - 1]) / (x[at] - x[at - 1])
-        return float(y[at] + slope * (math.log(tokens) - x[at]))
+        return float(base["loss"] + y[at] + slope * (math.log(tokens) - x[at]))
 
     def difference(self, run: dict, base: dict, ratio: float) -> float | None:
         """Loss of a run minus that of the base when both have spent the same; a token of `run` costs ratio x base's."""
@@ -377,13 +380,25 @@ def verdict(values: list[float]) -> str:
     return "helps" if describe(values)[1] < 0 else "hurts"
 
 
-def cell(values: list[float]) -> str:
-    """Mean difference, its standard error and the verdict."""
+def cell(values: list[float], judged: bool = True) -> str:
+    """Mean difference, its standard error and, if `judged`, the verdict."""
     if not values:
         return "-"
     n, mean, sd = describe(values)
     error = f" ± {sd / math.sqrt(n):.4f}" if n > 1 else ""
-    return f"{mean:+.4f}{error}, {verdict(values)}"
+    return f"{mean:+.4f}{error}" + f", {verdict(values)}" * judged
+
+
+def summary_table(techniques: Techniques) -> str:
+    """The pairs of all depths together, the best technique first."""
+    def pooled(arm, measure):
+        return [value for depth in techniques.depths for value in techniques.differences(arm, depth, measure)]
+    arms = [arm for arm in techniques.arms if pooled(arm, "tokens")]
+    lines = ["| technique | pairs | at equal tokens | at equal FLOPs |", "| --- | --: | --- | --- |"]
+    for arm in sorted(arms, key=lambda arm: describe(pooled(arm, "tokens"))[1]):
+        tokens, flops = pooled(arm, "tokens"), pooled(arm, "FLOPs")
+        lines.append(f"| {arm} | {len(tokens)} | {cell(tokens)} | {cell(flops)} |")
+    return "\n".join(lines)
 
 
 def technique_tables(techniques: Techniques) -> str:
@@ -399,7 +414,8 @@ def technique_tables(techniques: Techniques) -> str:
                  "| at equal seconds |", "| --- | --: | --- | --: | --- | --: | --- |"]
         arms = [arm for arm in techniques.arms if techniques.pairs(arm, depth)]
         for arm in sorted(arms, key=lambda arm: describe(techniques.differences(arm, depth, "tokens"))[1]):
-            cells = [cell(techniques.differences(arm, depth, measure)) for measure in ("tokens", "FLOPs", "seconds")]
+            cells = [cell(techniques.differences(arm, depth, measure), measure != "seconds")
+                     for measure in ("tokens", "FLOPs", "seconds")]
             costs = [techniques.cost(arm, depth, measure) for measure in ("FLOPs", "seconds")]
             flops, seconds = ("-" if cost is None else f"x {cost:.3f}" for cost in costs)
             lines.append(f"| {arm} | {len(techniques.pairs(arm, depth))} | {cells[0]} | {flops} | {cells[1]} | "
@@ -488,22 +504,32 @@ This page is generated. Do not edit it; run the command again:
 
 Loss is validation loss in nats per token. A difference is technique minus base, so a negative one is good. A pair has
 the same seed and depth. ± is the standard error over pairs. "helps" and "hurts" mean p < {p:g} in a two-sided paired
-t-test, and with {tests} tests on this page about {chance:.0f} of them say so by chance. "no difference seen" is not "no
-difference": the table of noise says how small a difference could have been seen.
+t-test. By chance alone about {chance:.0f} of the {tests} tests by depth would say so. "no difference seen" is not
+"no difference": the table of noise says how small a difference could have been seen.
 
 Equal tokens: both runs as they are. Equal FLOPs and equal seconds: a technique that makes a token dearer is compared
 with a base that trains on more tokens for the same cost. That base's loss is interpolated between base runs of several
-lengths, each with its whole schedule; beyond these lengths the line is extended. Speeds come from short runs that had
-the machine for themselves.
+lengths, each with its whole schedule; beyond these lengths the line is extended.
 
-These models are small and train for seconds. Gains often shrink with size, and a rate that was not tuned for a
-technique can hide its worth. Take a row as a reason to try it, not as a law.
+Speeds come from short runs that had the machine for themselves, one for each technique and depth. How uncertain a speed
+is, ± does not say, so there is no verdict at equal seconds. "-": not timed.
+
+What this shows: what a technique does to the loss of models of {sizes} M parameters within their first {tokens} M
+tokens, and how sure that is. What it does not show: what it is worth in a model of 100 M parameters after billions of
+tokens. Gains often shrink with size. Weight decay, a second epoch, z-loss, norm scaling and value residual are meant
+for longer runs and deeper models than these. All arms have the learning rates of the base unless their name says
+otherwise, and a rate that suits a technique better could change its verdict. Take a row as a reason to try it, not as
+a law.
 
 ## Noise: the seed and the order of documents alone
 
 {noise}
 
-## Techniques
+## Techniques, all depths together
+
+{summary}
+
+## Techniques by depth
 
 {techniques}
 """
@@ -512,10 +538,13 @@ technique can hide its worth. Take a row as a reason to try it, not as a law.
 def make_page(rows: list[dict], command: str, hold_out: int, image: str = "") -> str:
     """The page with all tables; sections without runs are left out."""
     techniques = Techniques(rows)
-    tests = sum(len(techniques.differences(arm, depth, measure)) > 1 for arm in techniques.arms
-                for depth in techniques.depths for measure in ("tokens", "FLOPs", "seconds"))
-    text = PAGE.format(command=command, setup=setup_line(rows), p=P, tests=tests, chance=tests * P,
-                       noise=noise_table(techniques), techniques=technique_tables(techniques))
+    tests = 2 * sum(bool(techniques.pairs(arm, depth)) for arm in techniques.arms for depth in techniques.depths)
+    runs = finished(rows, "technique")
+    sizes, tokens = ([row[name] / 1e6 for row in runs] for name in ("parameters", "tokens"))
+    text = PAGE.format(command=command, setup=setup_line(rows), p=P, tokens=f"{max(tokens):.2g}",
+                       sizes=f"{min(sizes):.2g} to {max(sizes):.2g}", tests=tests, chance=tests * P,
+                       noise=noise_table(techniques), summary=summary_table(techniques),
+                       techniques=technique_tables(techniques))
     if finished(rows, "isoflop"):
         link = f"\n\n![Loss over size for each budget, and the best sizes]({image})" if image else ""
         text += f"\n## Scaling laws\n\n{fit_tables(rows, hold_out)}{link}\n"

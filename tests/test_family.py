@@ -26,8 +26,7 @@ EXPERIMENT, WHOLE, FUNCTION = 1450, 2870, 70     # lines at most: down to the fi
 PLAIN, PLAIN_FUNCTION = 600, 60                  # the same of the script to read first, which has no appendix
 RELATIVE = 780                                   # lines of its relatives
 # relative of train_gpt_simple.py -> the functions and classes that it shares by name, but not by text
-OWN = {"train_gpt_moe.py": {"Block", "GPT", "Hyperparameters", "make_optimizers", "resolve_config", "train",
-                            "training_step"},
+OWN = {"train_gpt_moe.py": {"Block", "GPT", "Hyperparameters", "make_optimizers", "train", "training_step"},
        "train_gpt_long.py": {"Cache", "GPT", "Hyperparameters", "Stream", "parse_config", "streams"}}
 # What sample.py, evaluate.py, records/ and dev/ use of an imported training script.
 INTERFACE = ("GPT Hyperparameters Machine PRESETS UserError config_from_dict main open_shards parse_config read_header "

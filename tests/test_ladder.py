@@ -453,10 +453,16 @@ def test_help(main, argv, capsys):
     assert done.value.code == 0 and out.startswith("usage: ") and max(map(len, out.splitlines())) <= 120
 
 
-def test_the_plan_of_the_page_can_be_read():
-    jobs = ladder.plan_jobs(ladder.read_plan(ROOT / "dev" / "ladder_plan.toml"), {}, [], 0)
-    assert {job.group for job in jobs} == {"technique", "isoflop", "length", "transfer", "timing"}
+@pytest.mark.parametrize("name", ["ladder_plan.toml", "ladder_gpu.toml"])
+def test_the_plans_can_be_read_and_edit_what_is_there(name, tmp_path):
+    jobs = ladder.plan_jobs(ladder.read_plan(ROOT / "dev" / name), {}, [], 0)
+    assert {job.group for job in jobs} >= {"technique", "isoflop", "length", "transfer"}
     assert all("train_files" in job.flags for job in jobs)
+    fields = {field.name for field in dataclasses.fields(simple.Hyperparameters)} | {"preset"}
+    assert set().union(*(job.flags for job in jobs)) <= fields
+    for edits in {job.edits for job in jobs}:
+        path, _ = ladder.edited(ROOT / "train_gpt_simple.py", edits, tmp_path)
+        compile(path.read_text(encoding="utf-8"), str(path), "exec")
 
 
 # -----------------------------------------------------------------------------
