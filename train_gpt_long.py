@@ -84,7 +84,7 @@ LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth hea
           "model_dim batch_tokens num_iterations windows far_layers far_period vocab_size seed val_every", (1e-9, 1e9):
           "ratio muon_lr adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay lr_floor"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
-WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 8192        # in steps; of the rotary angles; tokens with logits at a time
+WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
 BLOCK = 128                             # tokens of a block, also of FlexAttention
 ALIGNED = 2048                          # longer documents begin at a multiple of BLOCK: their masks are cheaper
 READ_TOKENS = 8192                      # tokens of a prompt that are read together, over all rows
@@ -145,8 +145,7 @@ def read_header(path: str) -> Shard:
     tokenizer = header[8:16].tobytes().hex() if header[8:16].any() else GPT2_TOKENIZER_SHA256
     shard = Shard(path, num_tokens, vocab_size or 50257, bos_id or 50256, width or 2, tokenizer)
     sound = shard.width in (2, 4) and 0 <= shard.bos_id < shard.vocab_size <= 256 ** shard.width
-    whole = num_tokens >= 1 and size == 1024 + num_tokens * shard.width
-    if (magic, version) != (20240520, 1) or not sound or not whole:
+    if (magic, version) != (20240520, 1) or not sound or num_tokens < 1 or size != 1024 + num_tokens * shard.width:
         raise UserError(f"{path} is not a whole shard of version 1; make it with data/fineweb.py or data/text.py")
     return shard
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
@@ -197,8 +196,7 @@ def training_documents(cfg: Hyperparameters, shards: list[Shard]):  # in file or
         yield from (docs[i] for i in order) if epoch else docs
 def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) streams that hold each of the first val_tokens tokens once; only longer documents are cut."""
-    found = sum(shard.num_tokens for shard in shards)
-    if found <= cfg.val_tokens:
+    if (found := sum(shard.num_tokens for shard in shards)) <= cfg.val_tokens:
         raise UserError(f"--val_files={cfg.val_files} holds {found} tokens; add text, or use --val_tokens={found - 1}")
     text = np.concatenate([shard.read() for shard in shards])[:cfg.val_tokens + 1]
     return list(streams(documents(text, shards[0].bos_id), cfg.val_stream_tokens, shards[0].bos_id, whole=True))
@@ -219,19 +217,15 @@ def far_phase(cfg: Hyperparameters, layer: int) -> int | None:
         return None
     return cfg.far_layers.index(layer) * (cfg.model_dim // cfg.head_dim) % cfg.far_period
 
-def block_mask(touched_HQK: Tensor, full_HQK: Tensor, T: int, mask_mod) -> BlockMask:
-    """The mask of FlexAttention, of blocks Q of queries and K of keys: those in which something is seen, and all is."""
+def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
+    """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
+    T, row = len(first_T), torch.arange(math.ceil(len(first_T) / block), device=first_T.device)
+    touched = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None])     # first_T never falls
+    full = (row < row[:, None]) & (row * block >= first_T[(row * block + block - 1).clamp(max=T - 1)][:, None])
     def listed(blocks):                 # how many blocks each block of queries has, and their indices first
-        return blocks.sum(2).int()[None], (~blocks).int().argsort(dim=2, stable=True).int()[None]
-    return BlockMask.from_kv_blocks(*listed(touched_HQK & ~full_HQK), *listed(full_HQK), BLOCK_SIZE=BLOCK,
-                                    seq_lengths=(T, T), mask_mod=mask_mod)
-def flex_mask(first_T: Tensor) -> BlockMask:
-    """Token i sees tokens first_T[i] to i. Made of blocks, in closed form: no (T, T) mask exists at any time."""
-    T, row = len(first_T), torch.arange(-(-len(first_T) // BLOCK), device=first_T.device)
-    touched = (row <= row[:, None]) & (row >= (first_T[row * BLOCK] // BLOCK)[:, None])     # first_T never falls
-    last = (row * BLOCK + BLOCK - 1).clamp(max=T - 1)
-    full = (row < row[:, None]) & (row * BLOCK >= first_T[last][:, None])
-    return block_mask(touched[None], full[None], T, lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
+        return blocks.sum(1).int()[None, None], (~blocks).int().argsort(dim=1, stable=True).int()[None, None]
+    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=block, seq_lengths=(T, T),
+                                    mask_mod=lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
 
 def far_mask(first_T: Tensor, start_T: Tensor, phase: int, period: int, heads: int) -> BlockMask:
     """As flex_mask; head h also sees the blocks whose number in the document leaves phase + h when divided by `period`.
@@ -255,7 +249,10 @@ def far_mask(first_T: Tensor, start_T: Tensor, phase: int, period: int, heads: i
         place = key - start_T[query]
         far = (place >= 0) & ((place // BLOCK - phase - h) % period == 0)
         return (key <= query) & ((key >= first_T[query]) | far)
-    return block_mask(touched, full, T, seen)
+    def listed(blocks):                 # how many blocks each block of queries has, and their indices first
+        return blocks.sum(2).int()[None], (~blocks).int().argsort(dim=2, stable=True).int()[None]
+    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=BLOCK, seq_lengths=(T, T),
+                                    mask_mod=seen)
 
 class Stream:                           # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
@@ -358,14 +355,14 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         return cap * torch.tanh(logits / cap) if (cap := self.cfg.softcap) else logits
     def score(self, tokens_T: Tensor, targets_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy (T,) in nats, 0 where the target is -1, plus z-loss; and the likeliest token (T,)."""
-        x, losses, likeliest = self.trunk(tokens_T, Stream(self.cfg, tokens_T)), [], []
+        x, parts = self.trunk(tokens_T, Stream(self.cfg, tokens_T)), []
         for part, targets in zip(x.split(HEAD_CHUNK), targets_T.split(HEAD_CHUNK)):
             logits = self.logits(part)
-            losses.append(F.cross_entropy(logits, targets, ignore_index=-1, reduction="none"))
+            losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
             if z_loss:
-                losses[-1] = losses[-1] + z_loss * logits.logsumexp(1).square() * (targets >= 0)
-            likeliest.append(logits.detach().argmax(1))
-        return torch.cat(losses), torch.cat(likeliest)
+                losses = losses + z_loss * logits.logsumexp(1).square() * (targets >= 0)
+            parts.append((losses, logits.detach().argmax(1)))
+        return tuple(torch.cat(column) for column in zip(*parts))
     def forward(self, tokens_T: Tensor, targets_T: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """Logits (T, V) in fp32 of a stream of documents; with targets (T,) the sum of their losses, see score."""
         if targets_T is not None:
@@ -517,10 +514,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     rest = [group([model.embed.weight], "embed_lr"), group(head, "head_lr")]
     adamw = partial(torch.optim.AdamW, betas=(0.8, 0.95), eps=1e-10, fused=model.embed.weight.is_cuda)
     if cfg.optimizer == "prodigy":      # finds one rate for all (arXiv 2306.06101)
-        try:
-            from prodigyopt import Prodigy
-        except ImportError:
-            raise UserError("--optimizer=prodigy needs a package; get it with: pip install prodigyopt") from None
+        from prodigyopt import Prodigy
         return [Prodigy([entry | {"base_lr": 1.0} for entry in matrices + rest], betas=(0.9, 0.99))]
     update = torch.compile(muon_update, dynamic=False, fullgraph=True) if cfg.compile else muon_update
     return [Muon(matrices, {"update": update}), adamw(rest)] if cfg.optimizer == "muon" else [adamw(matrices + rest)]
@@ -577,7 +571,7 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) 
 
 class Run:      # the folder of a run: log.txt, run.json, this script and the checkpoint; only rank 0 writes
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str], shards: tuple):
-        self.cfg, self.master, self.interrupted, self.seconds = cfg, machine.rank == 0, False, 0.0
+        self.cfg, self.master, self.seconds = cfg, machine.rank == 0, 0.0
         source, now, name = Path(__file__).read_bytes(), time.localtime(), Path(__file__).name
         digest, gpu = hashlib.sha256(source).hexdigest(), machine.name if machine.device.type == "cuda" else ""
         self.info = {"format": 1, "status": "running", "script": name, "source_sha256": digest, "argv": argv,
@@ -589,8 +583,6 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
         self.folder = Path(cfg.out_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S', now)}_{name[:-3]}_{os.urandom(3).hex()}")
         self.write(name, source)
         self.log(source.decode() + "\n" + "=" * 100, console=False)
-    def interrupt(self, *_):            # what Ctrl-C does
-        self.interrupted = True
     def write(self, name: str, content: bytes):  # renamed when whole, so that a reader never sees half a file
         if self.master:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -689,11 +681,12 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         run.log(f"step:{run.info['step']}/{steps} kurtosis:{kurtosis:.3f}", console=False, kurtosis=kurtosis)
     log_validation()
     run.info["compile_seconds"] = (time.perf_counter() - began) * cfg.compile
-    graphs, unread, began = torch._dynamo.utils.counters["stats"]["unique_graphs"], [], time.perf_counter()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, run.interrupt)
+    graphs, unread, interrupted = torch._dynamo.utils.counters["stats"]["unique_graphs"], [], []
+    for name in (signal.SIGINT, signal.SIGTERM):                    # save what there is
+        signal.signal(name, lambda *_: interrupted.append(True))
+    began = time.perf_counter()
     for step, batch in enumerate(batches(cfg, shards[0], machine), 1):
-        unread.append(training_step(forward, optimizers, batch, step - 1, cfg, machine, run.interrupted))
+        unread.append(training_step(forward, optimizers, batch, step - 1, cfg, machine, bool(interrupted)))
         validates = step == steps or cfg.val_every and step % cfg.val_every == 0
         if cfg.compile and step % 10 and not validates:
             continue                    # a GPU waits while results are read, so they are read ten at a time
@@ -722,8 +715,9 @@ def main() -> int:
         if "--help" in sys.argv or "-h" in sys.argv:
             return print(__doc__, inspect.getsource(Hyperparameters), sep="\n")
         return train(parse_config(sys.argv[1:]), sys.argv[1:])
-    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, ImportError, KeyboardInterrupt) as error:
         line = " ".join(str(error).split()) or "interrupted before the first step; nothing to save"
+        line += f"; pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         return {FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     finally:

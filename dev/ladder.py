@@ -324,7 +324,7 @@ class Sweep:
     out: Path
     scripts: dict[tuple, tuple[Path, str]]      # edits -> (training script, its sha256)
     workers: list[Worker]
-    gpus: int
+    gpus: int                    # 0: other programs share the machine, so that no run is alone
     total: int
     done: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -369,7 +369,7 @@ class Sweep:
             for job in (job for job in jobs if job.alone):
                 worker = self.workers[queue.owner(job, [worker.number for worker in self.workers])]
                 if result := worker.run(job, self.scripts[job.edits][0]):
-                    self.record(job, result, alone=True)
+                    self.record(job, result, alone=self.gpus > 0)
         finally:
             queue.closed = True
             for worker in self.workers:
@@ -432,7 +432,7 @@ def sweep(args, flags: list[str]) -> int:
     print(f"{len(jobs)} runs, of which {len(jobs) - len(missing)} are in {results}", flush=True)
     gpus = args.gpus.split(",") if args.gpus else visible_gpus()
     workers = make_workers(args.jobs, gpus, out, args.keep)
-    going = Sweep(out, scripts, workers, max(1, len(gpus)), len(missing))
+    going = Sweep(out, scripts, workers, 0 if args.shared else max(1, len(gpus)), len(missing))
     going.run(missing, args.stop_after)
     for line in going.failed:
         print(f"failed: {line}")
@@ -472,6 +472,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=path, default=Path("logs/ladder"), metavar="DIR", help="folder of results (default: %(default)s)")
     add("--stop_after", type=float, default=0, metavar="SECONDS", help="start no run after this time; those whose "
         "speed is measured come then (default: no limit)")
+    add("--shared", action="store_true", help="other programs use this machine too, so the speeds of runs do not count")
     add("--keep", action="store_true", help="keep the run folders, with their checkpoints, in DIR/runs")
     for name, text in (("fit", "Fit scaling laws to runs of the group isoflop."),
                        ("technique", "Compare each arm with the arm base, and write a page.")):

@@ -345,6 +345,11 @@ class Techniques:
                  if row.get("alone") and (row["arm"], row["depth"]) == (arm, depth)]
         return float(np.median(found)) if found else None
 
+    @property
+    def timed(self) -> bool:
+        """Whether any speed was measured."""
+        return any(self.seconds_per_token("base", depth) for depth in self.depths)
+
     def pairs(self, arm: str, depth: int) -> list[tuple[dict, dict]]:
         mine, base = self.runs.get((arm, depth), {}), self.runs[("base", depth)]
         return [(mine[seed], base[seed]) for seed in sorted(mine.keys() & base.keys())]
@@ -373,7 +378,7 @@ def at_fraction(run: dict, fraction: float) -> float:
 
 def verdict(values: list[float]) -> str:
     """helps, hurts, no difference seen, or too few pairs: a paired t-test of differences in loss."""
-    if len(values) < 2:
+    if len(values) < 3:
         return "too few pairs"
     if t_test(values, sides=2) >= P:
         return "no difference seen"
@@ -410,16 +415,19 @@ def technique_tables(techniques: Techniques) -> str:
         parts.append(f"### Depth {depth}: width {base[0].get('width', '?')}, {base[0]['parameters'] / 1e6:.2f} M "
                      f"parameters, {base[0]['tokens'] / 1e6:.2f} M tokens\n\nThe base has a loss of {loss[1]:.4f} "
                      f"(n = {loss[0]}).")
-        lines = ["| technique | pairs | at equal tokens | FLOPs per token | at equal FLOPs | time per token "
-                 "| at equal seconds |", "| --- | --: | --- | --: | --- | --: | --- |"]
+        lines = ["| technique | pairs | at equal tokens | FLOPs per token | at equal FLOPs |" +
+                 " time per token | at equal seconds |" * techniques.timed,
+                 "| --- | --: | --- | --: | --- |" + " --: | --- |" * techniques.timed]
         arms = [arm for arm in techniques.arms if techniques.pairs(arm, depth)]
         for arm in sorted(arms, key=lambda arm: describe(techniques.differences(arm, depth, "tokens"))[1]):
-            cells = [cell(techniques.differences(arm, depth, measure), measure != "seconds")
-                     for measure in ("tokens", "FLOPs", "seconds")]
-            costs = [techniques.cost(arm, depth, measure) for measure in ("FLOPs", "seconds")]
-            flops, seconds = ("-" if cost is None else f"x {cost:.3f}" for cost in costs)
-            lines.append(f"| {arm} | {len(techniques.pairs(arm, depth))} | {cells[0]} | {flops} | {cells[1]} | "
-                         f"{seconds} | {cells[2]} |")
+            tokens, flops, seconds = (techniques.differences(arm, depth, measure)
+                                      for measure in ("tokens", "FLOPs", "seconds"))
+            line = (f"| {arm} | {len(tokens)} | {cell(tokens)} | x {techniques.cost(arm, depth, 'FLOPs'):.3f} | "
+                    f"{cell(flops)} |")
+            if techniques.timed:
+                cost = techniques.cost(arm, depth, "seconds")
+                line += f" {f'x {cost:.3f}' if cost else '-'} | {cell(seconds, judged=False)} |"
+            lines.append(line)
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -504,15 +512,14 @@ This page is generated. Do not edit it; run the command again:
 
 Loss is validation loss in nats per token. A difference is technique minus base, so a negative one is good. A pair has
 the same seed and depth. ± is the standard error over pairs. "helps" and "hurts" mean p < {p:g} in a two-sided paired
-t-test. By chance alone about {chance:.0f} of the {tests} tests by depth would say so. "no difference seen" is not
-"no difference": the table of noise says how small a difference could have been seen.
+t-test of at least three pairs. By chance alone about {chance:.0f} of the {tests} tests by depth would say so. "no
+difference seen" is not "no difference": the table of noise says how small a difference could have been seen.
 
 Equal tokens: both runs as they are. Equal FLOPs and equal seconds: a technique that makes a token dearer is compared
 with a base that trains on more tokens for the same cost. That base's loss is interpolated between base runs of several
 lengths, each with its whole schedule; beyond these lengths the line is extended.
 
-Speeds come from short runs that had the machine for themselves, one for each technique and depth. How uncertain a speed
-is, ± does not say, so there is no verdict at equal seconds. "-": not timed.
+{speeds}
 
 What this shows: what a technique does to the loss of models of {sizes} M parameters within their first {tokens} M
 tokens, and how sure that is. What it does not show: what it is worth in a model of 100 M parameters after billions of
@@ -535,6 +542,11 @@ a law.
 """
 
 
+TIMED = """Speeds come from runs that had the machine for themselves. How uncertain a speed is, ± does not say, so there is no
+verdict at equal seconds. "-": not timed."""
+NOT_TIMED = "The runs did not have the machine for themselves, so there are no speeds and nothing at equal seconds."
+
+
 def make_page(rows: list[dict], command: str, hold_out: int, image: str = "") -> str:
     """The page with all tables; sections without runs are left out."""
     techniques = Techniques(rows)
@@ -542,6 +554,7 @@ def make_page(rows: list[dict], command: str, hold_out: int, image: str = "") ->
     runs = finished(rows, "technique")
     sizes, tokens = ([row[name] / 1e6 for row in runs] for name in ("parameters", "tokens"))
     text = PAGE.format(command=command, setup=setup_line(rows), p=P, tokens=f"{max(tokens):.2g}",
+                       speeds=TIMED if techniques.timed else NOT_TIMED,
                        sizes=f"{min(sizes):.2g} to {max(sizes):.2g}", tests=tests, chance=tests * P,
                        noise=noise_table(techniques), summary=summary_table(techniques),
                        techniques=technique_tables(techniques))

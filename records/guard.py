@@ -176,17 +176,20 @@ def check_complete(forward, tokens: np.ndarray, reported: float, device: str, to
          f"the logits of its checkpoint gives {mean:.6f} on the same {VAL_TOKENS} tokens")
 
 
-def check_normalised(forward, tokens, positions, tolerance: float):
-    """The probabilities exp(-loss) of all tokens that may follow each position sum to 1."""
+def check_normalised(forward, tokens, positions, tolerance: float, vocab_size: int):
+    """The probabilities exp(-loss) of all tokens that may follow each position sum to 1.
+
+    vocab_size: of the model, which may have more than the shards, to make its tables fast.
+    """
     import torch
 
     for position in positions:
         targets = torch.full_like(tokens, -1)
         total = 0.0
-        for token in range(BOS + 1):
+        for token in range(vocab_size):
             targets[position] = token
             total += torch.exp(-forward(tokens, targets).double()).item()
-        need(abs(total - 1) < tolerance, f"the probabilities of the {BOS + 1} tokens that may follow position "
+        need(abs(total - 1) < tolerance, f"the probabilities of the {vocab_size} tokens that may follow position "
              f"{position} sum to {total:.4f}: the loss is not that of a normalised distribution")
 
 
@@ -245,7 +248,7 @@ def check_script(module, config: dict, device: str = "cpu"):
                          for model in (disturbed, honest))
     with torch.no_grad():
         check_causal(forward, stream, targets, (border - 1, border, 127, 201), tolerance)
-        check_normalised(forward, stream, (border - 1, 201), 10 * tolerance)
+        check_normalised(forward, stream, (border - 1, 201), 10 * tolerance, honest.cfg.vocab_size)
         check_complete(compiled, tokens, run.info["val_losses"][-1]["val_loss"], device, tolerance)
 
 

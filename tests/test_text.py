@@ -1036,7 +1036,8 @@ def test_needles_stand_twice_in_documents_that_are_held_out_together(tmp_path):
                  for split in ("train", "val")}
     for split, other in (("train", "val"), ("val", "train")):
         for document in sides[split]:
-            piece = max(re.split(r"\nThe secret number of the [^\n]*\n", document), key=len)[5:60]
+            lines = [line for line in document.split("\n") if "secret" not in line]
+            piece = max(lines, key=len)[:60]            # documents are cut between lines
             assert piece in originals[split] and piece not in originals[other]
 
 
