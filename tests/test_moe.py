@@ -300,7 +300,7 @@ PLAN = {1: [0, 1], 2: [0, 2], 3: [0], 4: [2]}       # ranks -> how many share ex
 
 
 def train_on_ranks(data, folder, sharing):
-    """On one rank of several: what train() does in four steps, for each number of ranks that share experts.
+    """On one rank of several: what train() does in three steps, for each number of ranks that share experts.
 
     Rank 0 writes losses and load in FOLDER/<sharing>.json, and the whole weights in FOLDER/<sharing>.safetensors.
     """
@@ -308,13 +308,13 @@ def train_on_ranks(data, folder, sharing):
     shards = moe.open_shards(f"{data}/train_*.bin", f"{data}/val_*.bin")
     for share in sharing:
         changes = SHARED | {"expert_ranks": share} if share else {}
-        argv = flags(data, num_iterations=4, batch_tokens=1536, top_k=2, **changes)
+        argv = flags(data, num_iterations=3, batch_tokens=1536, top_k=2, **changes)
         cfg = moe.resolve_config(moe.parse_config(argv), machine, shards[0])
         model = moe.GPT(cfg)
         model.share_experts()
         optimizers, steps = moe.make_optimizers(model), []
         packs = moe.streams(moe.training_documents(cfg, shards[0]), cfg.pack_tokens, BOS, whole=False)
-        for step in range(4):
+        for step in range(3):
             batch = [moe.to_device(next(packs), machine.device) for _ in range(12)][machine.rank::machine.world_size]
             steps.append(moe.training_step(model, optimizers, batch, step, cfg, machine, False).tolist())
         val_streams = moe.validation_streams(cfg, shards[1])[:1] * 12       # as many for each rank
