@@ -115,8 +115,9 @@ def only_folder(logs):
 
 
 # Files that take long, the longest first: with two processes the last ones to end are short.
-LONG = ["test_hostile.py", "test_records.py", "test_checkpoint.py", "test_metric.py", "test_decode.py", "test_ranks.py",
-        "test_evaluate.py", "test_simple.py", "test_text.py", "test_tables.py", "test_train.py",
+LONG = ["test_hostile.py", "test_records.py", "test_checkpoint.py", "test_metric.py", "test_simple.py", "test_decode.py",
+        "test_ranks.py", "test_evaluate.py", "test_published.py", "test_folders.py", "test_moe.py", "test_text.py",
+        "test_tour.py", "test_tables.py", "test_train.py", "test_chat_rl.py", "test_long.py", "test_ladder.py",
         "test_chat_sft.py", "test_chat.py"]
 
 
@@ -131,6 +132,15 @@ def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadFileScheduling
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def usual_signal_handlers():
+    """A test that trains in this process leaves its handlers behind, and the next test may send itself a Ctrl-C."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

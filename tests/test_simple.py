@@ -238,7 +238,7 @@ def test_prodigy_without_its_package_is_one_line(data, refused, monkeypatch):
 
 def test_prodigy_itself_trains(data, run_main, tmp_path):
     pytest.importorskip("prodigyopt", reason="an optional package")
-    done = run_main(*flags(data, out_dir=tmp_path, num_iterations=60, val_every=0, optimizer="prodigy"))
+    done = run_main(*flags(data, out_dir=tmp_path, num_iterations=30, val_every=0, optimizer="prodigy"))
     assert done.code == 0, done.err
     losses = json.loads((only_folder(tmp_path) / "run.json").read_text())["val_losses"]
     assert losses[-1]["val_loss"] < losses[0]["val_loss"] - 0.01
@@ -317,7 +317,8 @@ def sizes_after_training(width, rule):
 
 @pytest.mark.parametrize("rule", ["mup", "none"])
 def test_activations_do_not_grow_with_the_width_under_mup_and_do_without(rule):
-    sizes = np.array([sizes_after_training(width, rule) for width in (64, 128, 256)])
+    widths = (64, 128, 256) if rule == "mup" else (64, 256)
+    sizes = np.array([sizes_after_training(width, rule) for width in widths])
     spread = sizes.max(0) / sizes.min(0)
     assert (spread < 1.2).all() if rule == "mup" else (spread > 1.2).all(), sizes
 
