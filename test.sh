@@ -10,9 +10,9 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "import torch._inductor.compile_fx" &
 .venv/bin/python -m pip install --no-input --quiet --no-compile -r tests/requirements.txt
 wait
-# On two cores, two processes with one thread each are faster than one process with two threads. Two more work while
+# On two cores, two processes with one thread each are faster than one process with two threads. A third one works while
 # the others wait. Loading the pytest plugins of other packages would cost each process seconds.
 # The tests make files with names of many languages, whatever the locale is; what a locale may change has tests.
 export OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUTF8=1
 # pytest cannot take a folder whose path has brackets as its argument, so it gets a name inside it
-exec .venv/bin/python -m pytest -q -p xdist -n 4 -o testpaths=tests "$@"
+exec .venv/bin/python -m pytest -q -p xdist -n 3 -o testpaths=tests "$@"

@@ -134,12 +134,13 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
+USUAL_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
 @pytest.fixture(autouse=True)
 def usual_signal_handlers():
-    """A test that trains in this process leaves its handlers behind, and the next test may send itself a Ctrl-C."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
+    """What trained in this process left its handlers behind, and the next test may send itself a Ctrl-C."""
+    for number, handler in USUAL_HANDLERS.items():
         signal.signal(number, handler)
 
 

@@ -254,14 +254,14 @@ def test_random_folder(seed, tmp_path):
 
 @pytest.mark.parametrize("number", range(10 if LONG_RUN else 2))
 def test_the_printed_command_trains(number, tmp_path, fast_run):
-    """Three steps, of the first folders whose text is enough."""
+    """One step, of the first folders whose text is enough."""
     for seed in range(100 * number, 100 * number + 100):
         case = make_case(tmp_path / str(seed), seed)
         line = (run_here(*case.words, cwd=case.root).stdout.splitlines() or [""])[-1]
         if line.startswith("next: "):
             break
     script, *flags = shlex.split(line.removeprefix("next: python "))
-    done = fast_run([sys.executable, str((case.root / script).resolve()), *flags, "--stop_after=3", "--val_every=0",
+    done = fast_run([sys.executable, str((case.root / script).resolve()), *flags, "--stop_after=1", "--val_every=0",
                      f"--out_dir={tmp_path / 'logs'}"], cwd=case.root, text=True, timeout=300)
     assert done.returncode == 0, (line, done.stdout, done.stderr)
     run, = (tmp_path / "logs").iterdir()
