@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 from test_text import run_here
 
+import train_gpt
+
 ROOT = Path(__file__).resolve().parents[1]
 
 FOLDER_COUNT = int(os.environ.get("FOLDER_COUNT", "30"))
@@ -261,8 +263,12 @@ def test_the_printed_command_trains(number, tmp_path, fast_run):
         if line.startswith("next: "):
             break
     script, *flags = shlex.split(line.removeprefix("next: python "))
+    values = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    _, shards = train_gpt.open_shards(*(str(case.root / values[f"{side}_files"]) for side in ("train", "val")))
+    assert 0 < int(values["val_tokens"]) < sum(shard.num_tokens for shard in shards)
+    # a validation of all these tokens takes longer than all else
     done = fast_run([sys.executable, str((case.root / script).resolve()), *flags, "--stop_after=1", "--val_every=0",
-                     f"--out_dir={tmp_path / 'logs'}"], cwd=case.root, text=True, timeout=300)
+                     "--val_tokens=1000", f"--out_dir={tmp_path / 'logs'}"], cwd=case.root, text=True, timeout=300)
     assert done.returncode == 0, (line, done.stdout, done.stderr)
     run, = (tmp_path / "logs").iterdir()
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
