@@ -109,10 +109,11 @@ def check_keys(table, known: dict, where: str):
             raise UserError(f"{where} has the key {name!r}; choose from {', '.join(known)}")
         if type(value) is not known[name]:
             raise UserError(f"{where} has {name} = {value!r}; give a {known[name].__name__}")
-    numbers = [*table.get("depths", []), *table.get("budgets", []), *[table[key] for key in ("seeds", "timing_steps")
-                                                                      if key in table]]
+    numbers = [*table.get("depths", []), *table.get("budgets", []), *([table["seeds"]] if "seeds" in table else [])]
     if not all(type(number) in (int, float) and 0 < number < math.inf for number in numbers):
-        raise UserError(f"{where} has the numbers {numbers}; depths, seeds, budgets and timing_steps are positive")
+        raise UserError(f"{where} has the numbers {numbers}; depths, seeds and budgets are positive")
+    if table.get("timing_steps", 0) < 0:
+        raise UserError(f"{where} has timing_steps = {table['timing_steps']}; give a number of steps, or 0 for no timing")
 
 
 def read_plan(path: Path) -> dict:

@@ -341,6 +341,11 @@ seeds = 1
 """
 
 
+def test_a_plan_without_timing(tmp_path):
+    (tmp_path / "plan.toml").write_text("timing_steps = 0\n[[arms]]\nname = 'a'\n")
+    assert ladder.read_plan(tmp_path / "plan.toml")["timing_steps"] == 0
+
+
 def test_a_plan_has_budgets_grids_rounds_and_runs_that_are_timed_alone(sweep, tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN)
@@ -405,6 +410,7 @@ def test_a_bad_sweep_is_refused(refused, tmp_path, flags, words):
 
 @pytest.mark.parametrize("text, words", [
     ("arms = 3", ["arms = 3; give a list"]), ("colour = 1", ["has the key 'colour'; choose from flags"]),
+    ("timing_steps = -1\n[[arms]]\nname = 'a'", ["timing_steps = -1", "0 for no timing"]),
     ("[[arms]]\nflags = ''", ["arm 1 has no name"]), ("[[arms]]\nname = 'a'\nseeds = 0", ["seeds", "are positive"]),
     ("[[arms]]\nname = 'a'\ngrid = {x = 1}", ["give a list of values"]), ("arms = [1]", ["arm 1 is not a table"]),
     ("x = ", ["cannot be read as a plan"]), ("", ["has no arms"])])
