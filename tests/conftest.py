@@ -107,6 +107,13 @@ def assert_close(found, wanted, tolerance=1e-4):
     assert worst <= tolerance, worst
 
 
+def stream(*lengths):
+    """Documents of random tokens, one after the other."""
+    import torch
+    rng = np.random.default_rng(0)
+    return torch.cat([torch.tensor([BOS, *rng.integers(0, 256, length - 1)]) for length in lengths])
+
+
 def only_folder(logs):
     """The folder of the one run under `logs`."""
     folders = list(Path(logs).iterdir())
@@ -173,7 +180,6 @@ def run_main(script, monkeypatch, capsys):
     module: another script than the one under test.
     """
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)  # no curve: it takes as long as the steps
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*argv, module=script):
         monkeypatch.setattr(sys, "argv", [module.__file__, *argv])
@@ -181,9 +187,7 @@ def run_main(script, monkeypatch, capsys):
         code = module.main()
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
-    yield run
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    return run
 
 
 @pytest.fixture

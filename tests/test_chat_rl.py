@@ -9,7 +9,6 @@ Run: python -m pytest tests/test_chat_rl.py
 import json
 import math
 import re
-import signal
 import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -79,7 +78,6 @@ def run(own_parent, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)  # no curve: it takes as long as the steps
     monkeypatch.setattr(chat_rl, "POOL", 50)
     monkeypatch.setattr(chat_tasks, "judge_answer", judge)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*flags, out="logs", parent=own_parent):
         argv = [f"--checkpoint={parent}", f"--out_dir={tmp_path / out}", *FLAGS, *flags]
@@ -88,9 +86,7 @@ def run(own_parent, tmp_path, capsys, monkeypatch):
         output, errors = capsys.readouterr()
         folders = sorted((tmp_path / out).iterdir()) if (tmp_path / out).exists() else []
         return SimpleNamespace(code=code, out=output, err=errors, folder=folders[-1] if folders else None)
-    yield call
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    return call
 
 
 def weights(folder):

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 from types import SimpleNamespace
 
@@ -179,7 +178,6 @@ def run(parent, talks, tmp_path, capsys, monkeypatch):
     """Function of flags that runs chat_sft.py; exit code, output, errors, and the run folder if there is one."""
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)  # no curve: it takes as long as the steps
     monkeypatch.setattr(chat_sft, "ANSWER_TOKENS", 8)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def call(*flags, out="logs"):
         argv = [f"--checkpoint={parent}", f"--data={talks}", f"--out_dir={tmp_path / out}", *FLAGS, *flags]
@@ -188,9 +186,7 @@ def run(parent, talks, tmp_path, capsys, monkeypatch):
         output, errors = capsys.readouterr()
         folders = sorted((tmp_path / out).iterdir()) if (tmp_path / out).exists() else []
         return SimpleNamespace(code=code, out=output, err=errors, folder=folders[-1] if folders else None)
-    yield call
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    return call
 
 
 def weights(folder):

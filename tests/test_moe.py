@@ -6,7 +6,6 @@ several, and the tools that read a run. Run: python -m pytest tests/test_moe.py
 import json
 import math
 import re
-import signal
 import sys
 import xml.dom.minidom
 from dataclasses import replace
@@ -14,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, only_folder, rank_starter
+from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, only_folder, rank_starter, stream
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -45,12 +44,6 @@ def moved(cfg, script=moe):
         for param in model.parameters():
             param += 0.1 * torch.randn(param.shape, generator=generator)
     return model
-
-
-def stream(*lengths):
-    """Documents of random tokens, one after the other."""
-    rng = np.random.default_rng(0)
-    return torch.cat([torch.tensor([BOS, *rng.integers(0, 256, length - 1)]) for length in lengths])
 
 
 @pytest.fixture
@@ -258,11 +251,8 @@ def finished(data, tmp_path_factory):
     """The folder of a finished run, whose layer 1 has experts."""
     logs, patch = tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
     patch.setattr(sys, "argv", ["train_gpt_moe.py", *flags(data, out_dir=logs, expert_layers=2, top_k=2)])
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     assert moe.main() == 0
     patch.undo()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
     return only_folder(logs)
 
 

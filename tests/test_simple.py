@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, make_text, only_folder
+from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, make_text, only_folder, stream
 
 import evaluate
 import sample
@@ -51,12 +51,6 @@ def moved(cfg):
     for param in model.parameters():
         param += 0.1 * torch.randn(param.shape, generator=generator)
     return model
-
-
-def stream(*lengths):
-    """Documents of random tokens, one after the other."""
-    rng = np.random.default_rng(0)
-    return torch.cat([torch.tensor([BOS, *rng.integers(0, 256, length - 1)]) for length in lengths])
 
 
 @pytest.fixture
@@ -365,11 +359,8 @@ def finished(data, tmp_path_factory):
     """The folder of a finished run."""
     logs, patch = tmp_path_factory.mktemp("logs"), pytest.MonkeyPatch()
     patch.setattr(sys, "argv", ["train_gpt_simple.py", *flags(data, out_dir=logs, num_iterations=40)])
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     assert simple.main() == 0
     patch.undo()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
     return only_folder(logs)
 
 

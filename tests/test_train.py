@@ -68,13 +68,10 @@ def finished(request, data, tmp_path_factory):
     flags = small_flags(data, out_dir=logs, num_iterations=STEPS, val_every=20)
     patch.setattr(sys, "argv", [f"{request.param}.py", *flags])
     patch.setattr("builtins.print", lambda *args, **_: console.append(" ".join(map(str, args))))
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = script.main()
     finally:
         patch.undo()
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
     folder = only_folder(logs)
     return SimpleNamespace(script=script, source=Path(script.__file__), folder=folder, code=code, console=console,
                            tokens=tokens, log=(folder / "log.txt").read_text(), info=strict_json(folder / "run.json"),
