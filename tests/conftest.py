@@ -122,10 +122,10 @@ def only_folder(logs):
 
 
 # Files that take long, the longest first: with two processes the last ones to end are short.
-LONG = ["test_hostile.py", "test_records.py", "test_checkpoint.py", "test_metric.py", "test_simple.py", "test_decode.py",
-        "test_ranks.py", "test_evaluate.py", "test_published.py", "test_folders.py", "test_moe.py", "test_text.py",
-        "test_tour.py", "test_tables.py", "test_train.py", "test_chat_rl.py", "test_long.py", "test_ladder.py",
-        "test_chat_sft.py", "test_chat.py"]
+LONG = ["test_hostile.py", "test_records.py", "test_checkpoint.py", "test_metric.py", "test_simple.py",
+        "test_decode.py", "test_ranks.py", "test_evaluate.py", "test_published.py", "test_folders.py",
+        "test_moe.py", "test_text.py", "test_tour.py", "test_tables.py", "test_train.py",
+        "test_chat_rl.py", "test_long.py", "test_ladder.py", "test_chat_sft.py", "test_chat.py"]
 
 
 def pytest_collection_modifyitems(items):
