@@ -227,6 +227,9 @@ def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
     return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=block, seq_lengths=(T, T),
                                     mask_mod=lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
 
+def far_scale(position: Tensor) -> Tensor:  # factor of far queries: log(tokens so far) / log(BLOCK) (arXiv 2501.19399)
+    # Normalised queries and keys bound the logits, and with a bound no key stands out among very many.
+    return ((position + 1).log() / math.log(BLOCK)).clamp(min=1)
 def far_mask(first_T: Tensor, start_T: Tensor, phase: int, period: int, heads: int) -> BlockMask:
     """As flex_mask; head h also sees the blocks whose number in the document leaves phase + h when divided by `period`.
 
@@ -268,6 +271,8 @@ class Stream:                           # where the documents of a stream begin,
         index, first = self.index, torch.maximum(self.doc_start, self.index - window)
         phase, period = far_phase(self.cfg, layer), self.cfg.far_period
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_THD, v_THD))
+        if phase is not None:
+            q = q * far_scale(self.position)[:, None].to(q.dtype)
         if self.flex:
             if (window, phase) not in self.masks:
                 self.masks[window, phase] = (flex_mask(first) if phase is None else
@@ -443,6 +448,8 @@ class Cache:
         q, k, v = (x.view(*self.index.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         self.write(i, k, v)
         k, v = self.layers[i][..., :-1, :]
+        if self.far[i] is not None:
+            q = q * far_scale(self.index)[:, None, :, None].to(q.dtype)
         if (window, self.far[i]) not in self.seen:
             self.seen[window, self.far[i]] = self.cells_seen(i, window)
         seen = self.seen[window, self.far[i]]

@@ -4,6 +4,7 @@ Against: a dense mask written as the definition says, forward for decode, memory
 answers are known, documents whose losses are known. Run: python -m pytest tests/test_long.py
 """
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -119,8 +120,10 @@ def test_forward_and_gradients_are_those_of_a_dense_mask(small_blocks):
         for dense in (False, True):
             q, k, v = (x.clone().requires_grad_() for x in qkv)
             if dense:
+                sharp = (torch.arange(length) - start + 1).log().div(math.log(16)).clamp(min=1)
+                q_scaled = q * sharp[:, None, None]
                 y = torch.nn.functional.scaled_dot_product_attention(
-                    *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=wanted).transpose(0, 1)
+                    *(x.transpose(0, 1) for x in (q_scaled, k, v)), attn_mask=wanted).transpose(0, 1)
             else:
                 y = context.attend(0, window, q, k, v)
             results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))))
@@ -200,6 +203,7 @@ class LastQueries(long.Stream):
         query, head = self.index[-10:, None], torch.arange(q.size(1))[:, None, None]
         phase, period = long.far_phase(self.cfg, 1), self.cfg.far_period
         seen = (self.index >= query - window) | (self.index // 128 % period == (phase + head) % period)
+        q = q * (self.index + 1).log().div(math.log(128)).clamp(min=1)[:, None, None]
         y = torch.zeros_like(q)
         y[-10:] = torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(0, 1) for x in (q[-10:], k, v)), attn_mask=seen & (self.index <= query)).transpose(0, 1)
