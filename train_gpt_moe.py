@@ -650,7 +650,7 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
     """Trains on this rank's packs of a batch. Returns the mean loss, how many ranks `stop`, and the banks' loads."""
     rate, batch_tokens = plan(cfg)[step]
     totals = torch.zeros(2, device=machine.device)
-    totals[1] = float(stop)
+    totals[1].fill_(float(stop))         # an assignment would wait for the GPU
     for tokens, targets in packs:
         loss = forward(tokens, targets, cfg.z_loss) / batch_tokens
         loss.backward()
