@@ -586,7 +586,8 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
                      "gpu": gpu, "world_size": machine.world_size, "step": 0, "stage": 0, "tokens_seen": 0,
                      "versions": {"torch": torch.__version__}, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", now),
                      "val_losses": [], "val_loss": None, "tokenizer_sha256": shards[0][0].tokenizer,
-                     "data": {shard.path: shard.num_tokens for shard in shards[0] + shards[1]}}
+                     "data": {shard.path: shard.num_tokens for shard in shards[0] + shards[1]}, "data_sha256": {
+                         shard.path: hashlib.sha256(Path(shard.path).read_bytes()).hexdigest() for shard in shards[1]}}
         self.folder = Path(cfg.out_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S', now)}_{name[:-3]}_{os.urandom(3).hex()}")
         self.write(name, source)
         self.log(source.decode() + "\n" + "=" * 100, console=False)

@@ -26,7 +26,7 @@ import re
 import signal
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -252,10 +252,25 @@ def check_script(module, config: dict, device: str = "cpu"):
         check_complete(compiled, tokens, run.info["val_losses"][-1]["val_loss"], device, tolerance)
 
 
+def made_config(module, info: dict):
+    """The config that the script makes of the flags of a run."""
+    cfg = module.parse_config(info["argv"])
+    if hasattr(module, "dial"):                     # the plain script: the vocabulary and the depth give sizes and steps
+        cfg = module.dial(replace(cfg, vocab_size=info["config"]["vocab_size"]))
+    return cfg
+
+
+def number_of_steps(module, cfg) -> int:
+    """Steps of a run that goes to its end, or to --stop_after."""
+    if not hasattr(cfg, "total_steps"):             # the plain script
+        return len(module.plan(cfg))
+    return min(getattr(cfg, "stop_after", 0) or cfg.total_steps, cfg.total_steps)
+
+
 def check_run(module, info: dict):
     """The script makes the recorded configuration from the recorded flags, and its schedule ends where the run did."""
     try:
-        cfg = module.parse_config(info["argv"])
+        cfg = made_config(module, info)
     except Exception as error:                      # whatever a script raises for flags that it does not know
         raise Dishonest(f"the script refuses the flags of the log: {error}") from None
     made = json.loads(json.dumps(asdict(cfg)))
@@ -263,8 +278,7 @@ def check_run(module, info: dict):
         if name not in FROM_MACHINE:
             one, other = (json.dumps(values.get(name))[:60] for values in (info["config"], made))
             need(one == other, f"the log has {name} {one}, the script makes {other} from its flags")
-    stop = getattr(cfg, "stop_after", 0) or cfg.total_steps
-    steps, last = min(stop, cfg.total_steps), info["val_losses"][-1]["step"]
+    steps, last = number_of_steps(module, cfg), info["val_losses"][-1]["step"]
     need(steps == last, f"the schedule of the script ends at step {steps}, the run at step {last}")
 
 

@@ -244,7 +244,7 @@ def board_pages() -> dict[Path, str]:
 def new(args) -> int:
     """Makes a record folder from run folders: logs, scripts, ledger, README with its tables, diff with the last one."""
     track, final = find_track(args.track), record_folder(args.name, args.track, args.date)
-    runs = runs_of_record(args, track)
+    runs = runs_of_record(args, track, final.name)
     previous = previous_record(final.parent)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".new_") as temporary:
         folder = Path(temporary) / final.name
@@ -290,11 +290,14 @@ def previous_record(track: Path) -> Record | None:
     return standing_record(track) or next(iter(read_records(track)), None)
 
 
-def runs_of_record(args, track: dict) -> list[Run]:
-    """The runs to keep, those of the main arm first; raises UserError for a run that cannot belong to the track."""
-    runs = collect_and_say(args.runs)
+def runs_of_record(args, track: dict, name: str) -> list[Run]:
+    """The runs to keep, those of the main arm first; raises UserError for a run that cannot belong to the track.
+
+    name: the folder of the record, for which the track may allow an exemption.
+    """
+    runs, exempt = collect_and_say(args.runs), track["exempt"].get(name, {})
     for run in runs:
-        if run.counted and (problem := track_problem(track, run.info)):
+        if run.counted and (problem := track_problem(track, run.info, "data_sha256" in exempt)):
             raise UserError(f"{run.folder} {problem}; name only runs that were made for {args.track}, or choose their "
                             "track with --track")
         if run.info["status"] == "running" and run.why == "running" and not args.killed:

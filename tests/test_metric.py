@@ -147,6 +147,20 @@ def test_the_tables_of_a_run_are_those_that_its_flags_make():
             guard.check_run(module, changed)
 
 
+@pytest.mark.parametrize("flags", [["--num_iterations=7"], ["--depth=4", "--ratio=0.5"]])
+def test_the_flags_and_the_steps_of_the_plain_script_are_those_of_the_log(flags):
+    module = load(ROOT / "train_gpt_simple.py")
+    argv = ["--preset=small", "--seed=3", *flags]
+    cfg = module.dial(replace(module.parse_config(argv), vocab_size=320, bos_id=256, compile=False))
+    config, steps = json.loads(json.dumps(asdict(cfg))), len(module.plan(cfg))
+    info = {"argv": argv, "config": config, "val_losses": [{"step": steps}]}
+    guard.check_run(module, info)
+    for changed, words in ((info | {"config": config | {"muon_lr": 0.4}}, "muon_lr 0.4, the script makes"),
+                           (info | {"val_losses": [{"step": steps + 1}]}, f"ends at step {steps}, the run at step")):
+        with pytest.raises(guard.Dishonest, match=words):
+            guard.check_run(module, changed)
+
+
 def test_several_runs_are_examined_once_if_nothing_differs_that_the_guard_sees(tmp_path, monkeypatch, capsys):
     module, examined = load(ROOT / "train_gpt.py"), []
     monkeypatch.setattr(guard, "check_script", lambda module, config, device: examined.append(config["seed"]))

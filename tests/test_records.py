@@ -1048,6 +1048,16 @@ def test_a_run_that_cannot_belong_to_the_track_is_refused(change, words, toy_tra
     assert tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "logs/run_0", "logs/run_2")[0] == 0
 
 
+def test_a_run_without_sha256_belongs_to_the_one_record_that_its_track_exempts(toy_track, tool):
+    edit(toy_track / "track.json", lambda track: track["exempt"].update({"2026-12-01_Toy": {"data_sha256": "the hash"}}))
+    for run in Path("logs").iterdir():
+        edit(run / "run.json", lambda info: info.update(data_sha256={}))
+    runs = ("logs/run_0", "logs/run_2")
+    assert tool("new", "Other", "--track=track_1_small", "--date=2026-12-01", *runs)[0] == 2
+    assert tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *runs)[0] == 0
+    assert "not proven by the logs: the hash" in (toy_track / "2026-12-01_Toy/README.md").read_text()
+
+
 def test_runs_that_did_not_finish_alone_are_no_record(toy_track, tool):
     edit(Path("logs/run_3/run.json"), lambda info: info.update(status="failed", error="no disk"))
     code, _, errors = tool("new", "Toy", "--track=track_1_small", "logs/run_3")
