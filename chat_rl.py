@@ -5,9 +5,9 @@
     torchrun --standalone --nproc_per_node=gpu chat_rl.py --checkpoint=logs/<run> --task=spellingbee
 
 A step samples several answers to each of some questions, with the calculator. An answer is worth 1 if its number is
-right, else 0. Its advantage is this reward minus the mean of the answers to the same question (REINFORCE with a group
-baseline). The loss is the sum over all tokens that the model drew of advantage x -log(probability), divided by the
-number of tokens drawn in the step. What the calculator wrote is not trained. A question whose answers are all right or
+right and it ended within --max_tokens, else 0. Its advantage is this reward minus the mean of the answers to the same
+question (REINFORCE with a group baseline). The loss is the sum over all tokens that the model drew of advantage x
+-log(probability), divided by the number of tokens drawn in the step. What the calculator wrote is not trained. A question whose answers are all right or
 all wrong teaches nothing; it is skipped and counted. If all of them are so, the step changes no weight.
 
 Every --eval_every steps the model answers a fixed set of questions that are never trained. The run folder has these
@@ -174,6 +174,14 @@ def write_rollouts(engine: sample.Engine, format: chat_tasks.Format, prompts: li
         found += rollouts
     return found
 
+def judge(format: chat_tasks.Format, item: chat_tasks.Item, answer: Rollout) -> dict:
+    """The record of an answer, see chat_tasks.judge_answer; one that did not end within --max_tokens is wrong.
+
+    Otherwise a model learns to go on writing behind the right number: at --lr=0.15 it never ended.
+    """
+    record = chat_tasks.judge_answer(format, item, answer)
+    return record | {"correct": record["correct"] and not record["cut_off"]}
+
 def make_engine(args, model, vocab_size: int, draw: sample.Draw, batch: int, longest: int) -> sample.Engine:
     """An engine for `batch` answers, of up to `longest` tokens with their prompts; --compile: its drawing compiled."""
     class Engine(sample.Engine):
@@ -222,7 +230,7 @@ class Sampler:
         groups = []
         for i, (_, index) in enumerate(mine):
             answers = rollouts[i * args.samples:(i + 1) * args.samples]
-            records = [chat_tasks.judge_answer(self.format, self.train[index], answer) for answer in answers]
+            records = [judge(self.format, self.train[index], answer) for answer in answers]
             groups.append((self.train_prompts[index], answers, records))
         return groups
 
@@ -235,7 +243,7 @@ class Sampler:
         likeliest = write_rollouts(self.greedy, self.format, prompts, [(index, "") for index in mine], limit)
         found = {}
         for i, index in enumerate(mine):
-            best, *others = (chat_tasks.judge_answer(self.format, self.fixed[index], answer)
+            best, *others = (judge(self.format, self.fixed[index], answer)
                              for answer in [likeliest[i], *drawn[i * PASSES:(i + 1) * PASSES]])
             found[index] = best, others
         return found

@@ -35,8 +35,11 @@ FLAGS = ("--task=spellingbee", "--questions=4", "--samples=4", "--max_tokens=3",
 
 
 def judge(format, item, answer):
-    """A record as chat_tasks.judge_answer makes them: an answer is right if its first token is below 128."""
-    return {"correct": answer.tokens[0] < 128, "calls": answer.calls.made, "cut_off": answer.finish == "length",
+    """A record as chat_tasks.judge_answer makes them: an answer is right if its first token is below 128.
+
+    None counts as cut off, although the limits of these tests are a few tokens.
+    """
+    return {"correct": answer.tokens[0] < 128, "calls": answer.calls.made, "cut_off": False,
             "tokens": len(answer.tokens)}
 
 
@@ -117,6 +120,12 @@ def answers(*rows):
     """A question's answers of single tokens 0 or 1, with their rewards; a third entry: the token was forced."""
     rollouts = [SimpleNamespace(tokens=[row[0]], logprobs=[None if row[2:] else -0.7]) for row in rows]
     return [0], rollouts, [{"correct": bool(row[1])} for row in rows]
+
+
+@pytest.mark.parametrize("right, cut_off, worth", [(True, False, True), (True, True, False), (False, False, False)])
+def test_an_answer_is_right_only_if_it_ended(right, cut_off, worth, monkeypatch):
+    monkeypatch.setattr(chat_tasks, "judge_answer", lambda *_: {"correct": right, "cut_off": cut_off, "calls": 1})
+    assert chat_rl.judge(None, None, None) == {"correct": worth, "cut_off": cut_off, "calls": 1}
 
 
 def gradient(*groups, std=False):
