@@ -85,6 +85,11 @@ setup() { # installs requirements.txt into .venv, unless its stamp names this fo
     say setup ".venv is up to date"
     return
   fi
+  if [[ -L .venv && ${have% * *} != "$PWD" ]]; then # the environment of another folder: used, but never changed
+    .venv/bin/python -c "" 2>/dev/null || fail ".venv is a link to an environment that does not work; remove it: rm .venv"
+    say setup ".venv is a link; the environment there is used as it is"
+    return
+  fi
   # An environment contains its own path. If it was moved, or its Python is gone, it is made again.
   # Without our stamp it may belong to the user: packages are added, but it is never cleared.
   if [[ -n $have && ${have% * *} != "$PWD" ]] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then

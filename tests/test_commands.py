@@ -199,6 +199,18 @@ def test_a_moved_project_gets_a_new_environment(machine):
     assert machine.start("--setup").calls[0] == "python3: -m venv --clear .venv"
 
 
+def test_the_environment_of_another_folder_behind_a_link_is_used_and_not_changed(machine):
+    machine.start("--setup")
+    other = machine.project.rename(machine.folder / "other")
+    machine.project = shutil.copytree(other, machine.folder / "project", ignore=shutil.ignore_patterns(".venv"))
+    (machine.project / ".venv").symlink_to(other / ".venv")
+    done = machine.start("--setup")
+    assert (done.returncode, done.calls) == (0, []) and "is a link" in done.stdout
+    (other / ".venv" / "bin" / "python").unlink()
+    done = machine.start("--setup")
+    assert (done.returncode, done.calls) == (2, []) and "remove it: rm .venv" in done.stderr
+
+
 @pytest.mark.parametrize("cuda, calls", [(0, [TRAIN_SPEEDRUN]), (1, [f"python: {TRAIN_TINY}"])])
 def test_gpus_get_the_speedrun_when_pytorch_can_use_them(machine, cuda, calls):
     machine.answer(nvidia_smi=0, torch_cuda=cuda)
