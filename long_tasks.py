@@ -25,6 +25,9 @@ from sample import HERE, UserError
 SCORES = ("needle", "position")
 SHORTEST = 2048                          # tokens of the shortest text with a needle; each longer one has twice as many
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)     # of the needle that is asked for
+# A needle lies this far from its depth at most. At exactly a quarter of a power of two, all needles would lie in the
+# same few of the blocks that a far layer tells apart, and one head that has learned nothing would cost a whole column.
+JITTER = 1 / 16
 NEEDLES = (1, 4)                         # hidden in one text
 ITEMS = 20                               # questions for each length, depth and number of needles
 DOCUMENTS = 64                           # that position reads, at most
@@ -84,7 +87,8 @@ def make_items(tokenizer: sample.Tokenizer, shards: list, longest: int, count: i
                     rng = np.random.default_rng((needles, length, round(100 * depth), number))
                     chosen = rng.choice(keys, needles, replace=False)
                     answers = [module.answer(rng) for _ in chosen]
-                    depths = [depth, *rng.random(needles - 1)]
+                    place = float(np.clip(depth + rng.uniform(-JITTER, JITTER), 0, 1))
+                    depths = [place, *rng.random(needles - 1)]
                     sentences = [tokenizer.encode(module.question(key) + answer + ".\n")
                                  for key, answer in zip(chosen, answers)]
                     asked = tokenizer.encode(module.question(chosen[0]))
