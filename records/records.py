@@ -61,7 +61,7 @@ the scripts that ran, the logs of all runs, and a README whose tables are comput
    seeds, and a two-sided paired t-test decides at the p of the track. The new script may take at most 1 % more training
    time than the standing one. The first record keeps within the time of the track.
 2. **At least three runs, or three pairs.** They differ in their seeds only. Their number is decided before the first
-   one starts. A folder that does not show what a record must show is kept as a reference.
+   one starts. If the runs do not prove it, the folder is kept as a *reference*.
 3. **Every run that was started is listed**, also those that failed. Seeds are used without gaps. A run that does not
    count says why.
 4. **The text is fixed.** `track.json` names the validation shards with their sha256. On tracks 0 it names the training
@@ -92,10 +92,11 @@ network takes the wheels from a folder: copy `data/wheels` there, and add `--whe
 ## Make a record
 
 One command runs your script and makes the folder of the record. On a track with a training time, the standing record
-runs beside it, in pairs. The flags of the track are added by themselves:
+runs beside it, in pairs. The flags of the track are added by themselves. `--from_standing` adds those of the standing
+record; flags behind it replace flags of the same name:
 
 ```bash
-python records/records.py make MyIdea my_idea.py --track=track_0_cpu --n=6 --preset=tiny --num_iterations=70
+python records/records.py make MyIdea my_idea.py --track=track_0_cpu --n=6 --from_standing --num_iterations=230
 ```
 
 You can also start the runs yourself, for example on another machine. Then name every run that was started:
@@ -539,6 +540,8 @@ def make(args, flags: list[str]) -> int:
         raise UserError(f"--n={args.n}: a record needs at least {LEAST} runs")
     if not args.script.is_file():
         raise UserError(f"{args.script} is not a training script; name one, as train_gpt.py")
+    if args.from_standing:
+        flags = flags_from_standing(track, args.track, flags)
     if "seconds" in track and standing_record(track_folder(args.track)):
         compared = ["compare", str(args.script), f"--track={args.track}", f"--n={args.n}", f"--out={out}",
                     f"--ranks={track['ranks']}"]
@@ -551,6 +554,15 @@ def make(args, flags: list[str]) -> int:
                 for seed in range(args.n))
         words[-1:] = [str(run.folder) for run in finished_runs(jobs, args.script, track["ranks"])]
     return new(make_parser().parse_args(words))
+
+
+def flags_from_standing(track: dict, name: str, flags: list[str]) -> list[str]:
+    """The flags of the standing record without those of the track; `flags` replace those of the same name."""
+    standing = standing_record(track_folder(name))
+    if not standing:
+        raise UserError(f"--from_standing: {name} has no record yet; leave it out")
+    own = {flag.partition("=")[0]: flag for flag in standing.of_arm(standing.main)[0].flags if flag not in track["flags"]}
+    return [*(own | {flag.partition("=")[0]: flag for flag in flags}).values()]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -693,6 +705,8 @@ flags of the command line go to the script. Then a record folder is made, as `ne
     add("script", metavar="SCRIPT", type=user_path, help="a training script")
     add("--track", required=True, help="as in track_0_cpu")
     add("--n", type=int, default=6, help="number of runs, or of pairs (default: %(default)s)")
+    add("--from_standing", action="store_true", help="also give the script the flags of the standing record; a flag of "
+        "the command line replaces the one of the same name")
     add("--out", type=user_path, metavar="FOLDER", help="where the runs go (default: logs/make_NAME)")
 
 

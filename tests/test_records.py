@@ -1206,6 +1206,8 @@ def test_a_later_record_has_a_lower_loss_in_pairs(timed, tool, toy):
 
 
 def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
+    code, _, errors = tool("make", "First", "train_toy.py", "--track=track_0_toy", "--n=3", "--from_standing")
+    assert (code, len(errors)) == (2, 1) and "has no record yet" in errors[0]
     code, out, errors = tool("make", "First", "train_toy.py", "--track=track_0_toy", "--n=3")
     assert (code, errors) == (0, []) and "3 runs, a record" in out
     code, _, errors = tool("make", "Next", "train_toy.py", "--track=track_0_toy", "--n=3", "--lr=0.7", "--out=next")
@@ -1216,6 +1218,10 @@ def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
     assert [path.name for path in sorted(first.glob("*/run.json"))] == ["run.json"] * 3
     for record in (first, following):
         assert tool("check", answered(record), "--no_guard")[::2] == (0, [])
+    track = records.find_track("track_0_toy")
+    standing = records.flags_from_standing(track, "track_0_toy", [])
+    assert "--lr=0.7" in standing and not set(standing) & set(track["flags"])
+    assert records.flags_from_standing(track, "track_0_toy", ["--lr=0.9", "--more=1"])[-2:] == ["--lr=0.9", "--more=1"]
     count = Path("count").read_text()
     for argv, words in ((["First", "train_toy.py"], "exists; choose another NAME"), (["X", "no.py"], "no.py is not a"),
                         (["X", "train_toy.py", "--n=2"], "at least 3 runs"), (["../X", "train_toy.py"], "the name"),
