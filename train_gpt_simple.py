@@ -7,7 +7,7 @@
 
 The model is a pre-norm decoder with rotary positions, normalised queries and keys, sliding windows and an untied head.
 Muon trains the matrices, AdamW the rest. To test an idea, add a field to Hyperparameters and the line where it acts.
-Axes in names: T tokens, C residual channels, H heads, D channels of a head, V vocabulary, B cache rows, N matrices.
+Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices.
 """
 import glob, hashlib, inspect, json, math, os, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,10 +30,10 @@ class Hyperparameters:
     pack_tokens: int = 32_768           # tokens of one forward pass in training; memory grows with it
     epochs: int = 1                     # times the text may be read; documents get a new order each time
     init_from: str = ""                 # start from these weights: a checkpoint folder or a .safetensors file
-    depth: int = 12                     # layers, 2 to 32; as a flag it sets the zeros below, see dial
+    depth: int = 12                     # layers, 2 to 32; --depth=N also lets the dial set width, batch, steps, rates
     model_dim: int = 0                  # residual channels, a multiple of head_dim; 0: from the depth
     head_dim: int = 128                 # channels of a head, even, 32 to 128
-    windows: tuple[int, ...] = (512, 512, 512, 2048)    # tokens a layer looks back, in turn; 0: the whole document
+    windows: tuple[int, ...] = (512, 512, 512, 2048)    # tokens a layer looks back, in turn; last: most; 0: all
     mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu (arXiv 2002.05202) has as many weights
     gate: Literal["none", "head", "element"] = "none"   # gated attention (arXiv 2505.06708)
     value_residual: bool = False        # mix the values of layer 0 into later layers (arXiv 2410.17897)
@@ -56,7 +56,7 @@ class Hyperparameters:
     schedule: Literal["wsd", "cosine", "linear", "seesaw"] = "wsd"  # seesaw (arXiv 2510.14717) also grows the batch
     cooldown: float = 0.6               # last fraction of the run in which wsd falls, 0.2 to 1
     lr_floor: float = 0.05              # fraction of the rate that is left at the end; 0: none
-    seed: int = 0                       # of the initial weights and the order of documents
+    seed: int = 0                       # of the initial weights and, from the second epoch on, the order of documents
     device: Literal["auto", "cuda", "cpu"] = "auto"     # auto: cuda if there is a GPU
     precision: Literal["bf16", "fp32"] = "bf16"         # of the computation; weights are always fp32
     attention: Literal["auto", "flex", "plain"] = "auto"    # auto: flex if the model is compiled, else plain
@@ -154,7 +154,7 @@ def documents(text: np.ndarray, bos_id: int) -> list[np.ndarray]:  # each with t
     borders = [0, *(np.flatnonzero(text[1:-1] == bos_id) + 1), len(text) - 1]
     return [text[start:end + 1] for start, end in pairwise(borders)]
 def streams(docs, length: int, bos_id: int, whole: bool):
-    """Yields (inputs (length,) int32, targets (length,) int64) of documents; the rest of the last is padded with -1."""
+    """Yields (inputs (length,) int32, targets (length,) int64) of documents; the last is filled up with bos_id and -1."""
     inputs, room = None, 0
     for doc in docs:
         start, end = 0, len(doc) - 1
@@ -271,7 +271,7 @@ class GPT(nn.Module):                   # of a config in which everything is fil
             else:
                 std = 0.02 if self.cfg.width_rule == "none" else param.size(-1) ** -0.5
                 param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
-    def set_stage(self, index: int, final: bool = False): pass      # for sample.py: other scripts have stages
+    def set_stage(self, index: int, final: bool = False): pass      # for sample.py, as decode and Cache below
     def trunk(self, tokens_T: Tensor, context: "Stream | Cache") -> Tensor:  # what the head reads, (T, C)
         x, v1 = self.embed(tokens_T).to(self.dtype), None
         freq = ROPE_BASE ** -(torch.arange(0, self.cfg.head_dim, 2, device=x.device) / self.cfg.head_dim)
@@ -517,10 +517,10 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
         optimizer.zero_grad()
     return totals
 @torch.no_grad()
-def validate(model, cfg: Hyperparameters, streams: list, machine: Machine) -> float:
+def validate(model, cfg: Hyperparameters, val_streams: list, machine: Machine) -> float:
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
     total = torch.zeros((), dtype=torch.float64, device=machine.device)
-    for stream in streams[machine.rank::machine.world_size]:
+    for stream in val_streams[machine.rank::machine.world_size]:
         total += model(*to_device(stream, machine.device)).to(total)
     if machine.world_size > 1:
         dist.all_reduce(total)
