@@ -168,7 +168,7 @@ def documents(text: np.ndarray, bos_id: int) -> list[np.ndarray]:  # each with t
     borders = [0, *(np.flatnonzero(text[1:-1] == bos_id) + 1), len(text) - 1]
     return [text[start:end + 1] for start, end in pairwise(borders)]
 def streams(docs, length: int, bos_id: int, whole: bool):
-    """Yields (inputs (length,) int32, targets (length,) int64) of documents; the last is filled up with bos_id and -1.
+    """Yields (inputs (length,) int32, targets (length,) int64) of documents; the last is filled with bos_id, -1.
 
     Unless documents must stay whole, those of more than ALIGNED tokens begin at a multiple of BLOCK, after padding.
     """
