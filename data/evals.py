@@ -6,8 +6,9 @@
 A source holds hellaswag_val.jsonl and the CORE bundle. The bundle is eval_bundle.zip or its content: core.yaml,
 eval_meta_data.csv and eval_data/CATEGORY/TASK.jsonl, in the folder itself, in eval_bundle/ or in core/. A .jsonl may
 also be a .jsonl.xz. Only the files that core.yaml names are taken. Tasks without a file are listed; evaluate.py leaves
-them out and says so. A source may also hold what the chat tasks need: gsm8k/test.jsonl, mmlu/test.jsonl and
-words_alpha.txt. Of these only GSM8K is published in this form; docs/evaluation.md describes the others.
+them out and says so. A source may also hold what the chat tasks need: gsm8k/test.jsonl, mmlu/test.jsonl,
+words_alpha.txt and, to train on, gsm8k/train.jsonl. Of these only GSM8K is published in this form;
+docs/evaluation.md describes the others.
 
 The result has the same files, CORE's in the folder core/, and manifest.json with the sha256, size and number of items
 of each file. A second run compares the files with it, and downloads again only if one is missing or differs.
@@ -37,8 +38,11 @@ PUBLISHED = {
     "hellaswag_val.jsonl": "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     "gsm8k/test.jsonl": "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
                         "test.jsonl",
+    "gsm8k/train.jsonl": "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+                         "train.jsonl",
 }
-CHAT_FILES = ("gsm8k/test.jsonl", "mmlu/test.jsonl", "words_alpha.txt")  # of the chat tasks; a source may lack them
+# of the chat tasks; a source may lack them. evaluate.py needs the first three, chat_sft.py and chat_rl.py the last
+CHAT_FILES = ("gsm8k/test.jsonl", "mmlu/test.jsonl", "words_alpha.txt", "gsm8k/train.jsonl")
 ROOTS = ("core/", "eval_bundle/", "")  # where core.yaml may be
 ENDS = ("", ".xz")
 MAX_LINE, MAX_FILE, MAX_ZIP = 1 << 20, 1 << 26, 1 << 31  # bytes; what is longer is refused

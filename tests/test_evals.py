@@ -147,7 +147,7 @@ def test_the_published_addresses_are_asked_by_default(tmp_path, server, monkeypa
     assert evals.PUBLISHED["eval_bundle.zip"].startswith("https://karpathy-public.s3.us-west-2.amazonaws.com/")
     monkeypatch.setattr(evals, "PUBLISHED", {name: f"{address}/{name}" for name in evals.PUBLISHED})
     evals.main([f"--out={tmp_path / 'out'}"])
-    assert asked == ["/eval_bundle.zip", "/hellaswag_val.jsonl", "/gsm8k/test.jsonl"]
+    assert asked == ["/eval_bundle.zip", "/hellaswag_val.jsonl", "/gsm8k/test.jsonl", "/gsm8k/train.jsonl"]
     assert RESULT.items() <= files_in(tmp_path / "out").items()
 
 
@@ -185,8 +185,9 @@ def test_a_file_that_comes_packed_replaces_the_plain_one(tmp_path, fetch):
 def test_files_of_the_chat_tasks_are_taken_if_they_are_there(tmp_path, fetch):
     source = write(tmp_path / "in", prefixed("core/") | HELLASWAG)
     made, out = fetch(source)
-    assert "chat tasks, without a file: gsm8k/test.jsonl, mmlu/test.jsonl, words_alpha.txt; docs/evaluation.md" in out
-    files = packed({"gsm8k/test.jsonl": ROWS}) | {"mmlu/test.jsonl": ROWS, "words_alpha.txt.xz": lzma.compress(b"a\n")}
+    assert "chat tasks, without a file: gsm8k/test.jsonl, mmlu/test.jsonl, words_alpha.txt, gsm8k/train.jsonl; docs/" in out
+    files = packed({f"gsm8k/{part}.jsonl": ROWS for part in ("test", "train")}) | {
+        "mmlu/test.jsonl": ROWS, "words_alpha.txt.xz": lzma.compress(b"a\n")}
     write(source, files | {"gsm8k/other.jsonl": ROWS})
     _, again = fetch(source)
     assert again == out                  # nothing is fetched until --force
