@@ -7,8 +7,9 @@
 A step samples several answers to each of some questions, with the calculator. An answer is worth 1 if its number is
 right and it ended within --max_tokens, else 0. Its advantage is this reward minus the mean of the answers to the same
 question (REINFORCE with a group baseline). The loss is the sum over all tokens that the model drew of advantage x
--log(probability), divided by the number of tokens drawn in the step. What the calculator wrote is not trained. A question whose answers are all right or
-all wrong teaches nothing; it is skipped and counted. If all of them are so, the step changes no weight.
+-log(probability), divided by the number of tokens drawn in the step. What the calculator wrote is not trained. A
+question whose answers are all right or all wrong teaches nothing; it is skipped and counted. If all of them are so, the
+step changes no weight.
 
 Every --eval_every steps the model answers a fixed set of questions that are never trained. The run folder has these
 scores, a curve, some answers, and an ordinary checkpoint.
