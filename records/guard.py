@@ -255,7 +255,7 @@ def check_script(module, config: dict, device: str = "cpu"):
 def made_config(module, info: dict):
     """The config that the script makes of the flags of a run."""
     cfg = module.parse_config(info["argv"])
-    if hasattr(module, "dial"):                     # the plain script: the vocabulary and the depth give sizes and steps
+    if hasattr(module, "dial"):                     # the plain script: vocabulary and depth give sizes and steps
         cfg = module.dial(replace(cfg, vocab_size=info["config"]["vocab_size"]))
     return cfg
 

@@ -561,8 +561,9 @@ def flags_from_standing(track: dict, name: str, flags: list[str]) -> list[str]:
     standing = standing_record(track_folder(name))
     if not standing:
         raise UserError(f"--from_standing: {name} has no record yet; leave it out")
-    own = {flag.partition("=")[0]: flag for flag in standing.of_arm(standing.main)[0].flags if flag not in track["flags"]}
-    return [*(own | {flag.partition("=")[0]: flag for flag in flags}).values()]
+    first = standing.of_arm(standing.main)[0]
+    named = {flag.partition("=")[0]: flag for flag in first.flags if flag not in track["flags"]}
+    return [*(named | {flag.partition("=")[0]: flag for flag in flags}).values()]
 
 
 def make_parser() -> argparse.ArgumentParser:
