@@ -13,7 +13,7 @@ usage: ./run.sh [options]
 
 Makes a virtual environment in .venv, prepares data, trains, and prints a sample. Steps that are done already
 are skipped. Without a GPU it trains the preset "tiny" on text of this machine, which takes a few minutes. With
-GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "speedrun" on all GPUs.
+GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "single" on one GPU, or "speedrun" on several.
 
 options:
   --prompt=TEXT   beginning of the sample, or with --chat the question to answer
@@ -113,11 +113,10 @@ torch.cuda.is_available() and __import__('torch._inductor.compile_fx')" >>.venv/
 # -----------------------------------------------------------------------------
 # Data, training, sample
 
-find_gpus() { # sets gpu to 1 when PyTorch can use one
+find_gpus() { # sets gpus to the number that PyTorch can use
   nvidia-smi -L >/dev/null 2>&1 || return 0
-  if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    gpu=1
-  else
+  gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) || gpus=0
+  if ((!gpus)); then
     say setup "nvidia-smi finds a GPU, but PyTorch cannot use it (driver too old?): going on with the CPU"
   fi
 }
@@ -192,7 +191,7 @@ talk() {
 }
 
 main() {
-  prompt="" checkpoint="" device="" retrain=0 gpu=0 setup_only=0 chat=0
+  prompt="" checkpoint="" device="" retrain=0 gpus=0 setup_only=0 chat=0
   local option preset=tiny tokenizer=bytes
   for option in "$@"; do
     case $option in
@@ -213,12 +212,18 @@ main() {
   setup
   ((!setup_only)) || return 0
   [[ -n $device ]] || find_gpus
-  if ((gpu)) && prepare_fineweb; then
-    preset=speedrun tokenizer=gpt2
+  if ((gpus)) && prepare_fineweb; then
+    tokenizer=gpt2
     [[ ! -f data/fineweb10B/tokenizer.json ]] || tokenizer=data/fineweb10B/tokenizer.json
-    train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
+    if ((gpus == 1)); then
+      preset=single
+      train single .venv/bin/python train_gpt.py --preset=single
+    else
+      preset=speedrun
+      train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
+    fi
   else
-    ((!gpu)) || say data "no speedrun without FineWeb: training the tiny preset on one GPU, on the text of this machine"
+    ((!gpus)) || say data "no long run without FineWeb: training the tiny preset on one GPU, on the text of this machine"
     prepare_local
     train tiny .venv/bin/python train_gpt.py --preset=tiny \
       --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin' ${device:+"--device=$device"}

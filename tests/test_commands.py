@@ -24,6 +24,7 @@ BASH = shutil.which("bash")
 SYSTEM_COMMANDS = ("bash", "cat", "chmod", "cksum", "cp", "cut", "dirname", "env", "mkdir", "rm", "sleep", "tail")
 SAMPLE = "sample.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint"
 TRAIN_TINY = "train_gpt.py --preset=tiny --train_files=data/local/train_*.bin --val_files=data/local/val_*.bin"
+TRAIN_SINGLE = "python: train_gpt.py --preset=single"
 TRAIN_SPEEDRUN = "torchrun: --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun"
 INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
            "python: -c import torch.distributed.run, safetensors.torch, tiktoken, requests, huggingface_hub, "
@@ -41,7 +42,7 @@ answer() { cat "$home/answers/$1" 2>/dev/null || echo "$2"; }   # answer NAME DE
 name=${0##*/}
 case "$name: $*" in
   *"version_info"*) answer version 3.12; exit 0 ;;
-  *"-c import sys, torch"*) exit "$(answer torch_cuda 1)" ;;
+  *"-c import torch; print"*) answer torch_gpus 0; exit 0 ;;
   *": -c ") exit 0 ;;
   "nvidia-smi: -L") exit "$(answer nvidia_smi 1)" ;;
 esac
@@ -211,37 +212,37 @@ def test_the_environment_of_another_folder_behind_a_link_is_used_and_not_changed
     assert (done.returncode, done.calls) == (2, []) and "remove it: rm .venv" in done.stderr
 
 
-@pytest.mark.parametrize("cuda, calls", [(0, [TRAIN_SPEEDRUN]), (1, [f"python: {TRAIN_TINY}"])])
-def test_gpus_get_the_speedrun_when_pytorch_can_use_them(machine, cuda, calls):
-    machine.answer(nvidia_smi=0, torch_cuda=cuda)
+@pytest.mark.parametrize("gpus, calls", [(8, [TRAIN_SPEEDRUN]), (1, [TRAIN_SINGLE]), (0, [f"python: {TRAIN_TINY}"])])
+def test_gpus_get_a_long_run_when_pytorch_can_use_them(machine, gpus, calls):
+    machine.answer(nvidia_smi=0, torch_gpus=gpus)
     done = machine.start()
     assert done.returncode == 0, done.stderr
     assert [call for call in done.calls if "train_gpt.py" in call] == calls
-    assert ("python: data/fineweb.py 9" in done.calls) == (cuda == 0)
-    assert (f"python: {DATA_LOCAL}" in done.calls) == (cuda == 1)
-    assert ("PyTorch cannot use it" in done.stdout) == (cuda == 1)
+    assert ("python: data/fineweb.py 9" in done.calls) == (gpus > 0)
+    assert (f"python: {DATA_LOCAL}" in done.calls) == (gpus == 0)
+    assert ("PyTorch cannot use it" in done.stdout) == (gpus == 0)
 
 
 def test_a_tiny_model_does_not_pass_for_the_speedrun(machine):
     machine.start()
-    machine.answer(nvidia_smi=0, torch_cuda=0, day=2)
+    machine.answer(nvidia_smi=0, torch_gpus=2, day=2)
     assert TRAIN_SPEEDRUN in machine.start().calls
 
 
 def test_cpu_leaves_the_gpus_alone(machine):
-    machine.answer(nvidia_smi=0, torch_cuda=0)
+    machine.answer(nvidia_smi=0, torch_gpus=2)
     done = machine.start("--cpu")
     assert [call for call in done.calls if "fineweb" in call or "torchrun" in call] == []
     assert f"python: {TRAIN_TINY} --device=cpu" in done.calls
 
 
 def test_without_the_hub_the_gpu_trains_the_tiny_model_and_says_so(machine):
-    machine.answer(nvidia_smi=0, torch_cuda=0, fineweb=2)
+    machine.answer(nvidia_smi=0, torch_gpus=2, fineweb=2)
     done = machine.start()
     assert done.returncode == 0, done.stderr
     assert done.calls[3:] == ["python: data/fineweb.py 9", f"python: {DATA_LOCAL}", f"python: {TRAIN_TINY}",
                               f"python: {SAMPLE}"]
-    assert len([line for line in done.stdout.splitlines() if "no speedrun without FineWeb" in line]) == 1
+    assert len([line for line in done.stdout.splitlines() if "no long run without FineWeb" in line]) == 1
 
 
 def test_chat_teaches_the_model_once_and_opens_the_chat(machine):
@@ -258,7 +259,7 @@ def test_chat_teaches_the_model_once_and_opens_the_chat(machine):
 
 
 def test_chat_on_a_gpu_uses_the_vocabulary_of_the_shards(machine):
-    machine.answer(nvidia_smi=0, torch_cuda=0)
+    machine.answer(nvidia_smi=0, torch_gpus=2)
     assert f"python: {DATA_CHAT.replace('bytes', 'gpt2')}" in machine.start("--chat").calls
     (machine.project / "data" / "fineweb10B").mkdir(parents=True)
     (machine.project / "data" / "fineweb10B" / "tokenizer.json").write_text("")
@@ -288,7 +289,7 @@ def test_a_failing_phase_ends_the_run_with_its_name_and_code(machine, name, phas
 
 
 def test_fineweb_failing_for_another_reason_is_not_taken_for_a_missing_hub(machine):
-    machine.answer(nvidia_smi=0, torch_cuda=0, fineweb=1)
+    machine.answer(nvidia_smi=0, torch_gpus=2, fineweb=1)
     done = machine.start()
     assert done.returncode == 1 and "data failed with exit code 1" in done.stderr
     assert done.calls[-1] == "python: data/fineweb.py 9"
