@@ -2,6 +2,10 @@
 
 This is a module of ladder.py, not a command: python dev/ladder.py --help explains it.
 """
+if __name__ == "__main__":               # before the imports, so that the text comes at once
+    print(__doc__.strip())
+    raise SystemExit
+
 import json
 import math
 from collections import Counter

@@ -252,7 +252,8 @@ def run_python(words, source=os.devnull, folder="."):
     sys.modules["matplotlib"] = None
     for name in ("sample", "train_gpt", "triton_kernels"):  # those preloaded may not be those beside the script
         sys.modules.pop(name, None)
-    sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests")]   # a lone script is alone
+    ours = [ROOT, *(ROOT / folder for folder in ("tests", "data", "records", "dev"))]       # test modules add some
+    sys.path[:] = [path for path in sys.path if Path(path) not in ours]                     # a lone script is alone
     sys.argv = words = [str(word) for word in words]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
