@@ -220,7 +220,7 @@ def picture(fits: list[Parabola], path: Path):
         left.plot(fit.sizes, fit.losses, style["marker"], color=style["color"], mfc="white", markersize=5)
         if fit.interior:
             left.plot(fit.best, fit(fit.best), "*", color=style["color"], markersize=11)
-        ends.append((float(fit(grid[-1])), grid[-1], f"{fit.budget:.2g}", style["color"]))
+        ends.append((float(fit(grid[-1])), grid[-1], f"{fit.budget:.3g}", style["color"]))
     left.set(xscale="log", xlabel="parameters in products", ylabel="validation loss, nats per token",
              title="runs of equal FLOPs; star: the minimum")
     left.set_xlim(left.get_xlim()[0], 2 * max(end[1] for end in ends))
