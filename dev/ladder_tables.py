@@ -501,7 +501,8 @@ def transfer_tables(rows: list[dict]) -> str:
             lines.append(f"| {width} | " + " | ".join(texts) + " |")
         n = sorted({len(losses) for losses in cells.values()})
         edge = " A best rate at the edge of the grid may lie beyond it." if {0, len(rates) - 1} & {*chosen} else ""
-        found = (f"moves by {max(chosen) - min(chosen)} columns over the widths" if len(widths) > 1 else
+        moved = max(chosen) - min(chosen)
+        found = (f"moves by {moved} column{'s' * (moved != 1)} over the widths" if len(widths) > 1 else
                  f"is {rates[chosen[0]]:.4g}")
         parts.append(f"`{arm}` (n = {' to '.join(map(str, n))} in a cell): the best rate {found}.{edge}\n\n" +
                      "\n".join(lines))
@@ -606,6 +607,20 @@ def last_sections(rows: list[dict]) -> str:
     return text + f"\n## Runs that did not finish\n\n{failure_lines(rows)}\n"
 
 
+def seed_noise(runs: list[dict]) -> str:
+    """A sentence on how far the seed alone moves a loss, pooled over sizes and budgets; empty with one seed."""
+    cells = {}
+    for row in runs:
+        cells.setdefault((row["budget"], row["parameters"]), []).append(row["loss"])
+    several = [losses for losses in cells.values() if len(losses) > 1]
+    if not several:
+        return ""
+    squares = sum((len(losses) - 1) * np.var(losses, ddof=1) for losses in several)
+    sd = math.sqrt(squares / sum(len(losses) - 1 for losses in several))
+    return (f"\n\nRuns that differ only in the seed have a standard deviation of {sd:.4f}, pooled over {len(several)} "
+            "cells with several seeds.")
+
+
 FIT_PAGE = """# Scaling laws
 
 This page is generated. Do not edit it; run the command again:
@@ -618,14 +633,14 @@ A budget is a number of training FLOPs. Each budget was spent on models of sever
 tokens. N is the number of parameters that a token is multiplied with: matrices and head, without the embedding. D is
 the number of training tokens. Loss is validation loss in nats per token.
 
-What this shows: which size is best for a budget among models of {sizes} M parameters after {tokens} M tokens.
-What it does not show: which size is best for larger budgets, or with another text or tokenizer. The exponents are those
-of these models. The intervals say how far noise and the misfit of the curve move an exponent. They do not say how far
-another learning rate or batch would.
+What this shows: which size is best for a budget among models of {sizes} M parameters that read
+{tokens} M tokens. What it does not show: which size is best for larger budgets, or with another text or
+tokenizer. The exponents are those of these models. The intervals say how far noise and the misfit of the curve move an
+exponent. They do not say how far another learning rate or batch would.
 
 ## Losses
 
-{losses}
+{losses}{noise}
 
 ## Laws
 
@@ -639,6 +654,7 @@ def make_fit_page(rows: list[dict], command: str, hold_out: int, image: str = ""
     laws = fit_tables(rows, hold_out) + image_link(image)       # refuses runs that are too few
     sizes, tokens = (sorted(row[name] for row in runs) for name in ("parameters", "tokens"))
     text = FIT_PAGE.format(command=command, setup=setup_line(rows), losses=size_table(runs), laws=laws,
+                           noise=seed_noise(runs),
                            sizes=f"{millions(sizes[0])} to {millions(sizes[-1])}",
                            tokens=f"{millions(tokens[0])} to {millions(tokens[-1])}")
     return text + last_sections(rows)

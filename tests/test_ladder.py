@@ -246,7 +246,7 @@ def test_the_page_has_verdicts_failures_and_the_best_rates(tmp_path, capsys, qui
     order = [text.index(f"\n| {arm} | 5 |") for arm in ("good", "nothing", "bad")]
     assert order == sorted(order)
     assert "2 x diverged: technique, lost, depth 4: the loss is nan" in text
-    assert "the best rate moves by 1 columns" in text and "| 128 | 4.6931 | **4.0000** |" in text
+    assert "the best rate moves by 1 column over" in text and "| 128 | 4.6931 | **4.0000** |" in text
     one_width = tables.transfer_tables([row for row in rows if row.get("width") == 128])
     assert one_width.startswith("`mup` (n = 1 in a cell): the best rate is 0.02.\n")
 
@@ -262,6 +262,9 @@ def test_the_page_of_a_fit_has_losses_laws_and_failures(tmp_path, capsys, quick)
     cell = [row["loss"] for row in rows if row["budget"] == BUDGETS[0] and row["depth"] == 2]
     line = next(line for line in text.splitlines() if line.startswith("| 2 | 64 | 0.500 |"))
     assert f"| {np.mean(cell):.4f} (sd {np.std(cell, ddof=1):.4f}, n = 2), " in line
+    cells = np.array([row["loss"] for row in rows]).reshape(-1, 2)      # seeds 0 and 1 of each size and budget
+    sd = math.sqrt(cells.var(axis=1, ddof=1).mean())
+    assert f"standard deviation of {sd:.4f}, pooled over {len(cells)} cells" in text
     assert "Best N ~ C^" in text and "The largest error is 0.0" in text
     assert "1 x diverged: isoflop, too large, depth 9: the loss is nan" in text
 
