@@ -44,7 +44,7 @@ from runs import UserError  # noqa: E402
 
 PLAN_KEYS = {"flags": str, "depths": list, "seeds": int, "timing_steps": int, "arms": list}
 ARM_KEYS = {"name": str, "flags": str, "group": str, "depths": list, "seeds": int, "budgets": list, "grid": dict,
-            "edits": list, "round": int, "round_step": int, "timing": bool}
+            "by_depth": dict, "edits": list, "round": int, "round_step": int, "timing": bool}
 # flags that the compiled model does not depend on: runs that differ in these alone share a compilation
 SAME_GRAPH = set("seed num_iterations ratio epochs train_files schedule cooldown lr_floor optimizer muon_lr adamw_lr "
                  "embed_lr head_lr weight_decay decay_rule val_every val_tokens".split())
@@ -143,6 +143,19 @@ def quick_plan(texts: list[str]) -> dict:
     return {"arms": arms}
 
 
+def flags_by_depth(arm: dict, listed: list[int], depth: int) -> dict[str, str]:
+    """The flags that `by_depth` of an arm sets at a depth; `listed` are the depths of its plan. Raises UserError."""
+    table = arm.get("by_depth", {})
+    for name, values in table.items():
+        if not isinstance(values, list) or len(values) != len(listed):
+            raise UserError(f"arm {arm['name']!r} has by_depth {name} = {values}; give a list with one value for each "
+                            f"of the depths {listed}")
+    if table and depth not in listed:
+        raise UserError(f"arm {arm['name']!r} has by_depth for the depths {listed}, but not for {depth}; choose from "
+                        "those with --depths")
+    return {name: str(values[listed.index(depth)]) for name, values in table.items()}
+
+
 def plan_jobs(plan: dict, flags: dict, depths: list[int], seeds: int) -> list[Job]:
     """All runs of a plan, rounds (seeds) outermost, so that a sweep that is cut short has something of everything."""
     jobs, alone, common = [], [], read_flags(plan.get("flags", ""), "flags of the plan") | flags
@@ -152,10 +165,12 @@ def plan_jobs(plan: dict, flags: dict, depths: list[int], seeds: int) -> list[Jo
         if not all(isinstance(values, list) and values for values in grid.values()):
             raise UserError(f"arm {arm['name']!r} has the grid {grid}; give a list of values for each field")
         cells = [dict(zip(grid, map(str, cell))) for cell in itertools.product(*grid.values())]
+        listed = arm.get("depths", plan.get("depths", [4]))
         for cell, budget, depth, seed in itertools.product(
-                cells, arm.get("budgets", [0.0]), depths or arm.get("depths", plan.get("depths", [4])),
+                cells, arm.get("budgets", [0.0]), depths or listed,
                 range(seeds or arm.get("seeds", plan.get("seeds", 3)))):
-            values = common | own | cell | {"depth": str(depth), "seed": str(seed)}
+            sizes = flags_by_depth(arm, listed, depth)
+            values = common | own | sizes | cell | {"depth": str(depth), "seed": str(seed)}
             round_ = arm.get("round", 0) + seed * arm.get("round_step", 1)
             jobs.append(Job(arm["name"], group, values, float(budget), edits, round_))
             if plan.get("timing_steps") and group == "technique" and seed == 0 and arm.get("timing", True):
@@ -482,9 +497,7 @@ def make_parser() -> argparse.ArgumentParser:
         add("--hold_out", type=int, default=0, metavar="DEPTH", help="leave this depth out of the fit and predict its "
             "losses")
         add("--picture", type=path, metavar="FILE", help="write the picture of the fit, .svg or .png")
-        if name == "technique":
-            add("--page", type=path, metavar="FILE", help="write the tables to this file, as markdown; default: print "
-                "them")
+        add("--page", type=path, metavar="FILE", help="write the tables to this file, as markdown; default: print them")
     worker = commands.add_parser("work")
     worker.add_argument("folder", type=Path)
     worker.add_argument("--keep", action="store_true")

@@ -224,7 +224,7 @@ def picture(fits: list[Parabola], path: Path):
         left.plot(fit.sizes, fit.losses, style["marker"], color=style["color"], mfc="white", markersize=5)
         if fit.interior:
             left.plot(fit.best, fit(fit.best), "*", color=style["color"], markersize=11)
-        ends.append((float(fit(grid[-1])), grid[-1], f"{fit.budget:.2g}", style["color"]))
+        ends.append((float(fit(grid[-1])), grid[-1], f"{fit.budget:.3g}", style["color"]))
     left.set(xscale="log", xlabel="parameters in products", ylabel="validation loss, nats per token",
              title="runs of equal FLOPs; star: the minimum")
     left.set_xlim(left.get_xlim()[0], 2 * max(end[1] for end in ends))
@@ -244,6 +244,11 @@ def picture(fits: list[Parabola], path: Path):
     save(figure, path)
 
 
+def millions(number: float) -> str:
+    """A number in millions, with three digits that count: 0.0143, 2.05, 718."""
+    return f"{number / 1e6:#.3g}".rstrip(".")
+
+
 def interval_text(low: float, high: float) -> str:
     return f"{low:.2f} to {high:.2f}"
 
@@ -255,13 +260,13 @@ def fit_tables(rows: list[dict], hold_out: int) -> str:
     lines = ["| FLOPs | runs | sizes, M parameters | best size, M | tokens there, M | tokens per parameter | "
              "loss there | minimum inside |", "| --: | --: | --- | --: | --: | --: | --: | --- |"]
     for fit in fits:
-        sizes = ", ".join(f"{size / 1e6:.2f}" for size in sorted(set(fit.sizes)))
+        sizes = ", ".join(millions(size) for size in sorted(set(fit.sizes)))
         if fit.c <= 0:
             lines.append(f"| {fit.budget:.3g} | {len(fit.sizes)} | {sizes} | - | - | - | - | no: no minimum at all |")
             continue
         where = "yes" if fit.interior else "**no**: the size is extrapolated"
         best, tokens = fit.best, fit.best_tokens
-        lines.append(f"| {fit.budget:.3g} | {len(fit.sizes)} | {sizes} | {best / 1e6:.2f} | {tokens / 1e6:.1f} | "
+        lines.append(f"| {fit.budget:.3g} | {len(fit.sizes)} | {sizes} | {millions(best)} | {millions(tokens)} | "
                      f"{tokens / best:.1f} | {fit(best):.4f} | {where} |")
     lines.append("")
     for name, symbol in (("best", "N"), ("best_tokens", "D")):
@@ -275,8 +280,8 @@ def fit_tables(rows: list[dict], hold_out: int) -> str:
                      + (f"; {lost} of {BOOTSTRAPS} samples had no minimum and were left out" if lost else "") + ").")
     between = law_intervals(law, runs)
     spread = float(np.sqrt(np.mean((law(*columns_of(runs)[:2]) - columns_of(runs)[2]) ** 2)))
-    lines.append(f"* Loss = {law.E:.2f} + {law.A:.2f} (N / {law.n0 / 1e6:.2f} M)^-{law.alpha:.2f} + {law.B:.2f} "
-                 f"(D / {law.d0 / 1e6:.1f} M)^-{law.beta:.2f}. The runs lie {spread:.4f} (root mean square) from it. "
+    lines.append(f"* Loss = {law.E:.2f} + {law.A:.2f} (N / {millions(law.n0)} M)^-{law.alpha:.2f} + {law.B:.2f} "
+                 f"(D / {millions(law.d0)} M)^-{law.beta:.2f}. The runs lie {spread:.4f} (root mean square) from it. "
                  f"Intervals: exponent of N {interval_text(*between['alpha'])}, "
                  f"of D {interval_text(*between['beta'])}, constant {interval_text(*between['E'])}.")
     return "\n".join(lines + (held_out_lines(runs, hold_out) if hold_out else []))
@@ -289,9 +294,33 @@ def held_out_lines(runs: list[dict], depth: int) -> list[str]:
              "| --: | --: | --: | --: | --: | --: | --: |"]
     for budget, size, loss, by_law, parabola in found:
         second = f"{parabola:.4f} | {parabola - loss:+.4f}" if math.isfinite(parabola) else "too few sizes | -"
-        first = f"{budget:.3g} | {size / 1e6:.2f} | {loss:.4f} | {by_law:.4f} | {by_law - loss:+.4f}"
+        first = f"{budget:.3g} | {millions(size)} | {loss:.4f} | {by_law:.4f} | {by_law - loss:+.4f}"
         lines.append(f"| {first} | {second} |")
-    return lines
+    errors = [(abs(by_law - loss), abs(parabola - loss)) for _, _, loss, by_law, parabola in found]
+    by_law, by_parabola = (max(column) for column in zip(*errors))
+    text = f", {by_parabola:.4f} by the parabola" if math.isfinite(by_parabola) else ""
+    return [*lines, "", f"The largest error is {by_law:.4f} by the loss law{text}."]
+
+
+def size_table(runs: list[dict]) -> str:
+    """Each size with its loss and tokens at each budget, as the mean over seeds."""
+    budgets, cells = sorted({row["budget"] for row in runs}), {}
+    for row in runs:
+        cells.setdefault((row["depth"], row.get("width", 0), row["parameters"]), []).append(row)
+    lines = ["| depth | width | M parameters | " + " | ".join(f"{budget:.3g} FLOPs" for budget in budgets) + " |",
+             "| --: | --: | --: |" + " --: |" * len(budgets)]
+    for depth, width, size in sorted(cells, key=lambda cell: cell[2]):
+        texts = []
+        for budget in budgets:
+            mine = [row for row in cells[depth, width, size] if row["budget"] == budget]
+            if not mine:
+                texts.append("-")
+                continue
+            n, loss, sd = describe(row["loss"] for row in mine)
+            spread = f" (sd {sd:.4f}, n = {n})" if n > 1 else ""
+            texts.append(f"{loss:.4f}{spread}, {millions(mine[0]['tokens'])} M tokens")
+        lines.append(f"| {depth} | {width} | {millions(size)} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
 
 
 # -----------------------------------------------------------------------------
@@ -476,8 +505,11 @@ def transfer_tables(rows: list[dict]) -> str:
             lines.append(f"| {width} | " + " | ".join(texts) + " |")
         n = sorted({len(losses) for losses in cells.values()})
         edge = " A best rate at the edge of the grid may lie beyond it." if {0, len(rates) - 1} & {*chosen} else ""
-        parts.append(f"`{arm}` (n = {' to '.join(map(str, n))} in a cell): the best rate moves by "
-                     f"{max(chosen) - min(chosen)} columns over the widths.{edge}\n\n" + "\n".join(lines))
+        moved = max(chosen) - min(chosen)
+        found = (f"moves by {moved} column{'s' * (moved != 1)} over the widths" if len(widths) > 1 else
+                 f"is {rates[chosen[0]]:.4g}")
+        parts.append(f"`{arm}` (n = {' to '.join(map(str, n))} in a cell): the best rate {found}.{edge}\n\n" +
+                     "\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -563,11 +595,73 @@ def make_page(rows: list[dict], command: str, hold_out: int, image: str = "") ->
                        noise=noise_table(techniques), summary=summary_table(techniques),
                        techniques=technique_tables(techniques))
     if finished(rows, "isoflop"):
-        link = f"\n\n![Loss over size for each budget, and the best sizes]({image})" if image else ""
-        text += f"\n## Scaling laws\n\n{fit_tables(rows, hold_out)}{link}\n"
+        text += f"\n## Scaling laws\n\n{fit_tables(rows, hold_out)}{image_link(image)}\n"
+    return text + last_sections(rows)
+
+
+def image_link(image: str) -> str:
+    return f"\n\n![Loss over size for each budget, and the best sizes]({image})" if image else ""
+
+
+def last_sections(rows: list[dict]) -> str:
+    """The sections that both pages end with."""
+    text = ""
     if finished(rows, "transfer"):
         text += f"\n## The best rate over widths\n\n{transfer_tables(rows)}\n"
     return text + f"\n## Runs that did not finish\n\n{failure_lines(rows)}\n"
+
+
+def seed_noise(runs: list[dict]) -> str:
+    """A sentence on how far the seed alone moves a loss, pooled over sizes and budgets; empty with one seed."""
+    cells = {}
+    for row in runs:
+        cells.setdefault((row["budget"], row["parameters"]), []).append(row["loss"])
+    several = [losses for losses in cells.values() if len(losses) > 1]
+    if not several:
+        return ""
+    squares = sum((len(losses) - 1) * np.var(losses, ddof=1) for losses in several)
+    sd = math.sqrt(squares / sum(len(losses) - 1 for losses in several))
+    return (f"\n\nRuns that differ only in the seed have a standard deviation of {sd:.4f}, pooled over {len(several)} "
+            "cells with several seeds.")
+
+
+FIT_PAGE = """# Scaling laws
+
+This page is generated. Do not edit it; run the command again:
+
+    {command}
+
+{setup}
+
+A budget is a number of training FLOPs. Each budget was spent on models of several sizes, so a larger model read fewer
+tokens. N is the number of parameters that a token is multiplied with: matrices and head, without the embedding. D is
+the number of training tokens. Loss is validation loss in nats per token.
+
+What this shows: which size is best for a budget among models of {sizes} M parameters that read
+{tokens} M tokens. What it does not show: which size is best for larger budgets, or with another text or
+tokenizer. The exponents are those of these models. The intervals say how far noise and the misfit of the curve move an
+exponent. They do not say how far another learning rate or batch would.
+
+## Losses
+
+{losses}{noise}
+
+## Laws
+
+{laws}
+"""
+
+
+def make_fit_page(rows: list[dict], command: str, hold_out: int, image: str = "") -> str:
+    """The page of the command fit."""
+    runs = finished(rows, "isoflop")
+    laws = fit_tables(rows, hold_out) + image_link(image)       # refuses runs that are too few
+    sizes, tokens = (sorted(row[name] for row in runs) for name in ("parameters", "tokens"))
+    text = FIT_PAGE.format(command=command, setup=setup_line(rows), losses=size_table(runs), laws=laws,
+                           noise=seed_noise(runs),
+                           sizes=f"{millions(sizes[0])} to {millions(sizes[-1])}",
+                           tokens=f"{millions(tokens[0])} to {millions(tokens[-1])}")
+    return text + last_sections(rows)
 
 
 def run(args) -> int:
@@ -575,16 +669,19 @@ def run(args) -> int:
     if args.picture and args.picture.suffix not in (".svg", ".png"):
         raise UserError(f"--picture={args.picture} must end with .svg or .png")
     rows = read_results(args.results)
-    if args.command == "fit":
-        text = fit_tables(rows, args.hold_out)
+    words = [f"--hold_out={args.hold_out}"] * bool(args.hold_out) + [
+        f"--{name}={getattr(args, name)}" for name in ("picture", "page") if getattr(args, name)]
+    command = " ".join([f"python dev/ladder.py {args.command}", *map(str, args.results), *words])
+    image = args.picture.name if args.picture else ""
+    if args.command == "technique":
+        text = make_page(rows, command, args.hold_out, image)
+    elif args.page:
+        text = make_fit_page(rows, command, args.hold_out, image)
     else:
-        words = [f"--hold_out={args.hold_out}"] * bool(args.hold_out) + [
-            f"--{name}={getattr(args, name)}" for name in ("picture", "page") if getattr(args, name)]
-        command = " ".join(["python dev/ladder.py technique", *map(str, args.results), *words])
-        text = make_page(rows, command, args.hold_out, args.picture.name if args.picture else "")
+        text = fit_tables(rows, args.hold_out)
     if args.picture:
         picture(fit_parabolas(finished(rows, "isoflop")), args.picture)
-    if args.command == "technique" and args.page:
+    if args.page:
         write_text(args.page, text)
         print(f"wrote {args.page}")
     else:

@@ -246,20 +246,37 @@ def test_the_page_has_verdicts_failures_and_the_best_rates(tmp_path, capsys, qui
     order = [text.index(f"\n| {arm} | 5 |") for arm in ("good", "nothing", "bad")]
     assert order == sorted(order)
     assert "2 x diverged: technique, lost, depth 4: the loss is nan" in text
-    assert "the best rate moves by 1 columns" in text and "| 128 | 4.6931 | **4.0000** |" in text
+    assert "the best rate moves by 1 column over" in text and "| 128 | 4.6931 | **4.0000** |" in text
+    one_width = tables.transfer_tables([row for row in rows if row.get("width") == 128])
+    assert one_width.startswith("`mup` (n = 1 in a cell): the best rate is 0.02.\n")
 
 
-def test_the_committed_page_is_what_its_results_give(tmp_path, capsys, monkeypatch):
-    page = ROOT / "dev" / "LADDER.md"
-    if not page.is_file():
-        pytest.skip("dev/LADDER.md has not been made yet")
-    text = page.read_text(encoding="utf-8")
-    command = next(line for line in text.splitlines() if line.startswith("    python dev/ladder.py technique "))
-    words = [word for word in shlex.split(command)[3:] if not word.startswith(("--picture=", "--page="))]
-    args = ladder.make_parser().parse_args(["technique", *words])
-    picture = [word.rpartition("/")[2] for word in shlex.split(command) if word.startswith("--picture=")]
+def test_the_page_of_a_fit_has_losses_laws_and_failures(tmp_path, capsys, quick):
+    rows = planted_sweep(noise=0.002, seeds=2)
+    lost = result("too large", group="isoflop", depth=9, status="diverged", why="the loss is nan")
+    results, page = write_results(tmp_path / "r.jsonl", [*rows, lost]), tmp_path / "SCALING.md"
+    assert ladder.main(["fit", str(results), "--hold_out=4", f"--page={page}"]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    text = page.read_text()
+    assert f"    python dev/ladder.py fit {results} --hold_out=4 --page={page}\n" in text
+    cell = [row["loss"] for row in rows if row["budget"] == BUDGETS[0] and row["depth"] == 2]
+    line = next(line for line in text.splitlines() if line.startswith("| 2 | 64 | 0.500 |"))
+    assert f"| {np.mean(cell):.4f} (sd {np.std(cell, ddof=1):.4f}, n = 2), " in line
+    cells = np.array([row["loss"] for row in rows]).reshape(-1, 2)      # seeds 0 and 1 of each size and budget
+    sd = math.sqrt(cells.var(axis=1, ddof=1).mean())
+    assert f"standard deviation of {sd:.4f}, pooled over {len(cells)} cells" in text
+    assert "Best N ~ C^" in text and "The largest error is 0.0" in text
+    assert "1 x diverged: isoflop, too large, depth 9: the loss is nan" in text
+
+
+@pytest.mark.parametrize("name, make", [("LADDER.md", tables.make_page), ("SCALING.md", tables.make_fit_page)])
+def test_the_committed_pages_are_what_their_results_give(name, make):
+    text = (ROOT / "dev" / name).read_text(encoding="utf-8")
+    command = next(line for line in text.splitlines() if line.startswith("    python dev/ladder.py "))
+    args = ladder.make_parser().parse_args(shlex.split(command)[2:])
+    assert args.page.name == name
     rows = tables.read_results([ROOT / path for path in args.results])
-    assert tables.make_page(rows, command.strip(), args.hold_out, "".join(picture)) == text
+    assert make(rows, command.strip(), args.hold_out, args.picture.name) == text
 
 
 # -----------------------------------------------------------------------------
@@ -364,6 +381,21 @@ def test_a_plan_has_budgets_grids_rounds_and_runs_that_are_timed_alone(sweep, tm
     assert sum(row["group"] == "length" for row in rows) == 4
 
 
+def test_an_arm_sets_flags_by_depth(refused, tmp_path):
+    plan = tmp_path / "plan.toml"
+    plan.write_text('seeds = 1\ndepths = [2, 5]\n[[arms]]\nname = "narrow"\n'
+                    'by_depth = { model_dim = [16, 40], head_dim = [8, 20] }\n')
+    jobs = ladder.plan_jobs(ladder.read_plan(plan), {}, [], 0)
+    assert [(job.flags["depth"], job.flags["model_dim"], job.flags["head_dim"]) for job in jobs] == [
+        ("2", "16", "8"), ("5", "40", "20")]
+    job, = ladder.plan_jobs(ladder.read_plan(plan), {}, [5], 0)     # --depths chooses among them
+    assert job.flags["model_dim"] == "40"
+    refused(ladder.main, ["sweep", plan, "--depths=4", f"--out={tmp_path / 'o'}"], "for the depths [2, 5]", "not for 4")
+    for value in ("[16]", "16"):
+        plan.write_text(f'depths = [2, 5]\n[[arms]]\nname = "narrow"\nby_depth = {{ model_dim = {value} }}\n')
+        refused(ladder.main, ["sweep", plan, f"--out={tmp_path / 'o'}"], f"by_depth model_dim = {value}", "one value")
+
+
 def test_an_arm_may_edit_the_script(sweep, refused, tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text('seeds = 1\ndepths = [2]\n[[arms]]\nname = "base"\n[[arms]]\nname = "edited"\n'
@@ -459,10 +491,12 @@ def test_help(main, argv, capsys):
     assert done.value.code == 0 and out.startswith("usage: ") and max(map(len, out.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("name", ["ladder_plan.toml", "ladder_gpu.toml"])
-def test_the_plans_can_be_read_and_edit_what_is_there(name, tmp_path):
+@pytest.mark.parametrize("name, groups", [("ladder_plan.toml", {"technique", "isoflop", "length"}),
+                                          ("ladder_gpu.toml", {"technique", "isoflop", "length"}),
+                                          ("ladder_scaling.toml", {"isoflop", "transfer"})])
+def test_the_plans_can_be_read_and_edit_what_is_there(name, groups, tmp_path):
     jobs = ladder.plan_jobs(ladder.read_plan(ROOT / "dev" / name), {}, [], 0)
-    assert {job.group for job in jobs} >= {"technique", "isoflop", "length"}
+    assert {job.group for job in jobs} >= groups
     assert all("train_files" in job.flags for job in jobs)
     fields = {field.name for field in dataclasses.fields(simple.Hyperparameters)} | {"preset"}
     assert set().union(*(job.flags for job in jobs)) <= fields
