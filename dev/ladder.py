@@ -517,6 +517,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, sample.UserError) as error:
         print(f"ladder.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                              # nobody reads on, as behind `| head`
+        sample.close_stdout()
+        return 0
     except OSError as error:
         print(f"ladder.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2

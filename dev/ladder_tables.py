@@ -564,7 +564,7 @@ for longer runs and deeper models than these. All arms have the learning rates o
 otherwise, and a rate that suits a technique better could change its verdict. Take a row as a reason to try it, not as
 a law.
 
-## Noise: the seed and the order of documents alone
+## Noise: the seed of the initial weights alone
 
 {noise}
 

@@ -196,6 +196,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UserError, sample.UserError) as error:
         print(f"loss_diff.py: {error}", file=sys.stderr)
+    except BrokenPipeError:                              # nobody reads on, as behind `| head`
+        sample.close_stdout()
+        return 0
     except OSError as error:
         print(f"loss_diff.py: {UserError(error)}; name another path", file=sys.stderr)
     return 2

@@ -718,7 +718,10 @@ def add_shards(commands):
 
 
 def main() -> int:
-    """Runs the command line. Exit code: 0 done, 1 check found a lie, 2 the user can put it right, 130 interrupted."""
+    """Runs the command line.
+
+    Exit code: 0 done, 1 check found a lie, 2 the user can put it right, 130 interrupted, 141 nobody reads the output.
+    """
     parser = make_parser()
 
     def refuse(message):
@@ -739,6 +742,9 @@ def main() -> int:
     except UserError as error:
         print(f"records.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                              # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE                      # not 0: `check` has not looked at everything
     except OSError as error:
         print(f"records.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2

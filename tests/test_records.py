@@ -1048,8 +1048,19 @@ def test_a_run_that_cannot_belong_to_the_track_is_refused(change, words, toy_tra
     assert tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", "logs/run_0", "logs/run_2")[0] == 0
 
 
+def test_a_reader_that_goes_away_is_no_mistake_of_the_user():
+    """As behind `| head`: no line on stderr, and not the exit code of a check that has passed."""
+    read, write = os.pipe()
+    os.close(read)
+    words = ROOT / "records" / "records.py", "summarize", ROOT / "dev" / "track_0_dev" / "2026-11-21_FirstRuns"
+    done = subprocess.run([sys.executable, *map(str, words)], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_a_run_without_sha256_belongs_to_the_one_record_that_its_track_exempts(toy_track, tool):
-    edit(toy_track / "track.json", lambda track: track["exempt"].update({"2026-12-01_Toy": {"data_sha256": "the hash"}}))
+    exempt = {"2026-12-01_Toy": {"data_sha256": "the hash"}}
+    edit(toy_track / "track.json", lambda track: track["exempt"].update(exempt))
     for run in Path("logs").iterdir():
         edit(run / "run.json", lambda info: info.update(data_sha256={}))
     runs = ("logs/run_0", "logs/run_2")
