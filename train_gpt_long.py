@@ -217,15 +217,16 @@ def far_phase(cfg: Hyperparameters, layer: int) -> int | None:
         return None
     return cfg.far_layers.index(layer) * (cfg.model_dim // cfg.head_dim) % cfg.far_period
 
+def block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:  # of each row how many blocks it has, and which, those first
+    row = torch.arange(blocks.size(-1), device=blocks.device)       # topk is called; a sort would compile for minutes
+    return blocks.sum(-1).int(), torch.topk(blocks * len(row) - row, len(row)).indices.int()
 def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
     """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
     T, row = len(first_T), torch.arange(math.ceil(len(first_T) / block), device=first_T.device)
-    touched = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None])     # first_T never falls
     full = (row < row[:, None]) & (row * block >= first_T[(row * block + block - 1).clamp(max=T - 1)][:, None])
-    def listed(blocks):                 # how many blocks each block of queries has, and their indices first
-        return blocks.sum(1).int()[None, None], (~blocks).int().argsort(dim=1, stable=True).int()[None, None]
-    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=block, seq_lengths=(T, T),
-                                    mask_mod=lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
+    partly = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None]) & ~full  # first_T never falls
+    lists = [x[None, None] for blocks in (partly, full, partly.mT, full.mT) for x in block_lists(blocks)]
+    return BlockMask((T, T), *lists, (block, block), lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
 
 def far_scale(position: Tensor) -> Tensor:  # factor of far queries: log(tokens so far) / log(BLOCK) (arXiv 2501.19399)
     # Normalised queries and keys bound the logits, and with a bound no key stands out among very many.
@@ -252,10 +253,9 @@ def far_mask(first_T: Tensor, start_T: Tensor, phase: int, period: int, heads: i
         place = key - start_T[query]
         far = (place >= 0) & ((place // BLOCK - phase - h) % period == 0)
         return (key <= query) & ((key >= first_T[query]) | far)
-    def listed(blocks):                 # how many blocks each block of queries has, and their indices first
-        return blocks.sum(2).int()[None], (~blocks).int().argsort(dim=2, stable=True).int()[None]
-    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=BLOCK, seq_lengths=(T, T),
-                                    mask_mod=seen)
+    partly = touched & ~full
+    lists = [x[None] for blocks in (partly, full, partly.mT, full.mT) for x in block_lists(blocks)]
+    return BlockMask((T, T), *lists, (BLOCK, BLOCK), seen)
 
 class Stream:                           # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):

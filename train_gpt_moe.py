@@ -204,15 +204,16 @@ def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # turns ch
     a, b = x_THD.chunk(2, dim=2)
     return x_THD * cos_TD[:, None] + torch.cat([-b, a], dim=2) * sin_TD[:, None]
 
+def block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:  # of each row how many blocks it has, and which, those first
+    row = torch.arange(blocks.size(-1), device=blocks.device)       # topk is called; a sort would compile for minutes
+    return blocks.sum(-1).int(), torch.topk(blocks * len(row) - row, len(row)).indices.int()
 def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
     """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
     T, row = len(first_T), torch.arange(math.ceil(len(first_T) / block), device=first_T.device)
-    touched = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None])     # first_T never falls
     full = (row < row[:, None]) & (row * block >= first_T[(row * block + block - 1).clamp(max=T - 1)][:, None])
-    def listed(blocks):                 # how many blocks each block of queries has, and their indices first
-        return blocks.sum(1).int()[None, None], (~blocks).int().argsort(dim=1, stable=True).int()[None, None]
-    return BlockMask.from_kv_blocks(*listed(touched & ~full), *listed(full), BLOCK_SIZE=block, seq_lengths=(T, T),
-                                    mask_mod=lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
+    partly = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None]) & ~full  # first_T never falls
+    lists = [x[None, None] for blocks in (partly, full, partly.mT, full.mT) for x in block_lists(blocks)]
+    return BlockMask((T, T), *lists, (block, block), lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
 
 class Stream:                           # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
@@ -761,7 +762,6 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
                 f"next: python sample.py --checkpoint={path}", status="finished" if step == steps else "interrupted",
                 peak_memory_gib=memory, recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
     return 0 if step == steps else 130
-
 def main() -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can fix it, 3 diverged, 130 interrupted."""
     try:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, ROOT, VOCAB, as_flags, assert_close, join, make_text, only_folder, stream
+from torch.nn.attention.flex_attention import BlockMask
 
 import evaluate
 import sample
@@ -117,6 +118,18 @@ def test_flex_attention_sees_what_plain_attention_sees(monkeypatch):
     assert_close(moved(replace(cfg, attention="flex"))(tokens), moved(cfg)(tokens), 1e-3)
 
 
+def same_lists(mask):
+    """Whether PyTorch makes the same lists of blocks, also those by keys, which the backward pass reads."""
+    right = BlockMask.from_kv_blocks(mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
+                                     BLOCK_SIZE=128, seq_lengths=mask.seq_lengths)
+    pairs = []
+    for name in ("kv", "full_kv", "q", "full_q"):
+        for one in (mask, right):
+            counts, indices = getattr(one, f"{name}_num_blocks")[0, 0], getattr(one, f"{name}_indices")[0, 0]
+            pairs.append([line[:count].tolist() for count, line in zip(counts, indices)])
+    return pairs[::2] == pairs[1::2]
+
+
 @pytest.mark.parametrize("length", [1000, 1024])
 def test_blocks_of_flex_attention_hold_what_is_seen_and_no_more(length):
     """Blocks that are called full need no mask; the others that are listed have something in them."""
@@ -130,6 +143,7 @@ def test_blocks_of_flex_attention_hold_what_is_seen_and_no_more(length):
         seen[:length, :length] = (index <= index[:, None]) & (index >= first[:, None])
         tiles = seen.view(8, 128, 8, 128).transpose(1, 2)
         assert mask.to_dense()[0, 0].bool().equal(tiles.any(3).any(2))
+        assert same_lists(mask)
         for row in range(8):
             full = mask.full_kv_indices[0, 0, row, :mask.full_kv_num_blocks[0, 0, row]].tolist()
             assert all(tiles[row, column][:length - 128 * row].all() for column in full)
