@@ -37,6 +37,7 @@ class Hyperparameters:
     windows: tuple[int, ...] = (512, 512, 512, 2048)    # tokens a layer looks back, in turn; last: most; 0: all
     far_layers: tuple[int, ...] = (3, 7, 10)    # layers without rotary positions that also see blocks before the window
     far_period: int = 8                 # one block of 128 tokens in so many is seen by a head; 4 to 16; 0: none
+    far_shared: bool = True             # the heads of a far layer share one set of projections, see Block
     mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu (arXiv 2002.05202) has as many weights
     gate: Literal["none", "head", "element"] = "none"   # gated attention (arXiv 2505.06708)
     value_residual: bool = False        # mix the values of layer 0 into later layers (arXiv 2410.17897)
@@ -292,14 +293,20 @@ class Linear(nn.Linear):                # keeps its weight in fp32 and uses it i
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-class Block(nn.Module):                 # one layer: attention, then the MLP; each adds to the residual stream
+class Block(nn.Module):
+    """One layer: attention, then the MLP; each adds to the residual stream.
+
+    Each head of a far layer sees other blocks. With projections of its own it had to learn from these alone how to look
+    something up, and only about half of the heads did (docs/long.md). So they share one set, unless far_shared is off.
+    """
     def __init__(self, cfg: Hyperparameters, layer: int):
         super().__init__()
         C, self.head_dim, self.layer = cfg.model_dim, cfg.head_dim, layer
         windows = [window or 2**24 for window in cfg.windows]
         self.window = max(windows) if layer == cfg.depth - 1 else windows[layer % len(windows)]
         self.scale = (layer + 1) ** -0.5 if cfg.norm_scaling else 1.0
-        self.qkv = nn.Parameter(torch.empty(3, C, C))       # matrices of queries, keys and values
+        self.repeats = C // cfg.head_dim if cfg.far_shared and far_phase(cfg, layer) is not None else 1
+        self.qkv = nn.Parameter(torch.empty(3, C // self.repeats, C))      # matrices of queries, keys and values
         self.attn_proj = Linear(C, C, bias=False)
         gates = {"none": 0, "head": C // cfg.head_dim, "element": C}[cfg.gate]
         self.gate = Linear(C, gates, bias=False) if gates else None
@@ -312,7 +319,8 @@ class Block(nn.Module):                 # one layer: attention, then the MLP; ea
         """The stream (T, C) after this layer, and the values (T, H, D) of layer 0; layer 0 itself gets None."""
         u = norm(x_TC) * self.scale
         qkv = F.linear(u, self.qkv.flatten(0, 1).to(u.dtype))      # one product is faster than three
-        q, k, v = qkv.view(len(u), 3, -1, self.head_dim).unbind(1)
+        heads = qkv.view(len(u), 3, -1, self.head_dim)
+        q, k, v = (heads.repeat(1, 1, self.repeats, 1) if self.repeats > 1 else heads).unbind(1)
         if self.v_lambda is not None:
             v = torch.lerp(v, v1, self.v_lambda.to(v.dtype))
         y = context.attend(self.layer, self.window, rotary(norm(q), *rope), rotary(norm(k), *rope), v)

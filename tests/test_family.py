@@ -27,7 +27,7 @@ PLAIN, PLAIN_FUNCTION = 600, 60                  # the same of the script to rea
 RELATIVE = 780                                   # lines of its relatives
 # relative of train_gpt_simple.py -> the functions and classes that it shares by name, but not by text
 OWN = {"train_gpt_moe.py": {"Block", "GPT", "Hyperparameters", "make_optimizers", "train", "training_step"},
-       "train_gpt_long.py": {"Cache", "GPT", "Hyperparameters", "Stream", "parse_config", "streams"}}
+       "train_gpt_long.py": {"Block", "Cache", "GPT", "Hyperparameters", "Stream", "parse_config", "streams"}}
 # What sample.py, evaluate.py, records/ and dev/ use of an imported training script.
 INTERFACE = ("GPT Hyperparameters Machine PRESETS UserError config_from_dict main open_shards parse_config read_header "
              "read_tokenizer setup_machine to_device validate validation_streams").split()

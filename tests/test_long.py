@@ -158,6 +158,20 @@ def test_a_token_far_away_changes_the_logits_only_with_far_layers():
         assert same == (period == 0)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_heads_of_far_layers_share_their_projections(shared):
+    """Queries, keys and values are the same in all heads of far layers, and only there."""
+    same = {}
+
+    class Recorder(long.Stream):
+        def attend(self, layer, window, q, k, v):
+            same[layer] = [x[:, :1].expand_as(x).equal(x) for x in (q, k, v)]
+            return super().attend(layer, window, q, k, v)
+    cfg, tokens = config(far_shared=shared), document(50)
+    moved(cfg).trunk(tokens, Recorder(cfg, tokens))
+    assert same == {0: [False] * 3, 1: [shared] * 3, 2: [shared] * 3}
+
+
 # -----------------------------------------------------------------------------
 # Streams
 
@@ -181,7 +195,7 @@ def test_long_documents_begin_at_blocks_and_nothing_is_lost(monkeypatch):
 # -----------------------------------------------------------------------------
 # The cache
 
-@pytest.mark.parametrize("length, chunk, changes", [(1000, 2048, {}), (5000, 300, {
+@pytest.mark.parametrize("length, chunk, changes", [(1000, 2048, {}), (1000, 2048, {"far_shared": False}), (5000, 300, {
     "depth": 2, "model_dim": 16, "far_layers": (1,), "far_period": 2, "windows": (100,)})])
 def test_decoding_equals_forward(length, chunk, changes):
     model, tokens = moved(config(**changes)), document(length)
@@ -253,7 +267,10 @@ def test_a_run_goes_on_from_the_weights_of_another(data, run_main, tmp_path, cap
     run = only_folder(tmp_path / "a")
     checkpoint = next(run.glob("checkpoint/step_*"))
     before = json.loads((run / "run.json").read_text())["val_losses"][-1]["val_loss"]
-    done = run_main(*flags(data, out_dir=tmp_path / "b", init_from=checkpoint, num_iterations=1))
+    go_on = flags(data, out_dir=tmp_path / "b", init_from=checkpoint, num_iterations=1)
+    done = run_main(*go_on)
+    assert done.code == 2 and "blocks.1.qkv" in done.err and not (tmp_path / "b").exists()
+    done = run_main(*go_on, "--far_shared=false")       # a model without far layers has projections for each head
     assert done.code == 0, done.err
     after = only_folder(tmp_path / "b")
     first = json.loads((after / "run.json").read_text())["val_losses"][0]["val_loss"]
