@@ -877,10 +877,10 @@ class Cache:
         self.doc_start.copy_(other.doc_start[rows_B])
         for name, tensor in self.carried.items():
             tensor.copy_(other.carried[name][rows_B])
+        cells = {name: self.held(ring, self.position - 1) % other.rings[name] for name, ring in self.rings.items()}
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for i in mine:
-                index = self.held(mine[i].size(1), self.position - 1) % theirs[i].size(1)
-                mine[i].copy_(theirs[i][rows_B[:, None], index])
+                mine[i].copy_(theirs[i][rows_B[:, None], cells[self.window[i]]])
 
     def bytes_read(self, tokens: int) -> int:
         """Bytes of keys and values that the last of `tokens` tokens sees, over all rows."""
