@@ -118,8 +118,8 @@ def gsm8k_files(args) -> list[Path]:
     found = [chat_tasks.find_file(args.evals, f"gsm8k/{side}.jsonl") for side in ("train", "test")]
     for side, path in zip(("train", "test"), found):
         if path is None:
-            raise UserError(f"--evals={args.evals} has no gsm8k/{side}.jsonl, which --task=gsm8k needs; put GSM8K's "
-                            "file there")
+            raise UserError(f"--evals={args.evals} has no gsm8k/{side}.jsonl, which --task=gsm8k needs; fetch it "
+                            "with python data/evals.py")
     return found
 
 # name -> (function that makes the questions, function that names the files they come from)
@@ -530,7 +530,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         run.measured(step, clock.seconds, *measure(sampler, tools))
     if args.steps:
         run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
-    run.finish(finished, step, clock.seconds)
+    run.finish(finished, step, clock.seconds, trainer.resumable)
     return 0 if finished else 130
 
 def train_one(args, run: Run, trainer, sampler: Sampler, reference, clock, step: int, stopping, tools):

@@ -394,7 +394,8 @@ class TorchOptimizers:
         totals = torch.cat([loss, torch.tensor(votes, dtype=torch.float32).to(device)])
         if self.machine.world_size > 1:
             dist.all_reduce(totals)
-        self.update(step, factor, totals[0])
+        if batches:                      # with less text than steps a step may have none, on any rank
+            self.update(step, factor, totals[0])
         return totals
 
     def update(self, step: int, factor: float, loss):
@@ -658,8 +659,8 @@ class Run:
         """curve.svg."""
         self.tools.Run.plot(SimpleNamespace(train_losses=self.train_losses, history=self.history, folder=self.folder))
 
-    def finish(self, finished: bool, step: int, seconds: float):
-        """The last lines of the log, the curve, and the final run.json."""
+    def finish(self, finished: bool, step: int, seconds: float, resumable: bool):
+        """The last lines of the log, the curve, and the final run.json; resumable: whether the run can go on."""
         if not self.master:
             return
         status = "finished" if finished else "interrupted"
@@ -674,7 +675,7 @@ class Run:
         if finished and self.checkpoint:
             words = ["python", os.path.relpath(HERE / "chat.py"), f"--checkpoint={self.checkpoint}"]
             self.print(f"next: {shlex.join(words)}")
-        elif not finished:
+        elif resumable and not finished:
             self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
 
 def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tokenizer,
@@ -755,7 +756,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     if finished:
         measure(run, job, trainer, clock, step, tokenizer, questions)
     run.save_checkpoint(step, trainer, clock.seconds, trainer.resumable and (not finished or bool(args.save_every)))
-    run.finish(finished, step, clock.seconds)
+    run.finish(finished, step, clock.seconds, trainer.resumable)
     return 0 if finished else 130
 
 def run_command(name: str, parse, train, argv: list[str] | None) -> int:

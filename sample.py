@@ -583,7 +583,7 @@ def build_model(module, meta: dict, precision: str, file_bytes: int):
         with Bounded():
             return module.GPT(cfg).requires_grad_(False)
     except module.UserError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{Path(module.__file__).name}: {error}") from None
     except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"no model can be made from the checkpoint's config ({error}); {CHOOSE_ANOTHER}") from None
 

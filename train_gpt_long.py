@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # -------------------- Hyperparameters and command line ----------------------------------------------------------------
 @dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters:                  # ranges in comments are usual values; LIMITS has those that are allowed
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"    # glob of training shards, read in the order of names
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"        # glob of validation shards
     val_tokens: int = 10_485_760        # the validation loss is the mean over this many tokens, the first ones
     val_stream_tokens: int = 32_768     # tokens of one forward pass in validation; memory grows with it
     pack_tokens: int = 32_768           # tokens of one forward pass in training; memory grows with it
     epochs: int = 1                     # times the text may be read; documents get a new order each time
-    init_from: str = ""                 # start from these weights: a checkpoint folder or a .safetensors file
+    init_from: str = ""                 # start from these weights: of a run, a checkpoint or a .safetensors file
     depth: int = 12                     # layers, 2 to 32; --depth=N also lets the dial set width, batch, steps, rates
     model_dim: int = 0                  # residual channels, a multiple of head_dim; 0: from the depth
     head_dim: int = 128                 # channels of a head, even, 32 to 128
@@ -69,7 +69,7 @@ class Hyperparameters:
     out_dir: str = "logs"               # each run makes a folder in it
     stages = ("all",)                   # not a flag; for sample.py: this script has a single stage
     def __post_init__(self):            # a far layer that is not there would be ignored
-        if not all(layer < self.depth for layer in self.far_layers):
+        if self.far_period and not all(layer < self.depth for layer in self.far_layers):
             raise UserError(f"--far_layers={','.join(map(str, self.far_layers))} has a layer that --depth={self.depth} "
                             f"lacks; choose from 0 to {self.depth - 1}")
 SMALL = Hyperparameters(model_dim=768, batch_tokens=65_536, num_iterations=2000, muon_lr=0.025, width_rule="none")
@@ -81,9 +81,9 @@ PRESETS = {
                             pack_tokens=2048, depth=4, model_dim=192, head_dim=48, windows=(64, 256), far_layers=(1, 2),
                             batch_tokens=2048, num_iterations=180, muon_lr=0.04, width_rule="none", precision="fp32")}
 FROM_DEPTH = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rule": "nanochat"}     # what --depth sets
-LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth head_dim", (0, 2**24):
+LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth head_dim", (0, 1): "lr_floor", (0, 2**24):
           "model_dim batch_tokens num_iterations windows far_layers far_period vocab_size seed val_every", (1e-9, 1e9):
-          "ratio muon_lr adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay lr_floor"}
+          "ratio muon_lr adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
 BLOCK = 128                             # tokens of a block, also of FlexAttention
@@ -564,7 +564,7 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     if cuda and local_rank >= (count := torch.cuda.device_count()):
-        raise UserError(f"rank {rank} needs GPU {local_rank} of {count}; lower --nproc_per_node or use --device=cpu")
+        raise UserError(f"--device={cfg.device}: rank {rank} needs GPU {local_rank} of {count}; use cpu or fewer ranks")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -576,6 +576,8 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) 
     compiled = cfg.compile and machine.device.type == "cuda"
     vocab_size = math.ceil(shards[0].vocab_size / 64) * 64          # GPUs are slow with odd sizes
     cfg = dial(replace(cfg, vocab_size=vocab_size, bos_id=shards[0].bos_id, compile=compiled))
+    if cfg.attention == "flex" and not compiled:
+        raise UserError("--attention=flex needs a GPU and --compile=true; use --attention=plain")
     needed, found = cfg.num_iterations * cfg.batch_tokens, sum(shard.num_tokens for shard in shards)
     if needed > found * cfg.epochs:
         raise UserError(f"--num_iterations={cfg.num_iterations} needs {needed} tokens, --train_files holds {found}; "
@@ -675,11 +677,11 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     val_streams, steps = validation_streams(cfg, shards[1]), len(plan(cfg))
     model = GPT(cfg).to(machine.device)
     if cfg.init_from:
-        file = Path(cfg.init_from, "model.safetensors") if Path(cfg.init_from).is_dir() else cfg.init_from
+        file = max(Path(cfg.init_from).glob("**/model.safetensors"), default=cfg.init_from)     # of a run: its last
         try:
             model.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"--init_from={cfg.init_from} does not fit the model of the other flags: {error}") from None
+            raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
     optimizers, run, began = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
     run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "
             f"{cfg.model_dim}, {steps} steps of {cfg.batch_tokens} tokens, factors {rate_factors(cfg)}")

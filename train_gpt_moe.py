@@ -24,14 +24,14 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 # -------------------- Hyperparameters and command line ----------------------------------------------------------------
 @dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters:                  # ranges in comments are usual values; LIMITS has those that are allowed
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"    # glob of training shards, read in the order of names
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"        # glob of validation shards
     val_tokens: int = 10_485_760        # the validation loss is the mean over this many tokens, the first ones
     val_stream_tokens: int = 32_768     # tokens of one forward pass in validation; memory grows with it
     pack_tokens: int = 32_768           # tokens of one forward pass in training; memory grows with it
     epochs: int = 1                     # times the text may be read; documents get a new order each time
-    init_from: str = ""                 # start from these weights: a checkpoint folder or a .safetensors file
+    init_from: str = ""                 # start from these weights: of a run, a checkpoint or a .safetensors file
     depth: int = 12                     # layers, 2 to 32; --depth=N also lets the dial set width, batch, steps, rates
     model_dim: int = 0                  # residual channels, a multiple of head_dim; 0: from the depth
     head_dim: int = 128                 # channels of a head, even, 32 to 128
@@ -88,11 +88,10 @@ FROM_DEPTH = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rul
 LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth head_dim num_experts top_k expert_ranks",
           (0, 2**24): "model_dim batch_tokens num_iterations windows vocab_size seed val_every expert_layers "
           "expert_dim shared_dim", (1e-9, 1e9): "ratio muon_lr adamw_lr embed_lr head_lr router_lr cooldown",
-          (0, 1e9): "softcap z_loss weight_decay lr_floor balance_rate router_z jitter capacity"}
+          (0, 1): "lr_floor", (0, 1e9): "softcap z_loss weight_decay balance_rate router_z jitter capacity"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
-
 def parse_config(argv: list[str]) -> Hyperparameters:
     """The config of `--preset=NAME` and `--FIELD=VALUE` flags; raises UserError on anything else."""
     kinds = {field.name: field.type for field in fields(Hyperparameters)} | {"preset": Literal[tuple(PRESETS)]}
@@ -256,6 +255,8 @@ def hidden_sizes(cfg: Hyperparameters) -> tuple[int, int]:
     dense = cfg.model_dim // 6 * 16 if cfg.mlp == "swiglu" else 4 * cfg.model_dim   # three matrices
     if cfg.expert_layers and (cfg.model_dim % 16 or cfg.expert_dim % 16):
         raise UserError(f"--model_dim={cfg.model_dim} and --expert_dim={cfg.expert_dim} must be multiples of 16")
+    if cfg.expert_layers > cfg.depth:
+        raise UserError(f"--expert_layers={cfg.expert_layers} gives none of {cfg.depth} layers experts; lower it")
     if cfg.top_k > cfg.num_experts or cfg.num_experts % cfg.expert_ranks:
         raise UserError(f"--num_experts={cfg.num_experts} must be a multiple of --expert_ranks={cfg.expert_ranks} and "
                         f"at least --top_k={cfg.top_k}")
@@ -338,10 +339,8 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             found[i] = part.new_empty(self.cfg.num_experts, *part.shape[1:])
             dist.all_gather([*found[i].split(len(part))], part, group=self.group)
         return found
-
 def activation(h: Tensor, mlp: str) -> Tensor:
     return h.relu().square() if mlp == "relu2" else F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
-
 class Block(nn.Module):                 # one layer: attention, then the MLP; each adds to the residual stream
     def __init__(self, cfg: Hyperparameters, layer: int):
         super().__init__()
@@ -574,7 +573,7 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     if cuda and local_rank >= (count := torch.cuda.device_count()):
-        raise UserError(f"rank {rank} needs GPU {local_rank} of {count}; lower --nproc_per_node or use --device=cpu")
+        raise UserError(f"--device={cfg.device}: rank {rank} needs GPU {local_rank} of {count}; use cpu or fewer ranks")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -586,6 +585,8 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) 
     compiled = cfg.compile and machine.device.type == "cuda"
     vocab_size = math.ceil(shards[0].vocab_size / 64) * 64          # GPUs are slow with odd sizes
     cfg = dial(replace(cfg, vocab_size=vocab_size, bos_id=shards[0].bos_id, compile=compiled))
+    if cfg.attention == "flex" and not compiled:
+        raise UserError("--attention=flex needs a GPU and --compile=true; use --attention=plain")
     needed, found = cfg.num_iterations * cfg.batch_tokens, sum(shard.num_tokens for shard in shards)
     if needed > found * cfg.epochs:
         raise UserError(f"--num_iterations={cfg.num_iterations} needs {needed} tokens, --train_files holds {found}; "
@@ -646,7 +647,6 @@ def batches(cfg: Hyperparameters, shards: list[Shard], machine: Machine):  # yie
     for _, tokens in plan(cfg):
         batch = list(islice(packs, tokens // cfg.pack_tokens))
         yield [to_device(pack, machine.device) for pack in batch[machine.rank::machine.world_size]]
-
 def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, machine: Machine, stop: bool) -> Tensor:
     """Trains on this rank's packs of a batch. Returns the mean loss, how many ranks `stop`, and the banks' loads."""
     rate, batch_tokens = plan(cfg)[step]
@@ -710,11 +710,11 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     val_streams += [(val_streams[0][0], np.full(cfg.val_stream_tokens, -1))] * (-len(val_streams) % machine.world_size)
     model = GPT(cfg).to(machine.device)
     if cfg.init_from:
-        file = Path(cfg.init_from, "model.safetensors") if Path(cfg.init_from).is_dir() else cfg.init_from
+        file = max(Path(cfg.init_from).glob("**/model.safetensors"), default=cfg.init_from)     # of a run: its last
         try:
             model.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"--init_from={cfg.init_from} does not fit the model of the other flags: {error}") from None
+            raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
     model.share_experts()               # ranks that share run as many passes: hence streams without targets above
     optimizers, run, began = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
     run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "

@@ -176,7 +176,7 @@ def _read_checked(path, sha256):
 def _read_small(path, limit):
     """The first `limit` bytes of a regular file; a pipe is refused, since reading it would wait for its writer."""
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no such file")
+        raise FileNotFoundError(errno.ENOENT, "not a plain file" if path.exists() else "no such file")
     with open(path, "rb") as file:
         return file.read(limit)
 
@@ -208,7 +208,7 @@ def tokenizer_file_json(path):
         spec = json.loads(data)
     except OSError as e:
         raise InputError(f"--tokenizer={path}: not gpt2, not bytes, and as a file it cannot be read "
-                         f"({e.strerror})") from None
+                         f"({e.strerror}); name a tokenizer.json") from None
     except (ValueError, RecursionError):
         need(False, "not JSON")
     types = {"name": str, "pattern": str, "ranks": list, "special_tokens": dict, "bos_id": int}

@@ -191,7 +191,7 @@ def track_problem(track: dict, info: dict, no_hash: bool = False) -> str:
     """
     if track["hardware"] not in info["device"] or info["world_size"] != track["ranks"]:
         return (f"ran on {info['world_size']} x {info['device']}, the track is for {track['ranks']} x "
-                f"{track['hardware']}")
+                f"{track['hardware']}" + "; start it with OMP_NUM_THREADS=2" * ("2 threads" in track["hardware"]))
     tokens = {point["tokens"] for point in info["val_losses"]} | {info["config"].get("val_tokens")}
     if tokens != {track["val_tokens"]}:
         return (f"was validated on {', '.join(sorted(map(str, tokens)))} tokens, the track says "

@@ -131,15 +131,23 @@ def comparison_plan(args, flags: list[str]) -> dict[str, Arm]:
 
 def read_arms(path: Path) -> list[str]:
     """The arms in a file, one a line; empty lines and those that begin with # are skipped."""
-    lines = [line.strip() for line in read_text(path.resolve(), MAX_JSON).split("\n")]
-    return [line for line in lines if line and not line.startswith("#")]
+    try:
+        lines = [line.strip() for line in read_text(path.resolve(), MAX_JSON).split("\n")]
+    except UserError as error:
+        raise UserError(f"--arms={path}: {error}; name a text file with one arm a line") from None
+    arms = [line for line in lines if line and not line.startswith("#")]
+    if not arms:
+        raise UserError(f"--arms={path} holds no arm; write one a line, as in --lr=1.2")
+    return arms
 
 
 def check_plan(args, plan: dict[str, Arm]):
     """Raises UserError if arms are the same, or numbers make no sense."""
-    if args.n < 1 or args.ranks < 1 or args.gpus < 0 or args.limit < 0 or not 0 < args.p < 0.5:
-        raise UserError(f"--n={args.n} --ranks={args.ranks} --gpus={args.gpus} --limit={args.limit:g} --p={args.p:g}: "
-                        "at least 1 round and 1 rank, nothing below 0, and p between 0 and 0.5")
+    for name, least in (("n", 1), ("ranks", 1), ("gpus", 0), ("limit", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}={getattr(args, name):g} is below {least}; raise it")
+    if not 0 < args.p < 0.5:
+        raise UserError(f"--p={args.p:g} is not between 0 and 0.5; the rule of the records is --p=0.01")
     if len(plan) < 2:
         raise UserError("there is nothing to compare A with; name another script, or give --b_flags, --arm or --noise")
     seen = {}

@@ -54,10 +54,10 @@ class Curve:
 def read_curve(folder: Path, alone: bool = False) -> Curve:
     """The run in a folder; raises UserError if it is not a finished one of chat_rl.py, or its log contradicts it."""
     info, log = read_json(folder / "run.json"), unix_lines(read_text(folder / "log.txt", MAX_LOG))
+    if info.get("script") != "chat_rl.py" or info.get("status") != "finished":
+        raise UserError(f"{folder} is not a finished run of chat_rl.py ({info.get('script')}, {info.get('status')}); "
+                        "name others")
     check_fields(info, FIELDS, folder / "run.json")
-    if info["script"] != "chat_rl.py" or info["status"] != "finished":
-        raise UserError(f"{folder} is not a finished run of chat_rl.py ({info['script']}, {info['status']}); name "
-                        "others")
     for point in info["evaluations"]:
         check_fields(point, POINT, folder / "run.json")
     said = [(int(step), *values) for step, *values in MEASURED.findall(log)]

@@ -22,6 +22,9 @@ def replay(args, flags: list[str]) -> int:
     """Runs a record's own script with its own flags here, and says how loss and time compare."""
     if args.n < 1 or args.ranks < 0:
         raise UserError(f"--n={args.n} --ranks={args.ranks}: at least 1 run, and no number of ranks below 0")
+    if not (args.record / "runs.json").is_file():
+        raise UserError(f"{args.record} is no record that can be replayed; name a folder below records/track_0_cpu or "
+                        "another track with a runs.json")
     record = read_record(args.record)
     arm = shortened_arm(record, args.num_iterations) if args.num_iterations else record.main
     runs, script = record.of_arm(arm), record.script(arm)

@@ -395,3 +395,8 @@ def test_a_model_of_the_plain_script(run, data, talks, tmp_path):
     assert not any(torch.equal(tensor, after[name]) for name, tensor in before.items() if tensor.dim() == 2)
     model, tokenizer, meta = sample.load_checkpoint(sample.resolve_checkpoint(done.folder), "cpu")
     assert meta["script"] == "train_gpt_simple" and model.cfg.vocab_size >= tokenizer.vocab_size == 265
+    machine = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    trainer = chat_sft.TorchOptimizers(train_gpt_simple, model.cfg, machine, print, train_gpt)
+    before = [param.clone() for param in trainer.model.parameters()]
+    assert trainer.step([], 0, 1.0, (0, 0)).tolist() == [0, 0, 0]       # fewer slots than steps: nothing to learn from
+    assert all(map(torch.equal, before, trainer.model.parameters()))

@@ -348,7 +348,7 @@ def test_ranks_do_what_one_does(first, second, runs):
 @pytest.mark.parametrize("bad, word", [
     ({"top_k": 5}, "--top_k=5"), ({"expert_dim": 24}, "--expert_dim=24"), ({"num_experts": 0}, "--num_experts=0"),
     ({"expert_ranks": 2}, "--capacity="), ({"expert_ranks": 3, "capacity": 1.5}, "--expert_ranks=3"),
-    ({"balance": "luck"}, "bias")], ids=str)
+    ({"expert_layers": 9}, "--expert_layers=9"), ({"balance": "luck"}, "bias")], ids=str)
 def test_a_bad_value_gets_one_line(bad, word, data, refused):
     refused(*flags(data, **bad), words=[word])
 

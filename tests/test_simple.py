@@ -407,7 +407,7 @@ def test_a_run_starts_from_the_weights_of_another(finished, data, run_main, tmp_
     """Named by its folder or its file; its first loss is the last one of that run."""
     wanted = json.loads((finished / "run.json").read_text())["val_losses"][-1]["val_loss"]
     folder = finished / "checkpoint" / "step_000040"
-    for number, path in enumerate((folder, folder / "model.safetensors")):
+    for number, path in enumerate((folder, folder / "model.safetensors", finished)):
         logs = tmp_path / str(number)
         assert run_main(*flags(data, out_dir=logs, num_iterations=1, init_from=path)).code == 0
         info = json.loads((only_folder(logs) / "run.json").read_text())
@@ -493,6 +493,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, run_main, tmp_path, monkey
     ("--ratio=nan", "--ratio"), ("--ratio=-1", "--ratio"),
     ("--windows=4,-1", "--windows"), ("--head_dim=7", "--head_dim=7"), ("--model_dim=33", "--model_dim=33"),
     ("--batch_tokens=100", "--batch_tokens=100"), ("--val_tokens=999999", "--val_tokens="), ("--device=tpu", "tpu"),
+    ("--attention=flex", "--attention=flex"), ("--lr_floor=2", "--lr_floor=2"),
     ("--num_iterations=100000", "--epochs="), ("--train_files=nowhere/*.bin", "nowhere"), ("--seed", "--seed")])
 def test_a_bad_value_gets_one_line(flag, word, data, refused):
     refused(*flags(data), flag, words=[word])
