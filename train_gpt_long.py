@@ -5,9 +5,9 @@
     python train_gpt_long.py --preset=tiny                          # minutes on two CPU cores
 
 This is train_gpt_simple.py with far layers. A far layer sees its window and, of everything before it in the document,
-every far_period-th block of 128 tokens. Each of its heads sees other blocks, so together they see all. The cost grows
-with T (window + T / far_period). Functions and classes of both scripts have the same text, but for those in
-tests/test_family.py.
+every far_period-th block of 128 tokens. Each of its heads sees other blocks, and the heads of all far layers together
+see all. The cost grows with T (window + T / far_period). Most functions and classes have the same text in both scripts;
+tests/test_family.py lists the others.
 Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices.
 """
 import glob, hashlib, inspect, json, math, os, signal, sys, time
