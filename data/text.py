@@ -62,6 +62,7 @@ VOCAB_BYTES = 1 << 22  # largest file of GPT-2's vocabulary
 LINE_BYTES = 1 << 25  # a longer line of .jsonl is left out: as objects it can take 24 times as much
 JOIN_BYTES = 1 << 18  # --join: longest document that is made of several files
 LONG_VAL_TOKENS = 1 << 20  # --join: validation tokens in the command for training, at most
+LONG_STEPS, LONG_BATCH_TOKENS = 150, 131_072  # of the preset long of train_gpt_long.py
 FIRST_NEEDLE = 1 << 24  # more than the pieces of a document
 NEEDLE_TOKENS = 65_536  # --needles: longest document, when --max_doc_tokens does not say
 CHUNK_TOKENS = 1024  # --stream: longest chunk, when --max_doc_tokens does not say
@@ -1446,8 +1447,13 @@ def next_step(out_dir, manifest):
         return [_why_one_side(tokens, made_by)]
     if made_by["options"].get("join"):
         fitting = min(tokens["val"] - 1, LONG_VAL_TOKENS) // 128 * 128
+        steps = min(tokens["train"] // LONG_BATCH_TOKENS, LONG_STEPS)
+        if not fitting or not steps:
+            return [f"no next command: the preset long needs {LONG_BATCH_TOKENS:,} training tokens and 129 validation "
+                    f"tokens at least, and there are {tokens['train']:,} and {tokens['val']:,}. Give more text."]
+        fewer = f"--num_iterations={steps} " if steps < LONG_STEPS else ""
         return [f"next: python {shlex.quote(shown(HERE.parent / 'train_gpt_long.py'))} --preset=long --init_from=RUN "
-                f"--train_files={_pattern(out_dir, 'train')} --val_files={_pattern(out_dir, 'val')} "
+                f"--train_files={_pattern(out_dir, 'train')} --val_files={_pattern(out_dir, 'val')} {fewer}"
                 f"--val_tokens={fitting}    (RUN: the folder of a run with this tokenizer; docs/long.md)"]
     needed = packs_of_steps(TINY_STEPS)
     packs = count_packs(out_dir, manifest, needed)

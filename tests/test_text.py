@@ -1055,3 +1055,20 @@ def test_needles_need_text_files(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 5000}) + "\n")
     done = run_here(tmp_path / "a.jsonl", f"--out={tmp_path}/out", "--tokenizer=bytes", "--join=folder", "--needles=3")
     assert done.returncode == 2 and "--needles=3" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("train, val, words", [
+    (30_000_000, 3_000_000, ["--val_tokens=1048576"]), (300_000, 5_000, ["--num_iterations=2", "--val_tokens=4992"]),
+    (100_000, 5_000, None), (300_000, 100, None)])
+def test_the_command_for_long_text_fits_it(train, val, words, tmp_path):
+    """The numbers in it are those of the preset that it names."""
+    sys.path.insert(0, str(ROOT))
+    import train_gpt_long
+    preset = train_gpt_long.PRESETS["long"]
+    assert (text.LONG_STEPS, text.LONG_BATCH_TOKENS) == (preset.num_iterations, preset.batch_tokens)
+    manifest = {"files": {"train_000000.bin": {"tokens": train}, "val_000000.bin": {"tokens": val}},
+                "made_by": {"options": {"join": "folder", "max_doc_tokens": 65_536}}}
+    line, = text.next_step(tmp_path, manifest)
+    assert line.startswith("next: " if words else "no next command: ")
+    found = re.findall(r"--(?:num_iterations|val_tokens)=\d+", line)
+    assert found == (words or []) and ("RUN" in line) == bool(words)
