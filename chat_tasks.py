@@ -100,7 +100,9 @@ def load_data():
                                 "use the data/chat.py that belongs to evaluate.py")
 
 def find_file(evals: Path, name: str) -> Path | None:
-    """The file of that name, or the same packed as .xz; None if neither is there."""
+    """The file of that name, or the same packed as .xz; None if neither is there. Raises UserError if evals is a file."""
+    if evals.is_file():
+        raise UserError(f"--evals={evals} is a file; name the folder that data/evals.py made")
     return next((path for end in ("", ".xz") if (path := evals / f"{name}{end}").is_file()), None)
 
 def find_tasks(evals: Path, scores: list[str]) -> tuple[list[Task], list[str]]:

@@ -39,7 +39,7 @@ from comparison import check_flags, compare, save_ledger
 from diffs import script_diff
 from launcher import Job, keep_run, log_hashes
 from pictures import history, plot
-from replays import finished_runs, replay
+from replays import finished_runs, matching_files, replay
 from runs import (LEAST, MAX_JSON, NAME, Record, Run, UserError, arms_table, collect, fill, judge, lost_runs, marked,
                   p_text, pairs_of, read_json, read_record, read_run, read_text, read_track, regions, runs_table,
                   seconds_text, sha256, skipped_folders, source_files, table, unix_lines, user_path, verdict_text,
@@ -542,6 +542,10 @@ def make(args, flags: list[str]) -> int:
         raise UserError(f"{args.script} is not a training script; name one, as train_gpt.py")
     if args.from_standing:
         flags = flags_from_standing(track, args.track, flags)
+    given = dict(flag.partition("=")[::2] for flag in [*track["flags"], *flags])
+    for name in ("--train_files", "--val_files"):
+        if name in given and not matching_files(given[name]):
+            raise UserError(f"{name}={given[name]} matches no file; make the text of this track: {track['commands'][0]}")
     if "seconds" in track and standing_record(track_folder(args.track)):
         compared = ["compare", str(args.script), f"--track={args.track}", f"--n={args.n}", f"--out={out}",
                     f"--ranks={track['ranks']}"]

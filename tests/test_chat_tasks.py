@@ -641,6 +641,7 @@ def refused(run, sets, capsys, tmp_path):
     (["--tasks=mmlu", "--max_items=-1"], ["--max_items=-1 must be 0 (all) or above 0\n"]),
     (["--tasks=mmlu,core", "--max_items=5"], ["--max_items=5 must be 0 (all) or above 10"]),
     (["--model=gpt2", "--tasks=mmlu,gsm8k"], ["--model=gpt2 has no tokens for conversations, which mmlu,gsm8k needs"]),
+    (["--tasks=mmlu", f"--evals={ROOT / 'README.md'}"], ["is a file"]),
     (["--tasks=mmlu", "--evals=nowhere"], ["--evals=nowhere has no mmlu/test.jsonl, which mmlu needs; docs/evaluation.md"]),
     (["--tasks=chatcore,arc", "--evals=nowhere"], ["--evals=nowhere has no ", "arc_easy.jsonl, which arc needs; fetch it with"]),
 ], ids=str)

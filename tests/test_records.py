@@ -1236,6 +1236,7 @@ def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
     count = Path("count").read_text()
     for argv, words in ((["First", "train_toy.py"], "exists; choose another NAME"), (["X", "no.py"], "no.py is not a"),
                         (["X", "train_toy.py", "--n=2"], "at least 3 runs"), (["../X", "train_toy.py"], "the name"),
+                        (["X", "train_toy.py", "--val_files=nowhere/*.bin"], "make the text of this track: "),
                         (["X", "train_toy.py", "--seed=3"], "--seed=3 cannot be passed on")):
         code, _, errors = tool("make", *argv, "--track=track_0_toy")
         assert (code, len(errors)) == (2, 1) and words in errors[0], errors
