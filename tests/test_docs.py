@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "dev/LOG.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
 # flags of other programs that the pages show
 FOREIGN = {"standalone", "nproc_per_node", "nnodes", "max-restarts", "rdzv_id", "rdzv_backend", "rdzv_endpoint",
-           "nodes", "ntasks-per-node", "gpus-per-node", "signal"}
+           "nodes", "ntasks-per-node", "gpus-per-node", "signal",
+           "no-binary", "no-deps", "outfile", "outtype"}
 
 
 def anchors(page):
