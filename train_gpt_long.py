@@ -83,7 +83,7 @@ PRESETS = {
 FROM_DEPTH = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rule": "nanochat"}     # what --depth sets
 LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth head_dim", (0, 1): "lr_floor", (0, 2**24):
           "model_dim batch_tokens num_iterations windows far_layers far_period vocab_size seed val_every", (1e-9, 1e9):
-          "ratio muon_lr adamw_lr embed_lr head_lr cooldown", (0, 1e9): "softcap z_loss weight_decay"}
+          "ratio muon_lr adamw_lr embed_lr head_lr", (1e-9, 1): "cooldown", (0, 1e9): "softcap z_loss weight_decay"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
 BLOCK = 128                             # tokens of a block, also of FlexAttention

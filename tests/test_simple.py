@@ -493,7 +493,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, run_main, tmp_path, monkey
     ("--ratio=nan", "--ratio"), ("--ratio=-1", "--ratio"),
     ("--windows=4,-1", "--windows"), ("--head_dim=7", "--head_dim=7"), ("--model_dim=33", "--model_dim=33"),
     ("--batch_tokens=100", "--batch_tokens=100"), ("--val_tokens=999999", "--val_tokens="), ("--device=tpu", "tpu"),
-    ("--attention=flex", "--attention=flex"), ("--lr_floor=2", "--lr_floor=2"),
+    ("--attention=flex", "--attention=flex"), ("--lr_floor=2", "--lr_floor=2"), ("--cooldown=2", "--cooldown=2"),
     ("--num_iterations=100000", "--epochs="), ("--train_files=nowhere/*.bin", "nowhere"), ("--seed", "--seed")])
 def test_a_bad_value_gets_one_line(flag, word, data, refused):
     refused(*flags(data), flag, words=[word])

@@ -1062,7 +1062,6 @@ def test_needles_need_text_files(tmp_path):
     (100_000, 5_000, None), (300_000, 100, None)])
 def test_the_command_for_long_text_fits_it(train, val, words, tmp_path):
     """The numbers in it are those of the preset that it names."""
-    sys.path.insert(0, str(ROOT))
     import train_gpt_long
     preset = train_gpt_long.PRESETS["long"]
     assert (text.LONG_STEPS, text.LONG_BATCH_TOKENS) == (preset.num_iterations, preset.batch_tokens)
