@@ -3,11 +3,13 @@
     python data/fineweb.py 9                                              # validation shard + 0.9 B training tokens
     torchrun --standalone --nproc_per_node=8 train_gpt.py                 # the speedrun; any number of GPUs works
     python train_gpt.py --preset=single                                   # one GPU: smaller batches, more steps
+    python train_gpt.py --preset=sprint                                   # one GPU: a small model in seconds
     python train_gpt.py --preset=tiny                                     # three minutes on a laptop CPU
     cp train_gpt.py my_idea.py                                            # edit a table row, run both, compare the logs
 
-Result on one H200, development text (torch 2.11): 3.890 in 23.4 s (--preset=single --num_iterations=270, n=3), 3.656
-in 50.0 s (stage batches halved, --num_iterations=290, n=1). No run on eight GPUs or on FineWeb yet.
+Result on one H200, development text (torch 2.11): 3.887 in 12.1 s (--preset=sprint, n=4), 3.890 in 23.4 s (--preset=
+single --num_iterations=270, n=3), 3.656 in 50.0 s (stage batches halved, --num_iterations=290, n=1). No run on eight
+GPUs or on FineWeb yet.
 The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
 embeddings) beside a small transformer, NorMuon for matrices and Adam for tables, everything growing in stages.
 Facts and figures come from the public NanoGPT speedrun (KellerJordan/modded-nanogpt, record 89; "#n" below is its
@@ -111,6 +113,13 @@ SINGLE_STAGES = (                # a quarter of the batch in four times as many 
     Stage(2 / 3,  65_536, 2048,  384,  896, 1.20, ((1, .5, 0), (1, 0, 0)),    (.25, 0)),
     Stage(1.000,  98_304, 2048,  640, 1408, 1.36, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
     Stage(1.012,  98_304, 2048,  768, 1664, 1.36, ((1, 0, 0), (1, 0, 0)),     (0, 0)),
+)
+SPRINT_LAYERS = (                # fewer: in a quarter of a minute a small model learns more
+    Layer(ve=0, xsa=True),                                                  # 0
+    Layer(window="long", ve=1, xsa=True, gate=True),                        # 1
+    Layer(attention=False, skip=1),                                         # 2
+    Layer(ve=2, xsa=True),                                                  # 3
+    Layer(window="long", ve=3, attn_input=3, gate=True, mudd=True),         # 4
 )
 TINY_STAGES = (
     Stage(1 / 3,   2_048,  512,   64,  128, 1.00, ((1, .5, .25), (1, .5, 0)), (0, 0)),
@@ -234,6 +243,8 @@ PRESETS = {
     "speedrun": Hyperparameters(sampled_vocab=16_384, qk_dim=64),   # track 1, on eight GPUs
     "single": Hyperparameters(num_iterations=5080, val_every=1000, stages=SINGLE_STAGES, cooldown=0.5,      # on one
                               sampled_vocab=16_384, qk_dim=64),
+    "sprint": Hyperparameters(num_iterations=402, val_every=0, stages=SINGLE_STAGES, cooldown=0.5, lr=1.2,  # one GPU
+                              layers=SPRINT_LAYERS, model_dim=512, mlp_dim=2048, sampled_vocab=16_384, qk_dim=64),
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=65_536,
         val_stream_tokens=8192, pack_tokens=512, num_iterations=115, val_every=60, stages=TINY_STAGES,
@@ -807,8 +818,9 @@ class GPT(nn.Module):
         graph; more raise ValueError when a row would exceed the cache.
         """
         B, T = tokens.shape
-        if T > 1:                        # of single steps the caller keeps count, for looking would wait for the device
-            cache.check_room(T if lengths is None else lengths)
+        more = T if lengths is None else lengths
+        if T > 1 and (most := int((cache.position + more).max())) > cache.max_tokens:       # this waits for the device
+            raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {cache.max_tokens}")
         parts = []
         for low, part in zip(range(0, T, cache.chunk), tokens.to(torch.int32).split(cache.chunk, 1)):
             ctx = DecodeContext(cache, part, None if lengths is None else (lengths - low).clamp(0, part.size(1)))
@@ -859,12 +871,6 @@ class Cache:
             self.projections[i] = model.projections(i, *matrices)
             if window == "long":
                 self.carried[f"key.{i}"] = like.new_zeros(batch, cfg.num_heads, cfg.key_dim)
-
-    def check_room(self, more: int | Tensor):
-        """Raises ValueError unless every row has room for `more` tokens."""
-        most = int((self.position + more).max())
-        if most > self.max_tokens:
-            raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {self.max_tokens}")
 
     def held(self, ring: int, last_B: Tensor) -> Tensor:
         """(B, R) the position that each cell of a ring holds when last_B is the newest; negative: none yet."""

@@ -813,8 +813,9 @@ class GPT(nn.Module):
         graph; more raise ValueError when a row would exceed the cache.
         """
         B, T = tokens.shape
-        if T > 1:                        # of single steps the caller keeps count, for looking would wait for the device
-            cache.check_room(T if lengths is None else lengths)
+        more = T if lengths is None else lengths
+        if T > 1 and (most := int((cache.position + more).max())) > cache.max_tokens:       # this waits for the device
+            raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {cache.max_tokens}")
         parts = []
         for low, part in zip(range(0, T, cache.chunk), tokens.to(torch.int32).split(cache.chunk, 1)):
             ctx = DecodeContext(cache, part, None if lengths is None else (lengths - low).clamp(0, part.size(1)))
@@ -865,12 +866,6 @@ class Cache:
             self.projections[i] = model.projections(i, *matrices)
             if window == "long":
                 self.carried[f"key.{i}"] = like.new_zeros(batch, cfg.num_heads, cfg.key_dim)
-
-    def check_room(self, more: int | Tensor):
-        """Raises ValueError unless every row has room for `more` tokens."""
-        most = int((self.position + more).max())
-        if most > self.max_tokens:
-            raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {self.max_tokens}")
 
     def held(self, ring: int, last_B: Tensor) -> Tensor:
         """(B, R) the position that each cell of a ring holds when last_B is the newest; negative: none yet."""
