@@ -7,7 +7,7 @@
     python train_gpt.py --preset=tiny                                     # three minutes on a laptop CPU
     cp train_gpt.py my_idea.py                                            # edit a table row, run both, compare the logs
 
-Result on one H200, development text (torch 2.11): 3.887 in 12.1 s (--preset=sprint, n=4), 3.890 in 23.4 s (--preset=
+Result on one H200, development text (torch 2.11): 3.889 in 12.2 s (--preset=sprint, n=6), 3.890 in 23.4 s (--preset=
 single --num_iterations=270, n=3), 3.656 in 50.0 s (stage batches halved, --num_iterations=290, n=1). No run on eight
 GPUs or on FineWeb yet.
 The recipe: one packed stream of whole documents, sliding-window attention, cheap lookup tables (value and bigram
