@@ -39,11 +39,11 @@ class Hyperparameters:                  # ranges in comments are usual values; L
     mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu (arXiv 2002.05202) has as many weights
     expert_layers: int = 2              # every n-th layer has experts; 1: every layer, 0: none
     num_experts: int = 8                # MLPs of such a layer; 1 is a dense layer
-    top_k: int = 1                      # experts that a token uses
+    top_k: int = 2                      # experts that a token uses
     expert_dim: int = 0                 # hidden channels of an expert, a multiple of 16; 0: as much work as a dense MLP
     shared_dim: int = 0                 # hidden channels of an MLP that all tokens use beside their experts; 0: none
     router: Literal["learned", "hash"] = "learned"      # hash of the token's id (arXiv 2106.04426)
-    router_lr: float = 0.002            # of the routers; 0.0005 to 0.01
+    router_lr: float = 0.0005           # of the routers; 0.0002 to 0.002
     balance: Literal["bias", "loss", "none"] = "bias"   # what keeps experts equally busy
     balance_rate: float = 0.01          # step of the bias, or weight of the loss (arXiv 2101.03961)
     router_z: float = 0.0               # weight of log(sum exp router logits)^2, about 0.001 (arXiv 2202.08906); 0: off
@@ -275,13 +275,14 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         self.register_buffer("bias", torch.zeros(E))                # added to the scores when they are compared
         self.register_buffer("load", torch.zeros(E + 1), persistent=False)  # choices in this step, and those dropped
     def choose(self, u_TC: Tensor, context) -> tuple[Tensor, Tensor, Tensor]:
-        """Experts (T, top_k) of each token, their weights, about 1 at the start, and the router's logits (T, E)."""
+        """Experts (T, top_k) of each token, their weights, 1 on average, and the router's logits (T, E)."""
         cfg, ids = self.cfg, torch.arange(self.cfg.num_experts, device=u_TC.device)
         if self.router is None:          # by a hash of the token's id: one expert and its neighbours
             first = (context.tokens * 2_654_435_761 + self.layer * 40_503 >> 8) % len(ids)
             chosen = (first[:, None] + ids[:cfg.top_k]) % len(ids)
             return chosen, torch.ones_like(chosen, dtype=torch.float32), u_TC.new_zeros(len(u_TC), 1)
         logits, chosen, weights = F.linear(u_TC.float(), self.router.weight.float()), [], []
+        logits = logits - logits.mean(1, keepdim=True)              # only differences count
         scores = logits.sigmoid()
         ranking = scores.detach() + self.bias
         if context.training and cfg.jitter:     # a hash, so that it is the same on any number of ranks
@@ -289,9 +290,11 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             ranking = ranking + cfg.jitter * ((place * 2_654_435_761 >> 8 & 0xFFFF) / 2**15 - 1)
         for _ in range(cfg.top_k):       # on a GPU faster than topk, and the first of equals wins everywhere
             chosen.append(ranking.argmax(1, keepdim=True))
-            weights.append(2 * (scores * (ids == chosen[-1])).sum(1, keepdim=True))
+            weights.append((scores * (ids == chosen[-1])).sum(1, keepdim=True))
             ranking = ranking.masked_fill(ids == chosen[-1], -math.inf)
-        return torch.cat(chosen, 1), torch.cat(weights, 1), logits
+        # Several experts share a fixed sum: a gradient that wants less of all would blur the choice. One has a gate.
+        mean = torch.cat(weights, 1).mean(1, keepdim=True) if cfg.top_k > 1 else 0.5
+        return torch.cat(chosen, 1), torch.cat(weights, 1) / mean, logits
     def forward(self, u_TC: Tensor, context) -> Tensor:
         """What the experts add to the stream, (T, C). No wait for the GPU, and no shape that depends on the choices."""
         cfg, E = self.cfg, self.cfg.num_experts
@@ -396,7 +399,7 @@ class GPT(nn.Module):                   # of a config in which everything is fil
             if name.endswith(("proj.weight", "experts.proj", "gate.weight", "v_lambda")):
                 param.fill_(0.5 if name.endswith("v_lambda") else 0)
             else:
-                std = 0.02 if self.cfg.width_rule == "none" else param.size(-1) ** -0.5
+                std = 0.02 if self.cfg.width_rule == "none" and "router" not in name else param.size(-1) ** -0.5
                 param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
     def share_experts(self):            # with expert_ranks each rank keeps a part of every bank; raises UserError
         ranks, packs = self.cfg.expert_ranks, self.cfg.batch_tokens // self.cfg.pack_tokens

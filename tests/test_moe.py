@@ -22,7 +22,7 @@ import train_gpt_simple as simple
 
 SMALL = {"preset": "tiny", "depth": 2, "model_dim": 32, "head_dim": 8, "windows": (8, 24), "pack_tokens": 128,
          "val_tokens": 1500, "val_stream_tokens": 512, "batch_tokens": 512, "num_iterations": 6, "val_every": 0,
-         "width_rule": "none", "device": "cpu", "expert_layers": 1, "num_experts": 4}
+         "width_rule": "none", "device": "cpu", "expert_layers": 1, "num_experts": 4, "top_k": 1}
 KINDS = [{}, {"top_k": 2, "shared_dim": 32}, {"top_k": 3, "mlp": "swiglu"}, {"router": "hash", "top_k": 2}]
 
 
@@ -95,15 +95,19 @@ def test_an_expert_without_tokens_has_no_gradient():
     assert sum(used) == 1 and model.experts[0].load.tolist().count(0) == 8
 
 
-def test_the_router_chooses_the_best_by_score_and_bias():
-    bank = moved(config(top_k=2)).experts[0]
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_router_chooses_the_best_by_score_and_bias(top_k):
+    bank = moved(config(top_k=top_k)).experts[0]
     bank.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
     u = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
     context = type("Context", (), {"training": False})
     chosen, weights, logits = bank.choose(u, context)
     assert (chosen[:, 0] == 1).all()                # the bias decides who works, not how much it counts
     others = logits.detach().index_fill(1, torch.tensor([1]), -math.inf)
-    assert chosen[:, 1].equal(others.argmax(1)) and weights.equal(2 * logits.sigmoid().gather(1, chosen))
+    assert chosen[:, 1:].equal(others.topk(top_k - 1, 1).indices)
+    scores = logits.sigmoid().gather(1, chosen)
+    assert_close(weights, 2 * scores if top_k == 1 else top_k * scores / scores.sum(1, keepdim=True), 1e-6)
+    assert_close(logits.mean(1), torch.zeros(50), 1e-6)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"capacity": 0.5, "jitter": 0.1}], ids=str)
@@ -224,23 +228,24 @@ def test_a_step_does_not_wait_for_the_gpu(kind):
 # -----------------------------------------------------------------------------
 # The load
 
-def test_the_bias_keeps_experts_busy_and_without_it_they_are_not():
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_bias_keeps_experts_busy_and_without_it_they_are_not(top_k):
     """On a router that prefers one expert at the start."""
     tokens, busiest = [stream(256) + i for i in range(4)], {}
     for balance in ("bias", "none"):
-        cfg = config(depth=1, balance=balance, balance_rate=0.03, num_iterations=400, batch_tokens=256)
+        cfg = config(depth=1, top_k=top_k, balance=balance, balance_rate=0.03, num_iterations=400, batch_tokens=256)
         model, machine = moe.GPT(cfg), moe.Machine(torch.device("cpu"), 0, 1, "cpu")
         with torch.no_grad():
-            model.experts[0].router.weight[0] += 0.1 * model.embed.weight.mean(0).sign()
+            model.experts[0].router.weight[0] += 0.8 * model.embed.weight.mean(0).sign()
         optimizers, loads = moe.make_optimizers(model), []
         for step in range(40):
             text = tokens[step % 4] % VOCAB
             pack = text, text.roll(-1)
             *load, dropped = moe.training_step(model, optimizers, [pack], step, cfg, machine, False)[2:].tolist()
-            assert sum(load) == 256 and dropped == 0
+            assert sum(load) == top_k * 256 and dropped == 0
             loads.append(load)
-        busiest[balance] = max(np.mean(loads[-20:], axis=0)) / 64
-    assert busiest["bias"] < 1.3 < 1.5 < busiest["none"], busiest
+        busiest[balance] = max(np.mean(loads[-20:], axis=0)) / (top_k * 64)
+    assert busiest["bias"] < 1.1 < 1.2 < busiest["none"], busiest
 
 
 # -----------------------------------------------------------------------------
