@@ -176,7 +176,7 @@ teach() { # teach PRESET TOKENIZER: teaches $checkpoint to chat, unless that was
     return
   fi
   # More spelling than questions: copying a word letter by letter is the harder task.
-  run data .venv/bin/python data/chat.py identity:1200 spelling:3000 spellingbee:2000 --turns=4 \
+  run data .venv/bin/python data/chat.py identity:1800 spelling:4500 spellingbee:3000 --turns=4 \
     "--tokenizer=$2" --out=data/chat
   run teach .venv/bin/python chat_sft.py "--checkpoint=$checkpoint" --data=data/chat --lr=0.8 \
     ${device:+"--device=$device"}

@@ -122,8 +122,8 @@ SPRINT_LAYERS = (                # fewer: in a quarter of a minute a small model
     Layer(window="long", ve=3, attn_input=3, gate=True, mudd=True),         # 4
 )
 TINY_STAGES = (
-    Stage(1 / 3,   2_048,  512,   64,  128, 1.00, ((1, .5, .25), (1, .5, 0)), (0, 0)),
-    Stage(1.000,   4_096,  512,   64,  256, 1.40, ((1, .5, 0), (1, 0, 0)),    (0, 0)),
+    Stage(1 / 3,   1_024,  512,   64,  128, 1.00, ((1, .5, .25), (1, .5, 0)), (0, 0)),
+    Stage(1.000,   2_048,  512,   64,  256, 1.40, ((1, .5, 0), (1, 0, 0)),    (0, 0)),
 )
 TINY_LAYERS = (
     Layer(ve=0),                                                            # 0
@@ -247,9 +247,9 @@ PRESETS = {
                               layers=SPRINT_LAYERS, model_dim=512, mlp_dim=2048, sampled_vocab=16_384, qk_dim=64),
     "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=65_536,
-        val_stream_tokens=8192, pack_tokens=512, num_iterations=115, val_every=60, stages=TINY_STAGES,
-        final_windows=(64, 256), layers=TINY_LAYERS, model_dim=192, head_dim=48, mlp_dim=768, gate_dim=16,
-        bigram_rows=32_768, bigram_signs=256, vocab_multiple=1, precision="fp32", compile=False),
+        val_stream_tokens=8192, pack_tokens=512, num_iterations=330, val_every=110, stages=TINY_STAGES,
+        final_windows=(64, 256), layers=TINY_LAYERS, model_dim=128, head_dim=32, mlp_dim=512, gate_dim=16,
+        bigram_rows=8192, bigram_signs=256, vocab_multiple=1, precision="fp32", compile=False),
 }
 
 # -----------------------------------------------------------------------------

@@ -79,10 +79,10 @@ OUR_OTHER_NAMES = ("tokenizer.json", "manifest.json")
 
 # What the tiny preset of train_gpt.py reads; a test compares these with the script.
 PACK_TOKENS = 512  # batches are made of packs of this size, filled with documents; the longest piece it reads of one
-TINY_STEPS = 115
+TINY_STEPS = 330
 TINY_VAL_TOKENS = 65_536  # the validation shards must hold more than this
 MAX_EPOCHS = 4  # reading text more often teaches little (Muennighoff et al. 2023)
-MIN_STEPS = 5  # a shorter run is not worth starting
+MIN_STEPS = 10  # a shorter run is not worth starting
 MIN_TOKENS = 10_000  # less text than this is refused
 MIN_VAL_SHARE, MAX_VAL_SHARE = 0.005, 0.1  # of the text, when --val_fraction does not say
 
@@ -1491,8 +1491,8 @@ def _why_one_side(tokens, made_by):
 
 def packs_of_steps(steps):
     """How many packs the tiny preset reads in this many steps."""
-    small = round(steps / 3)  # steps of 2,048 tokens; the others have 4,096
-    return 4 * small + 8 * (steps - small)
+    small = round(steps / 3)  # steps of 1,024 tokens; the others have 2,048
+    return 2 * small + 4 * (steps - small)
 
 
 def count_packs(out_dir, manifest, limit):

@@ -30,7 +30,7 @@ INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
            "python: -c import torch.distributed.run, safetensors.torch, tiktoken, requests, huggingface_hub, "
            "matplotlib.figure, matplotlib.backends.backend_svg; "
            "torch.cuda.is_available() and __import__('torch._inductor.compile_fx')"]
-DATA_CHAT = "data/chat.py identity:1200 spelling:3000 spellingbee:2000 --turns=4 --tokenizer=bytes --out=data/chat"
+DATA_CHAT = "data/chat.py identity:1800 spelling:4500 spellingbee:3000 --turns=4 --tokenizer=bytes --out=data/chat"
 TEACH = "chat_sft.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint --data=data/chat --lr=0.8"
 CHAT = "chat.py --checkpoint=logs/2026-01-09_10-00-00_chat_sft_aa/checkpoint"
 DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local"

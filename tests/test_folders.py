@@ -188,7 +188,7 @@ def steps_that_fit(paths, bos_id, epochs):
         filled += min(length, 512)
         if filled >= 512:
             packs, filled = packs + 1, 0
-    return max(n for n in range(116) if 4 * round(n / 3) + 8 * (n - round(n / 3)) <= packs)
+    return max(n for n in range(331) if 2 * round(n / 3) + 4 * (n - round(n / 3)) <= packs)
 
 
 def parse_command(line, folder):
@@ -214,8 +214,8 @@ def check_command(line, folder, out):
         assert [path.name for path in found[split]] == sorted(n for n in manifest["files"] if n.startswith(split))
     val_tokens = sum(manifest["files"][path.name]["tokens"] for path in found["val"])
     assert val_tokens > int(flags.get("val_tokens", 65_536))
-    steps, epochs = int(flags.get("num_iterations", 115)), int(flags.get("epochs", 1))
-    assert steps >= 5 and epochs <= 4
+    steps, epochs = int(flags.get("num_iterations", 330)), int(flags.get("epochs", 1))
+    assert steps >= 10 and epochs <= 4
     assert steps_that_fit(found["train"], manifest["tokenizer"]["bos_id"], epochs) >= steps
 
 

@@ -701,17 +701,17 @@ def test_figures_of_the_tiny_preset_are_those_of_the_script():
     packs = sum((end - start) * stage.batch_tokens // text.PACK_TOKENS
                 for stage, start, end in zip(cfg.stages, ends, ends[1:]))
     assert (text.TINY_STEPS, text.TINY_VAL_TOKENS) == (cfg.num_iterations, cfg.val_tokens)
-    assert text.packs_of_steps(cfg.num_iterations) == packs == 768
+    assert text.packs_of_steps(cfg.num_iterations) == packs == 1100
     assert {stage.max_doc_tokens for stage in cfg.stages} == {text.PACK_TOKENS}
 
 
 def test_a_run_fits_the_text():
-    assert text.fit_run(768) == (115, 1) and text.fit_run(5000) == (115, 1)
-    assert text.fit_run(767) == (115, 2) and text.fit_run(300) == (115, 3)
-    for packs in range(768):
+    assert text.fit_run(1100) == (330, 1) and text.fit_run(5000) == (330, 1)
+    assert text.fit_run(1099) == (330, 2) and text.fit_run(400) == (330, 3)
+    for packs in range(1100):
         steps, epochs = text.fit_run(packs)
         assert text.packs_of_steps(steps) <= epochs * packs and 1 <= epochs <= 4
-        assert steps == 115 or epochs == 4
+        assert steps == 330 or epochs == 4
     assert text.fit_run(8)[0] < text.MIN_STEPS <= text.fit_run(10)[0]
 
 
@@ -743,8 +743,8 @@ def test_enough_text_needs_no_flags(tmp_path):
 
 
 def test_less_text_is_read_several_times(tmp_path):
-    lines = last_lines(tmp_path, content=varied(250_000))
-    assert "reads the text 3 times" in lines[-2] and re.search(r" --val_tokens=2\d{4} --epochs=3$", lines[-1])
+    lines = last_lines(tmp_path, content=varied(300_000))
+    assert "reads the text 3 times" in lines[-2] and re.search(r" --val_tokens=[23]\d{4} --epochs=3$", lines[-1])
     lines = last_lines(tmp_path, "--seed=1", content=varied(30_000))
     assert "reads the text 4 times, in" in lines[-2] and re.search(r" --epochs=4 --num_iterations=\d\d$", lines[-1])
 
