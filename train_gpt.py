@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py                 # the speedrun; any number of GPUs works
     python train_gpt.py --preset=single                                   # one GPU: smaller batches, more steps
     python train_gpt.py --preset=sprint                                   # one GPU: a small model in seconds
-    python train_gpt.py --preset=tiny                                     # three minutes on a laptop CPU
+    python train_gpt.py --preset=tiny                                     # a minute or two on a laptop CPU
     cp train_gpt.py my_idea.py                                            # edit a table row, run both, compare the logs
 
 Result on one H200, development text (torch 2.11): 3.889 in 12.2 s (--preset=sprint, n=6), 3.890 in 23.4 s (--preset=
@@ -245,7 +245,7 @@ PRESETS = {
                               sampled_vocab=16_384, qk_dim=64),
     "sprint": Hyperparameters(num_iterations=402, val_every=0, stages=SINGLE_STAGES, cooldown=0.5, lr=1.2,  # one GPU
                               layers=SPRINT_LAYERS, model_dim=512, mlp_dim=2048, sampled_vocab=16_384, qk_dim=64),
-    "tiny": Hyperparameters(             # learns to write Python-like text in three minutes on two cores
+    "tiny": Hyperparameters(             # learns to write Python-like text in a minute or two on two cores
         train_files="data/local/train_*.bin", val_files="data/local/val_*.bin", val_tokens=65_536,
         val_stream_tokens=8192, pack_tokens=512, num_iterations=330, val_every=110, stages=TINY_STAGES,
         final_windows=(64, 256), layers=TINY_LAYERS, model_dim=128, head_dim=32, mlp_dim=512, gate_dim=16,
