@@ -318,7 +318,7 @@ def test_a_micro_batch_that_the_user_names_is_not_tried(micro_batch, tokens, pac
 
 def test_the_cpu_takes_the_smallest_batch_whole():
     optimizer = SimpleNamespace(model=SimpleNamespace(cfg=TINY))
-    assert train_gpt.largest_micro_batch(None, optimizer, CPU) == 2048 // 512
+    assert train_gpt.largest_micro_batch(None, optimizer, CPU) == 1024 // 512
 
 
 @pytest.mark.parametrize("megabytes, world_size, host_state", [

@@ -322,7 +322,8 @@ def write_checkpoint(run, tokenizer, **changes):
     """Writes run/checkpoint/step_000007 of a small random model with that tokenizer.json; returns the folder."""
     vocab = sample.Tokenizer(json.loads(tokenizer)).vocab_size
     cfg = replace(train_gpt.PRESETS["tiny"], vocab_size=vocab, bos_id=256, attention="plain", compile=False,
-                  model_dim=96, mlp_dim=96, gate_dim=8, bigram_rows=64, bigram_signs=16, final_windows=(96, 512))
+                  model_dim=96, head_dim=48, mlp_dim=96, gate_dim=8, bigram_rows=64, bigram_signs=16,
+                  final_windows=(96, 512))
     folder = run / "checkpoint" / "step_000007"
     folder.mkdir(parents=True)
     torch.manual_seed(0)

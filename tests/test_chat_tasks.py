@@ -389,7 +389,8 @@ def write_checkpoint(run, tokenizer, **changes):
     spec = json.loads(tokenizer)
     vocab = len(spec["ranks"]) + len(spec["special_tokens"])
     cfg = replace(train_gpt.PRESETS["tiny"], vocab_size=vocab, bos_id=spec["bos_id"], attention="plain", compile=False,
-                  model_dim=96, mlp_dim=96, gate_dim=8, bigram_rows=64, bigram_signs=16, final_windows=(96, 512))
+                  model_dim=96, head_dim=48, mlp_dim=96, gate_dim=8, bigram_rows=64, bigram_signs=16,
+                  final_windows=(96, 512))
     folder = run / "checkpoint" / "step_000007"
     folder.mkdir(parents=True)
     torch.manual_seed(0)

@@ -40,7 +40,7 @@ import sample  # noqa: E402
 import train_gpt  # noqa: E402
 
 CFG = replace(train_gpt.PRESETS["tiny"], vocab_size=257, bos_id=256, attention="plain", compile=False, model_dim=96,
-              mlp_dim=96, gate_dim=8, bigram_rows=64, bigram_signs=16, final_windows=(96, 512))
+              head_dim=48, mlp_dim=96, gate_dim=8, bigram_rows=64, bigram_signs=16, final_windows=(96, 512))
 EMOJI = "é漢😀"                           # two, three and four bytes
 
 
