@@ -169,13 +169,13 @@ class GPT2(nn.Module):
         """Logits (B, T, V) fp32 of the next tokens (B, T) of each row, which are added to the cache.
 
         Each row is its own stream. lengths (B,) int64: how many tokens of a row are real; the others change nothing,
-        and their logits mean nothing. last: only the logits of each row's last token, (B, 1, V). Raises ValueError if
-        several tokens per row are given and one does not fit into the cache.
+        and their logits mean nothing; the caller keeps count of them. last: only the logits of each row's last
+        token, (B, 1, V). Raises ValueError if several tokens a row are given without lengths and exceed the cache.
         """
         (B, T), heads = tokens.shape, self.cfg.num_heads
-        lengths = torch.full_like(cache.position, T) if lengths is None else lengths
-        if T > 1 and (most := int((cache.position + lengths).max())) > cache.max_tokens:
+        if T > 1 and lengths is None and (most := int(cache.position.max()) + T) > cache.max_tokens:
             raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {cache.max_tokens}")
+        lengths = torch.full_like(cache.position, T) if lengths is None else lengths
         ahead = torch.arange(T, device=tokens.device)
         position = cache.position[:, None] + ahead
         start = torch.where(tokens == self.cfg.bos_id, position, 0).cummax(1).values

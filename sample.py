@@ -753,8 +753,8 @@ class Engine:
 
     The model has cfg.bos_id, new_cache and decode, and its cache has fill and bytes_read, like train_gpt.GPT. On CUDA
     one step, from a token to the next, is captured as a graph, so the tensors that it works on are allocated once.
-    compile: compile the step first. forcing: `steps` can put given tokens in the place of drawn ones. Raises ValueError
-    if the model cannot read max_tokens.
+    compile: compile the step first, and on CUDA capture how a prompt is read too. forcing: `steps` can put given tokens
+    in the place of drawn ones. Raises ValueError if the model cannot read max_tokens.
     """
 
     def __init__(self, model, vocab_size: int, draw: Draw = Draw(), batch: int = 1, max_tokens: int = 1024,
@@ -782,8 +782,11 @@ class Engine:
                 with product_sums()():
                     step()
             self.step = step if batch > 1 else summing              # sums are faster only for a single row
+        self.reading = None
         if self.device.type == "cuda":
-            self.capture()
+            self.step = self.capture(self.step)
+            if compile:
+                self.reading = PromptGraphs(self, max_tokens)
 
     def choose(self, logits_BV):
         """Draws each row's next token from the model's logits, or takes the forced one; stores its log-probability."""
@@ -809,26 +812,39 @@ class Engine:
         """One step: from the tokens drawn last to the next ones."""
         self.choose(self.model.decode(self.token[:, None], self.cache)[:, 0])
 
-    def capture(self):
-        """Replaces the step by a CUDA graph of it. `start` overwrites what this does to the cache."""
+    def capture(self, run):
+        """A function that replays what `run` does as a CUDA graph. `start` overwrites what trying it does to the cache.
+        """
         import torch
         side = torch.cuda.Stream()
-        step = self.step
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                step()
+                run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
-        self.step = graph.replay
+            run()
+        return graph.replay
 
     def start(self, prompts: list[list[int]], rows: list[tuple[int, int]]):
         """Reads each prompt that `rows` name once, and draws the first token of each row."""
         import torch
         used = sorted({prompt for prompt, _ in rows})
         rows = rows + rows[-1:] * (self.batch - len(rows))          # the last ones only fill the batch
+        texts = {prompt: str(prompts[prompt]) for prompt in used}
+        self.seed.copy_(torch.tensor([random.Random(f"{seed} {texts[prompt]}").getrandbits(32)
+                                      for prompt, seed in rows]))
+        self.count.zero_()
+        if self.forced is not None:
+            self.forced.fill_(-1)
+        if self.seen is not None:
+            self.seen.zero_()
+            for line, (prompt, _) in zip(self.seen, rows):          # without the id that begins and ends a document
+                line[[token for token in prompts[prompt] if token != self.model.cfg.bos_id]] = True
+        if self.reading and len(used) == 1 and len(prompts[used[0]]) <= self.reading.most:
+            self.reading.replay(prompts[used[0]])
+            return
         lengths = torch.tensor([len(prompts[prompt]) for prompt in used])
         tokens = torch.zeros(len(used), int(lengths.max()), dtype=torch.int32)
         for line, prompt in zip(tokens, used):
@@ -837,15 +853,6 @@ class Engine:
         logits = self.model.decode(tokens.to(self.device), cache, lengths.to(self.device), last=True)[:, 0]
         index = torch.tensor([used.index(prompt) for prompt, _ in rows], device=self.device)
         self.cache.fill(cache, index)
-        self.seed.copy_(torch.tensor([random.Random(f"{seed} {prompts[prompt]}").getrandbits(32)
-                                     for prompt, seed in rows]))
-        self.count.zero_()
-        if self.forced is not None:
-            self.forced.fill_(-1)
-        if self.seen is not None:
-            self.seen.zero_()
-            for line, (prompt, _) in zip(self.seen, rows):          # without the id that begins and ends a document
-                line[[token for token in prompts[prompt] if token != self.model.cfg.bos_id]] = True
         self.choose(logits[index])
 
     def read(self):
@@ -901,6 +908,53 @@ class Engine:
         import torch
         ids = [-1 if token is None else token for token in forced]
         self.forced[:len(ids)] = torch.tensor(ids)
+
+class PromptGraphs:
+    """CUDA graphs that read one prompt of up to `most` tokens for all rows of an engine, and draw their first tokens.
+
+    Reading a short prompt is many small kernels, and starting them from Python takes several times as long as their
+    work. One graph reads the first PART tokens into an empty cache, one reads PART more, the last gives all rows what
+    was read. A graph does not own the tensors that it works on, so they are kept here.
+    """
+    PART, MOST = 256, 1024
+
+    def __init__(self, engine: Engine, max_tokens: int):
+        import torch
+        self.engine, self.model = engine, engine.model
+        self.most = min(self.MOST, max_tokens)
+        with torch.device(engine.device):
+            self.tokens = torch.zeros(1, min(self.PART, self.most), dtype=torch.int32)
+            self.real = torch.ones(1, dtype=torch.int64)            # how many of them are no padding
+            self.first_row = torch.zeros(engine.batch, dtype=torch.int64)
+        self.empty = self.model.new_cache(1, self.most)
+        self.cache = self.model.new_cache(1, self.most)
+        self.logits_1V = self.model.decode(self.tokens, self.cache, self.real, last=True)[:, 0]
+        self.begin, self.go_on, self.end = map(engine.capture, (self.read_first, self.read_more, self.hand_out))
+
+    def read_first(self):
+        self.cache.fill(self.empty, self.first_row[:1])
+        self.read_more()
+
+    def read_more(self):
+        self.logits_1V.copy_(self.model.decode(self.tokens, self.cache, self.real, last=True)[:, 0])
+
+    def hand_out(self):
+        self.engine.cache.fill(self.cache, self.first_row)
+        self.engine.choose(self.logits_1V.expand(self.engine.batch, -1))
+
+    def replay(self, prompt: list[int]):
+        """Reads a prompt."""
+        import torch
+        size = self.tokens.size(1)
+        for low in range(0, len(prompt), size):
+            part = torch.tensor(prompt[low:low + size], dtype=torch.int32)
+            self.tokens[0, :len(part)].copy_(part)
+            self.real.fill_(len(part))
+            if low:
+                self.go_on()
+            else:
+                self.begin()
+        self.end()
 
 # -----------------------------------------------------------------------------
 # Tools

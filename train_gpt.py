@@ -814,12 +814,11 @@ class GPT(nn.Module):
 
         A row is a stream of its own, as for `forward`: its first token and every bos_id begin a document. lengths (B,)
         int64: how many tokens of a row are real, 0 to T; the others, at its end, change nothing and their logits mean
-        nothing. last: only the logits of each row's last token, (B, 1, V). One token a row can be captured in a CUDA
-        graph; more raise ValueError when a row would exceed the cache.
+        nothing. last: only the logits of each row's last token, (B, 1, V). Raises ValueError if several tokens per row
+        are given without lengths and exceed the cache. In the other cases the caller keeps count, as a CUDA graph must.
         """
         B, T = tokens.shape
-        more = T if lengths is None else lengths
-        if T > 1 and (most := int((cache.position + more).max())) > cache.max_tokens:       # this waits for the device
+        if T > 1 and lengths is None and (most := int(cache.position.max()) + T) > cache.max_tokens:
             raise ValueError(f"a row of {most} tokens is longer than the cache, which was made for {cache.max_tokens}")
         parts = []
         for low, part in zip(range(0, T, cache.chunk), tokens.to(torch.int32).split(cache.chunk, 1)):

@@ -459,7 +459,7 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         """Logits (B, T, V) after T more tokens, of which `lengths` (B,) are real; (B, 1, V) of the last if `last`."""
         B, T = tokens_BT.shape
         real = torch.full_like(cache.length, T) if lengths is None else lengths
-        if T > 1 and (most := int((cache.length + real).max())) > cache.max_tokens:
+        if T > 1 and lengths is None and (most := int(cache.length.max()) + T) > cache.max_tokens:
             raise ValueError(f"a row of {most} tokens is longer than the cache, made for {cache.max_tokens}")
         cache.index = cache.length[:, None] + torch.arange(T, device=real.device)
         cache.position = cache.index.flatten()
