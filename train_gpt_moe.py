@@ -39,11 +39,11 @@ class Hyperparameters:                  # ranges in comments are usual values; L
     mlp: Literal["relu2", "swiglu"] = "relu2"           # swiglu (arXiv 2002.05202) has as many weights
     expert_layers: int = 2              # every n-th layer has experts; 1: every layer, 0: none
     num_experts: int = 8                # MLPs of such a layer; 1 is a dense layer
-    top_k: int = 2                      # experts that a token uses
+    top_k: int = 1                      # experts that a token uses
     expert_dim: int = 0                 # hidden channels of an expert, a multiple of 16; 0: as much work as a dense MLP
     shared_dim: int = 0                 # hidden channels of an MLP that all tokens use beside their experts; 0: none
-    router: Literal["learned", "hash"] = "learned"      # hash of the token's id (arXiv 2106.04426)
-    router_lr: float = 0.0005           # of the routers; 0.0002 to 0.002
+    router: Literal["centroids", "learned", "hash"] = "centroids"   # hash of the token's id (arXiv 2106.04426)
+    router_lr: float = 0.0005           # of learned routers; 0.0002 to 0.002
     balance: Literal["bias", "loss", "none"] = "bias"   # what keeps experts equally busy
     balance_rate: float = 0.01          # step of the bias, or weight of the loss (arXiv 2101.03961)
     router_z: float = 0.0               # weight of log(sum exp router logits)^2, about 0.001 (arXiv 2202.08906); 0: off
@@ -262,6 +262,9 @@ def hidden_sizes(cfg: Hyperparameters) -> tuple[int, int]:
                         f"at least --top_k={cfg.top_k}")
     if cfg.expert_ranks > 1 and not cfg.capacity:
         raise UserError(f"--expert_ranks={cfg.expert_ranks} needs a capacity; try --capacity=1.5")
+    if (cfg.balance == "loss" or cfg.router_z) and cfg.router != "learned":
+        raise UserError(f"--balance={cfg.balance} --router_z={cfg.router_z}: only a router with gradients can have "
+                        f"losses; add --router=learned or take --balance=bias --router_z=0")
     return dense, cfg.expert_dim or max(16, (dense - cfg.shared_dim) // cfg.top_k // 16 * 16)
 
 class Experts(nn.Module):                # a bank of MLPs and the router that chooses top_k of them for each token
@@ -269,7 +272,12 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         super().__init__()
         E, C, hidden = cfg.num_experts, cfg.model_dim, hidden_sizes(cfg)[1]
         self.cfg, self.layer, self.group = cfg, layer, None
-        self.router = Linear(C, E, bias=False) if cfg.router == "learned" and E > 1 else None
+        self.kind = cfg.router if E > 1 else "hash"                 # one expert needs no router
+        self.router = Linear(C, E, bias=False) if self.kind == "learned" else None
+        if self.kind == "centroids":
+            self.register_buffer("centroids", torch.zeros(E, C))    # directions, of length 1
+            self.register_buffer("center", torch.zeros(C))          # mean of the inputs of late
+            self.register_buffer("sums", torch.zeros(E + 1, C), persistent=False)   # of this step, see `choose`
         self.fc = nn.Parameter(torch.empty(E, 2 * hidden if cfg.mlp == "swiglu" else hidden, C))
         self.proj = nn.Parameter(torch.empty(E, C, hidden))
         self.register_buffer("bias", torch.zeros(E))                # added to the scores when they are compared
@@ -277,24 +285,43 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
     def choose(self, u_TC: Tensor, context) -> tuple[Tensor, Tensor, Tensor]:
         """Experts (T, top_k) of each token, their weights, 1 on average, and the router's logits (T, E)."""
         cfg, ids = self.cfg, torch.arange(self.cfg.num_experts, device=u_TC.device)
-        if self.router is None:          # by a hash of the token's id: one expert and its neighbours
+        if self.kind == "hash":          # of the token's id: one expert and its neighbours
             first = (context.tokens * 2_654_435_761 + self.layer * 40_503 >> 8) % len(ids)
             chosen = (first[:, None] + ids[:cfg.top_k]) % len(ids)
             return chosen, torch.ones_like(chosen, dtype=torch.float32), u_TC.new_zeros(len(u_TC), 1)
-        logits, chosen, weights = F.linear(u_TC.float(), self.router.weight.float()), [], []
-        logits = logits - logits.mean(1, keepdim=True)              # only differences count
-        scores = logits.sigmoid()
-        ranking = scores.detach() + self.bias
+        if self.kind == "centroids":     # the nearest by angle, without a gradient
+            direction_TC = F.normalize(u_TC.detach().float() - self.center, dim=1)
+            logits = F.linear(direction_TC, self.centroids)         # cosines
+            scores, ranking = torch.ones_like(logits), logits + self.bias
+        else:
+            logits = F.linear(u_TC.float(), self.router.weight.float())
+            logits = logits - logits.mean(1, keepdim=True)          # only differences count
+            scores, ranking = 2 * logits.sigmoid(), logits.detach().sigmoid() + self.bias
         if context.training and cfg.jitter:     # a hash, so that it is the same on any number of ranks
             place = (context.tokens * 127 + context.position * 311)[:, None] + self.layer * 17 + ids * 74_747
             ranking = ranking + cfg.jitter * ((place * 2_654_435_761 >> 8 & 0xFFFF) / 2**15 - 1)
+        chosen, weights = [], []
         for _ in range(cfg.top_k):       # on a GPU faster than topk, and the first of equals wins everywhere
             chosen.append(ranking.argmax(1, keepdim=True))
             weights.append((scores * (ids == chosen[-1])).sum(1, keepdim=True))
             ranking = ranking.masked_fill(ids == chosen[-1], -math.inf)
+        chosen, weights = torch.cat(chosen, 1), torch.cat(weights, 1)
+        if self.kind == "centroids" and context.training:           # what `learn` needs
+            members_TE = (chosen[:, :, None] == ids).sum(1).float()
+            self.sums[:-1] += members_TE.mT @ direction_TC
+            self.sums[-1] += u_TC.detach().float().sum(0)
         # Several experts share a fixed sum: a gradient that wants less of all would blur the choice. One has a gate.
-        mean = torch.cat(weights, 1).mean(1, keepdim=True) if cfg.top_k > 1 else 0.5
-        return torch.cat(chosen, 1), torch.cat(weights, 1) / mean, logits
+        return chosen, weights / weights.mean(1, keepdim=True) if cfg.top_k > 1 else weights, logits
+    @torch.no_grad()
+    def learn(self, load: Tensor, batch_tokens: int, step: int):
+        """After a step: moves the bias against the load, and each centroid towards the tokens that chose it."""
+        if self.cfg.balance == "bias":
+            self.bias += self.cfg.balance_rate * torch.sign(load.mean() - load)
+        if self.kind == "centroids":
+            self.center.lerp_(self.sums[-1] / batch_tokens, 0.1 if step else 1.0)
+            self.centroids.copy_(F.normalize(self.centroids + 0.1 * F.normalize(self.sums[:-1], dim=1), dim=1))
+            self.sums.zero_()
+        self.load.zero_()
     def forward(self, u_TC: Tensor, context) -> Tensor:
         """What the experts add to the stream, (T, C). No wait for the GPU, and no shape that depends on the choices."""
         cfg, E = self.cfg, self.cfg.num_experts
@@ -401,6 +428,9 @@ class GPT(nn.Module):                   # of a config in which everything is fil
             else:
                 std = 0.02 if self.cfg.width_rule == "none" and "router" not in name else param.size(-1) ** -0.5
                 param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
+        for bank in self.experts:
+            if bank.kind == "centroids":
+                bank.centroids.copy_(F.normalize(bank.centroids.normal_(generator=generator), dim=1))
     def share_experts(self):            # with expert_ranks each rank keeps a part of every bank; raises UserError
         ranks, packs = self.cfg.expert_ranks, self.cfg.batch_tokens // self.cfg.pack_tokens
         if ranks == 1 or not dist.is_initialized():
@@ -663,11 +693,13 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if machine.world_size > 1:          # the same sums on all ranks, and so the same weights
         dist.all_reduce(totals)
+        for bank in forward.experts:
+            if bank.kind == "centroids":
+                dist.all_reduce(bank.sums)
         for param in (param for group in groups for param in group["params"]):
             dist.all_reduce(param.grad, group=getattr(param, "replicas", None))
     for bank, load in zip(forward.experts, totals[2:].split(cfg.num_experts + 1)):
-        bank.bias += (cfg.balance == "bias") * cfg.balance_rate * torch.sign(load[:-1].mean() - load[:-1])
-        bank.load.zero_()
+        bank.learn(load[:-1], batch_tokens, step)
     for group in groups:
         group["lr"] = group["base_lr"] * rate
         group["momentum"] = 0.85 + 0.1 * min(1, step / 300)         # of Muon: early gradients are soon outdated

@@ -23,7 +23,9 @@ import train_gpt_simple as simple
 SMALL = {"preset": "tiny", "depth": 2, "model_dim": 32, "head_dim": 8, "windows": (8, 24), "pack_tokens": 128,
          "val_tokens": 1500, "val_stream_tokens": 512, "batch_tokens": 512, "num_iterations": 6, "val_every": 0,
          "width_rule": "none", "device": "cpu", "expert_layers": 1, "num_experts": 4, "top_k": 1}
-KINDS = [{}, {"top_k": 2, "shared_dim": 32}, {"top_k": 3, "mlp": "swiglu"}, {"router": "hash", "top_k": 2}]
+LEARNED = {"router": "learned"}
+KINDS = [{}, {"top_k": 3, "mlp": "swiglu"}, LEARNED, LEARNED | {"top_k": 2, "shared_dim": 32},
+         {"router": "hash", "top_k": 2}]
 
 
 def flags(data, **changes):
@@ -38,10 +40,11 @@ def config(script=moe, **changes):
 
 
 def moved(cfg, script=moe):
-    """A model with every parameter away from its initial value."""
+    """A model with every parameter, and the centers of the routers, away from their initial values."""
     model, generator = script.GPT(cfg), torch.Generator().manual_seed(1)
+    centers = [buffer for name, buffer in model.named_buffers() if name.endswith("center")]
     with torch.no_grad():
-        for param in model.parameters():
+        for param in [*model.parameters(), *centers]:
             param += 0.1 * torch.randn(param.shape, generator=generator)
     return model
 
@@ -96,8 +99,8 @@ def test_an_expert_without_tokens_has_no_gradient():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_the_router_chooses_the_best_by_score_and_bias(top_k):
-    bank = moved(config(top_k=top_k)).experts[0]
+def test_a_learned_router_chooses_the_best_by_score_and_bias(top_k):
+    bank = moved(config(top_k=top_k, **LEARNED)).experts[0]
     bank.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
     u = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
     context = type("Context", (), {"training": False})
@@ -108,6 +111,42 @@ def test_the_router_chooses_the_best_by_score_and_bias(top_k):
     scores = logits.sigmoid().gather(1, chosen)
     assert_close(weights, 2 * scores if top_k == 1 else top_k * scores / scores.sum(1, keepdim=True), 1e-6)
     assert_close(logits.mean(1), torch.zeros(50), 1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_centroids_choose_the_nearest_by_angle_and_bias(top_k):
+    bank = moved(config(top_k=top_k)).experts[0]
+    u = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    context = type("Context", (), {"training": False})
+    cosines = torch.cosine_similarity((u - bank.center)[:, None], bank.centroids[None], dim=2)
+    chosen, weights, _ = bank.choose(u, context)
+    assert chosen.equal(cosines.topk(top_k, 1).indices) and chosen.unique().tolist() == [0, 1, 2, 3]
+    bank.bias.copy_(torch.tensor([0.0, 9.0, 0.0, 0.0]))
+    chosen, weights, _ = bank.choose(u, context)
+    assert (chosen[:, 0] == 1).all() and (weights == 1).all() and not bank.sums.any()
+
+
+def test_centroids_follow_the_tokens_that_chose_them():
+    """Over all packs of a step. The center is the mean of the first step's inputs, then it moves by a tenth."""
+    model, center = moved(config(depth=1, pack_tokens=64)), None
+    bank, optimizers = model.experts[0], moe.make_optimizers(model)
+    machine, inputs = moe.Machine(torch.device("cpu"), 0, 1, "cpu"), []
+    bank.register_forward_hook(lambda module, args, output: inputs.append(args[0].detach()))
+    for step in range(3):
+        text = (stream(512) + step) % VOCAB
+        old_center, old_centroids, old_bias = (value.clone() for value in (bank.center, bank.centroids, bank.bias))
+        inputs.clear()
+        packs = [(part, part.roll(-1)) for part in text.split(64)]
+        moe.training_step(model, optimizers, packs, step, model.cfg, machine, False)
+        u = torch.cat(inputs)
+        center = u.mean(0) if step == 0 else 0.9 * center + 0.1 * u.mean(0)
+        direction = torch.nn.functional.normalize(u - old_center, dim=1)
+        owner = (direction @ old_centroids.mT + old_bias).argmax(1)
+        for i in range(4):
+            wanted = old_centroids[i] + 0.1 * torch.nn.functional.normalize(direction[owner == i].sum(0), dim=0)
+            assert (owner == i).any()
+            assert_close(bank.centroids[i], wanted / wanted.norm(), 1e-4)
+        assert_close(bank.center, center, 1e-4)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"capacity": 0.5, "jitter": 0.1}], ids=str)
@@ -153,7 +192,7 @@ def test_jitter_acts_in_training_alone_and_is_the_same_each_time():
 
 
 def test_losses_of_the_router_against_their_definitions():
-    model, tokens = moved(config(balance="loss", balance_rate=0.3, router_z=0.2, expert_layers=2)), stream(80)
+    model, tokens = moved(config(balance="loss", balance_rate=0.3, router_z=0.2, expert_layers=2, **LEARNED)), stream(80)
     seen = {}
     model.experts[0].register_forward_hook(lambda module, inputs, output: seen.update(u=inputs[0], context=inputs[1]))
     targets = tokens.roll(-1)
@@ -168,7 +207,7 @@ def test_losses_of_the_router_against_their_definitions():
 
 def test_muon_orthogonalises_each_expert_alone():
     """However different their gradients are: all singular values of each update are about 1. Routers have AdamW."""
-    model = moe.GPT(config(num_experts=3))
+    model = moe.GPT(config(num_experts=3, **LEARNED))
     muon, adamw = moe.make_optimizers(model)
     bank, generator = model.experts[0], torch.Generator().manual_seed(0)
     before = bank.fc.detach().clone()
@@ -189,7 +228,8 @@ def test_muon_orthogonalises_each_expert_alone():
 # Compiled
 
 @pytest.mark.parametrize("kind", [{"precision": "bf16", "top_k": 2},
-                                  {"capacity": 1.25, "jitter": 0.1, "balance": "loss", "router_z": 1e-3}], ids=str)
+                                  LEARNED | {"capacity": 1.25, "jitter": 0.1, "balance": "loss", "router_z": 1e-3}],
+                         ids=str)
 def test_forward_and_backward_compile_to_one_graph_for_all_choices(kind):
     cfg, graphs = config(depth=1, num_experts=3, **kind), []
     torch._dynamo.reset()
@@ -206,7 +246,7 @@ def test_forward_and_backward_compile_to_one_graph_for_all_choices(kind):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", [{}, {"top_k": 2, "capacity": 1.25, "jitter": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", [{}, LEARNED | {"top_k": 2, "capacity": 1.25, "jitter": 0.1}], ids=str)
 def test_a_step_does_not_wait_for_the_gpu(kind):
     machine = moe.Machine(torch.device("cuda"), 0, 1, "cuda")
     cfg = config(precision="bf16", attention="flex", compile=True, head_dim=32, model_dim=128, pack_tokens=1024, **kind)
@@ -228,15 +268,19 @@ def test_a_step_does_not_wait_for_the_gpu(kind):
 # -----------------------------------------------------------------------------
 # The load
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_the_bias_keeps_experts_busy_and_without_it_they_are_not(top_k):
-    """On a router that prefers one expert at the start."""
+@pytest.mark.parametrize("router, top_k", [("centroids", 1), ("learned", 1), ("learned", 2)])
+def test_the_bias_keeps_experts_busy_and_without_it_they_are_not(router, top_k):
+    """On a router that prefers one expert at the start. Centroids find a balance of this text alone, but later."""
     tokens, busiest = [stream(256) + i for i in range(4)], {}
     for balance in ("bias", "none"):
-        cfg = config(depth=1, top_k=top_k, balance=balance, balance_rate=0.03, num_iterations=400, batch_tokens=256)
+        cfg = config(depth=1, router=router, top_k=top_k, balance=balance, balance_rate=0.03, num_iterations=400,
+                     batch_tokens=256)
         model, machine = moe.GPT(cfg), moe.Machine(torch.device("cpu"), 0, 1, "cpu")
-        with torch.no_grad():
-            model.experts[0].router.weight[0] += 0.8 * model.embed.weight.mean(0).sign()
+        preferred = model.embed.weight.detach().mean(0).sign()
+        if router == "learned":
+            model.experts[0].router.weight.data[0] += 0.8 * preferred
+        else:
+            model.experts[0].centroids[1:] = -preferred / preferred.norm()      # all equal: the first of them wins
         optimizers, loads = moe.make_optimizers(model), []
         for step in range(40):
             text = tokens[step % 4] % VOCAB
@@ -244,8 +288,9 @@ def test_the_bias_keeps_experts_busy_and_without_it_they_are_not(top_k):
             *load, dropped = moe.training_step(model, optimizers, [pack], step, cfg, machine, False)[2:].tolist()
             assert sum(load) == top_k * 256 and dropped == 0
             loads.append(load)
-        busiest[balance] = max(np.mean(loads[-20:], axis=0)) / (top_k * 64)
-    assert busiest["bias"] < 1.1 < 1.2 < busiest["none"], busiest
+        late = loads[-20:] if router == "learned" else loads[5:16]
+        busiest[balance] = max(np.mean(late, axis=0)) / (top_k * 64)
+    assert busiest["bias"] < 1.15 < 1.2 < busiest["none"], busiest
 
 
 # -----------------------------------------------------------------------------
@@ -287,7 +332,7 @@ def test_the_metric_guard_passes():
     """With fields that the default configuration, which test_metric.py tries, leaves off."""
     sys.path.insert(0, str(ROOT / "records"))
     import guard
-    guard.check_script(moe, json.loads(json.dumps(vars(config(top_k=2, capacity=1.0, jitter=0.1, balance="loss")))))
+    guard.check_script(moe, json.loads(json.dumps(vars(config(top_k=2, capacity=1.0, jitter=0.1)))))
 
 
 SHARED = {"capacity": 0.9, "jitter": 0.01, "balance_rate": 0.02}        # drops some choices
@@ -353,7 +398,8 @@ def test_ranks_do_what_one_does(first, second, runs):
 @pytest.mark.parametrize("bad, word", [
     ({"top_k": 5}, "--top_k=5"), ({"expert_dim": 24}, "--expert_dim=24"), ({"num_experts": 0}, "--num_experts=0"),
     ({"expert_ranks": 2}, "--capacity="), ({"expert_ranks": 3, "capacity": 1.5}, "--expert_ranks=3"),
-    ({"expert_layers": 9}, "--expert_layers=9"), ({"balance": "luck"}, "bias")], ids=str)
+    ({"expert_layers": 9}, "--expert_layers=9"), ({"balance": "luck"}, "bias"), ({"balance": "loss"}, "--router=learned"),
+    ({"router_z": 0.1, "router": "hash"}, "--router=learned")], ids=str)
 def test_a_bad_value_gets_one_line(bad, word, data, refused):
     refused(*flags(data, **bad), words=[word])
 
