@@ -10,7 +10,7 @@ bias on its choice keeps experts equally busy (arXiv 2408.15664). docs/moe.md sa
 Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices,
 E experts, R = T * top_k choices in the order of tokens.
 """
-import glob, hashlib, inspect, json, math, os, signal, sys, time
+import glob, hashlib, inspect, io, json, math, os, pickle, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice, pairwise, product
@@ -77,6 +77,8 @@ class Hyperparameters:                  # ranges in comments are usual values; L
     attention: Literal["auto", "flex", "plain"] = "auto"    # auto: flex if the model is compiled, else plain
     compile: bool = True                # use torch.compile; only on CUDA
     val_every: int = 250                # steps between validations; 0: only first and last
+    save_every: int = 0                 # steps between checkpoints from which a run can go on; 0: only if interrupted
+    resume: str = ""                    # go on from the last such checkpoint of this run, in a new folder
     out_dir: str = "logs"               # each run makes a folder in it
     stages = ("all",)                   # not a flag; for sample.py: this script has a single stage
 PRESETS = {
@@ -86,9 +88,10 @@ PRESETS = {
                             num_iterations=180, muon_lr=0.04, width_rule="none", precision="fp32")}
 FROM_DEPTH = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rule": "nanochat"}     # what --depth sets
 LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth head_dim num_experts top_k expert_ranks",
-          (0, 2**24): "model_dim batch_tokens num_iterations windows vocab_size seed val_every expert_layers "
-          "expert_dim shared_dim", (1e-9, 1e9): "ratio muon_lr adamw_lr embed_lr head_lr router_lr", (1e-9, 1):
-          "cooldown", (0, 1): "lr_floor", (0, 1e9): "softcap z_loss weight_decay balance_rate router_z jitter capacity"}
+          (0, 2**24): "model_dim batch_tokens num_iterations windows vocab_size seed val_every save_every "
+          "expert_layers expert_dim shared_dim", (1e-9, 1e9): "ratio muon_lr adamw_lr embed_lr head_lr router_lr",
+          (1e-9, 1): "cooldown", (0, 1): "lr_floor",
+          (0, 1e9): "softcap z_loss weight_decay balance_rate router_z jitter capacity"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
@@ -728,6 +731,64 @@ def load_picture(model: GPT, loads: list[np.ndarray]) -> str:   # SVG: a panel f
                      f'load over the mean, 0 to 3</text><path d="M0 0v120h900M0 80h900" stroke="#bbb"/>{lines}</g>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 {160 * len(model.experts)}" fill="none" '
             'font-family="sans-serif" font-size="12">' + "".join(parts) + "</svg>\n")
+def load_initial(cfg: Hyperparameters, model: GPT):  # the weights of --init_from; raises UserError
+    if cfg.init_from:
+        file = max(Path(cfg.init_from).glob("**/model.safetensors"), default=cfg.init_from)     # of a run: its last
+        try:
+            model.load_state_dict(load_file(file))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
+FREE = {"val_every", "save_every", "resume", "device", "attention", "compile", "out_dir"}    # may differ when resumed
+def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> tuple[dict, dict]:
+    """Loads the weights of --resume; returns its meta.json and its optimizers and loads. Raises UserError."""
+    flag, name = f"--resume={cfg.resume}", f"optimizer-{rank % cfg.expert_ranks}.pt"
+    folder = max(Path(cfg.resume).glob(f"**/{name}"), default=Path(cfg.resume, name)).parent
+    ours = {"config": json.loads(json.dumps(asdict(cfg))), "data": {
+        shard.path: shard.num_tokens for shard in shards[0] + shards[1]}, "source_sha256": hashlib.sha256(
+            Path(__file__).read_bytes()).hexdigest()}
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        differ = [f"--{key}" for key, value in ours["config"].items() if value != meta["config"].get(key) and
+                  key not in FREE] + [key for key in ("data", "source_sha256") if ours[key] != meta[key]]
+        if differ:
+            raise UserError(f"{flag} differs in {', '.join(differ)}; give the flags and data of that run, and use the "
+                            "script in its folder")
+        if meta["step"] >= len(plan(cfg)):
+            raise UserError(f"{flag} has done all of its {meta['step']} steps; leave --resume out")
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return meta, torch.load(folder / name, model.embed.weight.device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{flag} has no checkpoint from which a run can go on; --save_every writes some, and so does "
+                        "interrupting a run") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{flag} cannot be read: {error}") from None
+def go_on(run: Run, optimizers: list, loads: list, meta: dict, state: dict):  # sets all to what load_resumed returned
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        saved["param_groups"] = [group | old for group, old in zip(optimizer.param_groups, saved["param_groups"])]
+        optimizer.load_state_dict(saved)
+    loads.extend(state["loads"].cpu().numpy())
+    run.seconds = meta["train_time_ms"] / 1000
+    run.info |= {name: meta[name] for name in ("step", "tokens_seen", "val_losses", "val_loss")}
+    run.log(f"resumed after step {meta['step']} of {run.cfg.resume}", resumed=run.cfg.resume)
+def save(run: Run, model: GPT, optimizers: list, loads: list, tokenizer: bytes, machine: Machine) -> Path | None:
+    """Writes a checkpoint, of an unfinished run with what --resume needs. All ranks call it; rank 0 gets its path."""
+    if run.info["step"] < len(plan(run.cfg)):
+        states, buffer = [optimizer.state_dict() for optimizer in optimizers], io.BytesIO()
+        for group in (group for state in states for group in state["param_groups"]):
+            group.pop("update", None)    # a function
+        torch.save({"optimizers": states, "loads": torch.tensor(np.array(loads))}, buffer)
+        parts = [buffer.getvalue()]
+        if run.cfg.expert_ranks > 1:    # each of the first ranks has the state of its own experts
+            parts = [None] * machine.world_size if machine.rank == 0 else None
+            dist.gather_object(buffer.getvalue() if machine.rank < run.cfg.expert_ranks else None, parts)
+        for rank, part in enumerate(parts[:run.cfg.expert_ranks] if machine.rank == 0 else ()):
+            run.write(f"checkpoint/.new/optimizer-{rank}.pt", part)
+    mine = [(bank.fc, bank.proj) for bank in model.experts]
+    model.gather_experts()
+    path = run.write_checkpoint(model, tokenizer) if machine.rank == 0 else None
+    for bank, (fc, proj) in zip(model.experts, mine):
+        bank.fc, bank.proj = fc, proj
+    return path
 @torch.no_grad()
 def validate(model, cfg: Hyperparameters, val_streams: list, machine: Machine) -> float:
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
@@ -744,12 +805,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     val_streams, steps = validation_streams(cfg, shards[1]), len(plan(cfg))
     val_streams += [(val_streams[0][0], np.full(cfg.val_stream_tokens, -1))] * (-len(val_streams) % machine.world_size)
     model = GPT(cfg).to(machine.device)
-    if cfg.init_from:
-        file = max(Path(cfg.init_from).glob("**/model.safetensors"), default=cfg.init_from)     # of a run: its last
-        try:
-            model.load_state_dict(load_file(file))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
+    load_initial(cfg, model)
+    resumed = load_resumed(cfg, model, shards, machine.rank) if cfg.resume else None
     model.share_experts()               # ranks that share run as many passes: hence streams without targets above
     optimizers, run, began = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
     run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "
@@ -767,16 +824,18 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         kurtosis = model.kurtosis(to_device(val_streams[0], machine.device)[0][:2048])
         run.log(f"step:{run.info['step']}/{steps} kurtosis:{kurtosis:.3f}", console=False, kurtosis=kurtosis)
         log_loads(run, model, loads)
-    log_validation()
+    go_on(run, optimizers, loads, *resumed) if resumed else None
+    validate(forward, cfg, val_streams, machine) if resumed else log_validation()   # after resuming only to compile it
     run.info["compile_seconds"] = (time.perf_counter() - began) * cfg.compile
     graphs, interrupted = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
     for name in (signal.SIGINT, signal.SIGTERM):                    # save what there is
         signal.signal(name, lambda *_: interrupted.append(True))
     unread, began = [], time.perf_counter()
-    for step, batch in enumerate(batches(cfg, shards[0], machine), 1):
+    for step, batch in islice(enumerate(batches(cfg, shards[0], machine), 1), run.info["step"], None):
         unread.append(training_step(forward, optimizers, batch, step - 1, cfg, machine, bool(interrupted)))
         validates = step == steps or cfg.val_every and step % cfg.val_every == 0
-        if cfg.compile and step % 10 and not validates:
+        saves = step < steps and cfg.save_every and step % cfg.save_every == 0
+        if cfg.compile and step % 10 and not (validates or saves):
             continue                    # a GPU waits while results are read, so they are read ten at a time
         results, stop = torch.stack(unread).tolist(), unread[-1][1] > 0
         seconds = (time.perf_counter() - began) / len(unread)
@@ -788,14 +847,15 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         log_validation() if validates else None
         if stop:
             break
+        save(run, model, optimizers, loads, tokenizer, machine) if saves else None
         unread, began = [], time.perf_counter()
     run.info["val_loss"] = run.info["val_loss"] if step == steps else None
-    model.gather_experts()
+    path, memory = save(run, model, optimizers, loads, tokenizer, machine), torch.cuda.max_memory_allocated() / 2**30
     if machine.rank == 0:
-        path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30
+        more = f"python sample.py --checkpoint={path}" if step == steps else f"the same with --resume={run.folder}"
         run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
-                f"next: python sample.py --checkpoint={path}", status="finished" if step == steps else "interrupted",
-                peak_memory_gib=memory, recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
+                f"next: {more}", status="finished" if step == steps else "interrupted", peak_memory_gib=memory,
+                recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
     return 0 if step == steps else 130
 def main() -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can fix it, 3 diverged, 130 interrupted."""

@@ -6,6 +6,7 @@ several, and the tools that read a run. Run: python -m pytest tests/test_moe.py
 import json
 import math
 import re
+import signal
 import sys
 import xml.dom.minidom
 from dataclasses import replace
@@ -393,6 +394,82 @@ def test_ranks_do_what_one_does(first, second, runs):
     assert weights.keys() == others.keys() and weights["blocks.1.experts.bias"].any()
     for name, weight in weights.items():
         assert_close(others[name], weight, 2e-3)
+
+
+def moe_main(argv):
+    before, sys.argv = sys.argv, ["train_gpt_moe.py", *argv]
+    try:
+        return moe.main()
+    finally:
+        sys.argv = before
+
+
+def weights_of(logs):
+    return load_file(max(only_folder(logs).glob("checkpoint/step_*/model.safetensors")))
+
+
+@pytest.mark.parametrize("kind", [{"jitter": 0.05}, LEARNED | {"top_k": 2, "optimizer": "adamw", "schedule": "seesaw"}],
+                         ids=str)
+def test_a_resumed_run_ends_as_if_nothing_had_happened(kind, data, tmp_path):
+    """Bit for bit: weights, buffers, losses, loads, picture. The clock goes on."""
+    common = {"num_iterations": 7, "val_every": 2, "save_every": 4} | kind
+    assert moe_main(flags(data, out_dir=tmp_path / "whole", **common)) == 0
+    whole = only_folder(tmp_path / "whole")
+    assert [path.parent.name for path in whole.glob("checkpoint/step_*/optimizer-0.pt")] == ["step_000004"]
+    assert moe_main(flags(data, out_dir=tmp_path / "again", resume=whole, **common | {"save_every": 0})) == 0
+    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+    lines, infos = [], []
+    for logs in ("whole", "again"):
+        folder = only_folder(tmp_path / logs)
+        infos.append(json.loads((folder / "run.json").read_text()))
+        log = (folder / "log.txt").read_text().split("=" * 100)[1]
+        lines.append(re.findall(r"^step:[567]/[67] \w+:[\d.]+|^  layer .*|^load of .*", log, re.M))
+    assert lines[0][-len(lines[1]):] == lines[1] and len(lines[1]) > 4
+    losses = [[point["val_loss"] for point in info["val_losses"]] for info in infos]
+    assert losses[0] == losses[1] and len(losses[0]) in (4, 5)
+    assert infos[0]["tokens_seen"] == infos[1]["tokens_seen"] and infos[1]["resumed"] == str(whole)
+    assert infos[1]["val_losses"][-2]["train_time_ms"] <= infos[1]["train_time_ms"]
+    assert (only_folder(tmp_path / "again") / "load.svg").read_text() == (whole / "load.svg").read_text()
+    assert not list((only_folder(tmp_path / "again") / "checkpoint").glob("**/optimizer*"))
+
+
+def test_an_interrupted_run_can_go_on_and_a_finished_one_cannot(data, tmp_path, monkeypatch, refused):
+    step, common = moe.training_step, {"num_iterations": 6}
+    def interrupting(*arguments):
+        if arguments[3] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+    assert moe_main(flags(data, out_dir=tmp_path / "whole", **common)) == 0
+    monkeypatch.setattr(moe, "training_step", interrupting)
+    assert moe_main(flags(data, out_dir=tmp_path / "broken", **common)) == 130
+    monkeypatch.setattr(moe, "training_step", step)
+    broken = only_folder(tmp_path / "broken")
+    assert f"--resume={broken}" in (broken / "log.txt").read_text()
+    assert moe_main(flags(data, out_dir=tmp_path / "again", resume=broken, **common)) == 0
+    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
+    assert all(one[name].equal(two[name]) for name in one)
+    monkeypatch.undo()
+    for changes, words in (({"resume": only_folder(tmp_path / "whole")}, ["no checkpoint", "--save_every"]),
+                           ({"resume": tmp_path / "nothing"}, ["nothing", "no checkpoint"]),
+                           ({"resume": broken, "seed": 1, "top_k": 2}, ["--seed", "--top_k"])):
+        refused(*flags(data, out_dir=tmp_path / "logs", **common | changes), words=words)
+    state = next(broken.glob("checkpoint/*/optimizer-0.pt"))
+    state.write_bytes(state.read_bytes()[:1000])
+    refused(*flags(data, out_dir=tmp_path / "logs", resume=broken, **common), words=["cannot be read"])
+    assert not (tmp_path / "logs").exists()
+
+
+def test_ranks_that_share_experts_can_be_resumed(data, tmp_path, start_ranks):
+    common = {"num_iterations": 6, "save_every": 4, "batch_tokens": 1024, "capacity": 1.5, "expert_ranks": 2}
+    ran = start_ranks(2, moe_main, flags(data, out_dir=tmp_path / "whole", **common))
+    assert join(ran) == [0, 0], ran[0].output.read_text()
+    checkpoint = only_folder(tmp_path / "whole") / "checkpoint" / "step_000004"
+    assert len(list(checkpoint.glob("optimizer-?.pt"))) == 2
+    ran = start_ranks(2, moe_main, flags(data, out_dir=tmp_path / "again", resume=checkpoint, **common))
+    assert join(ran) == [0, 0], ran[0].output.read_text()
+    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
+    assert all(one[name].equal(two[name]) for name in one)
 
 
 @pytest.mark.parametrize("bad, word", [
