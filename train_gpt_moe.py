@@ -10,15 +10,15 @@ bias on its choice keeps experts equally busy (arXiv 2408.15664). docs/moe.md sa
 Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices,
 E experts, R = T * top_k choices in the order of tokens.
 """
-import glob, hashlib, inspect, io, json, math, os, pickle, signal, sys, time
+import glob, hashlib, inspect, json, math, os, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save as safetensors_bytes, save_file
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -739,9 +739,9 @@ def load_initial(cfg: Hyperparameters, model: GPT):  # the weights of --init_fro
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
 FREE = {"val_every", "save_every", "resume", "device", "attention", "compile", "out_dir"}    # may differ when resumed
-def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> tuple[dict, dict]:
-    """Loads the weights of --resume; returns its meta.json and its optimizers and loads. Raises UserError."""
-    flag, name = f"--resume={cfg.resume}", f"optimizer-{rank % cfg.expert_ranks}.pt"
+def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> tuple[dict, dict, list]:
+    """Loads the weights of --resume; returns its meta.json, and tensors and numbers of `save`. Raises UserError."""
+    flag, name = f"--resume={cfg.resume}", f"optimizer-{rank % cfg.expert_ranks}.safetensors"
     folder = max(Path(cfg.resume).glob(f"**/{name}"), default=Path(cfg.resume, name)).parent
     ours = {"config": json.loads(json.dumps(asdict(cfg))), "data": {
         shard.path: shard.num_tokens for shard in shards[0] + shards[1]}, "source_sha256": hashlib.sha256(
@@ -756,33 +756,52 @@ def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> 
         if meta["step"] >= len(plan(cfg)):
             raise UserError(f"{flag} has done all of its {meta['step']} steps; leave --resume out")
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        return meta, torch.load(folder / name, model.embed.weight.device, weights_only=True)
+        with safe_open(folder / name, "pt", str(model.embed.weight.device)) as file:
+            numbers = json.loads(file.metadata()["numbers"])
+            return meta, {key: file.get_tensor(key) for key in file.keys()}, numbers
     except FileNotFoundError:
         raise UserError(f"{flag} has no checkpoint from which a run can go on; --save_every writes some, and so does "
                         "interrupting a run") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{flag} cannot be read: {error}") from None
-def go_on(run: Run, optimizers: list, loads: list, meta: dict, state: dict):  # sets all to what load_resumed returned
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        saved["param_groups"] = [group | old for group, old in zip(optimizer.param_groups, saved["param_groups"])]
-        optimizer.load_state_dict(saved)
-    loads.extend(state["loads"].cpu().numpy())
+def go_on(run: Run, optimizers: list, loads: list, meta: dict, tensors: dict, numbers: list):  # from load_resumed
+    loads.extend(tensors.pop("loads").cpu().numpy())
+    states = [optimizer.state_dict() | {"state": {}} for optimizer in optimizers]
+    for name, tensor in tensors.items():
+        number, param, key = name.split(".")
+        states[int(number)]["state"].setdefault(int(param), {})[key] = tensor
+    for optimizer, state, saved in zip(optimizers, states, numbers):
+        for group, values in zip(state["param_groups"], saved["groups"]):
+            group |= values
+        for param, values in saved["state"].items():
+            state["state"][int(param)] |= values
+        optimizer.load_state_dict(state)
     run.seconds = meta["train_time_ms"] / 1000
     run.info |= {name: meta[name] for name in ("step", "tokens_seen", "val_losses", "val_loss")}
     run.log(f"resumed after step {meta['step']} of {run.cfg.resume}", resumed=run.cfg.resume)
+def optimizer_file(optimizers: list, loads: list) -> bytes:  # tensors OPTIMIZER.PARAMETER.KEY and, as JSON, numbers
+    tensors, numbers = {"loads": torch.tensor(np.array(loads))}, []
+    for number, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        tensors |= {f"{number}.{param}.{key}": value for param, values in whole["state"].items()
+                    for key, value in values.items() if isinstance(value, Tensor)}
+        numbers.append({"groups": [{key: value for key, value in group.items() if isinstance(value, (int, float))}
+                                   for group in whole["param_groups"]],
+                        "state": {param: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+                                  for param, values in whole["state"].items()}})
+    return safetensors_bytes(tensors, {"numbers": json.dumps(numbers)})
 def save(run: Run, model: GPT, optimizers: list, loads: list, tokenizer: bytes, machine: Machine) -> Path | None:
     """Writes a checkpoint, of an unfinished run with what --resume needs. All ranks call it; rank 0 gets its path."""
     if run.info["step"] < len(plan(run.cfg)):
-        states, buffer = [optimizer.state_dict() for optimizer in optimizers], io.BytesIO()
-        for group in (group for state in states for group in state["param_groups"]):
-            group.pop("update", None)    # a function
-        torch.save({"optimizers": states, "loads": torch.tensor(np.array(loads))}, buffer)
-        parts = [buffer.getvalue()]
-        if run.cfg.expert_ranks > 1:    # each of the first ranks has the state of its own experts
-            parts = [None] * machine.world_size if machine.rank == 0 else None
-            dist.gather_object(buffer.getvalue() if machine.rank < run.cfg.expert_ranks else None, parts)
-        for rank, part in enumerate(parts[:run.cfg.expert_ranks] if machine.rank == 0 else ()):
-            run.write(f"checkpoint/.new/optimizer-{rank}.pt", part)
+        content = optimizer_file(optimizers, loads)
+        run.write("checkpoint/.new/optimizer-0.safetensors", content)
+        for rank in range(1, run.cfg.expert_ranks if machine.world_size > 1 else 1):    # which has experts of its own
+            size = torch.tensor(len(content), device=machine.device)
+            dist.broadcast(size, rank)
+            part = torch.frombuffer(bytearray(content), dtype=torch.uint8) if machine.rank == rank else torch.empty(
+                size.item(), dtype=torch.uint8)
+            dist.broadcast(part := part.to(machine.device), rank)
+            run.write(f"checkpoint/.new/optimizer-{rank}.safetensors", part.cpu().numpy().tobytes())
     mine = [(bank.fc, bank.proj) for bank in model.experts]
     model.gather_experts()
     path = run.write_checkpoint(model, tokenizer) if machine.rank == 0 else None

@@ -415,7 +415,7 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(kind, data, tmp_path):
     common = {"num_iterations": 7, "val_every": 2, "save_every": 4} | kind
     assert moe_main(flags(data, out_dir=tmp_path / "whole", **common)) == 0
     whole = only_folder(tmp_path / "whole")
-    assert [path.parent.name for path in whole.glob("checkpoint/step_*/optimizer-0.pt")] == ["step_000004"]
+    assert [path.parent.name for path in whole.glob("checkpoint/step_*/optimizer-0.safetensors")] == ["step_000004"]
     assert moe_main(flags(data, out_dir=tmp_path / "again", resume=whole, **common | {"save_every": 0})) == 0
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
@@ -454,7 +454,7 @@ def test_an_interrupted_run_can_go_on_and_a_finished_one_cannot(data, tmp_path, 
                            ({"resume": tmp_path / "nothing"}, ["nothing", "no checkpoint"]),
                            ({"resume": broken, "seed": 1, "top_k": 2}, ["--seed", "--top_k"])):
         refused(*flags(data, out_dir=tmp_path / "logs", **common | changes), words=words)
-    state = next(broken.glob("checkpoint/*/optimizer-0.pt"))
+    state = next(broken.glob("checkpoint/*/optimizer-0.safetensors"))
     state.write_bytes(state.read_bytes()[:1000])
     refused(*flags(data, out_dir=tmp_path / "logs", resume=broken, **common), words=["cannot be read"])
     assert not (tmp_path / "logs").exists()
@@ -465,7 +465,7 @@ def test_ranks_that_share_experts_can_be_resumed(data, tmp_path, start_ranks):
     ran = start_ranks(2, moe_main, flags(data, out_dir=tmp_path / "whole", **common))
     assert join(ran) == [0, 0], ran[0].output.read_text()
     checkpoint = only_folder(tmp_path / "whole") / "checkpoint" / "step_000004"
-    assert len(list(checkpoint.glob("optimizer-?.pt"))) == 2
+    assert len(list(checkpoint.glob("optimizer-?.safetensors"))) == 2
     ran = start_ranks(2, moe_main, flags(data, out_dir=tmp_path / "again", resume=checkpoint, **common))
     assert join(ran) == [0, 0], ran[0].output.read_text()
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
