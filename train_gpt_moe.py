@@ -5,7 +5,7 @@
     python train_gpt_moe.py                                         # size of GPT-2 small, FineWeb text, one GPU
     torchrun --standalone --nproc_per_node=4 train_gpt_moe.py --pack_tokens=8192 --expert_ranks=4 --capacity=1.5
 
-In the layers of --expert_layers a router chooses top_k of num_experts MLPs for each token, from that token alone. A
+In the layers of --expert_layers a router chooses top_k of num_experts MLPs for each token, never from later ones. A
 bias on its choice keeps experts equally busy (arXiv 2408.15664). docs/moe.md says what this gains and costs.
 Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices,
 E experts, R = T * top_k choices in the order of tokens.
@@ -47,7 +47,7 @@ class Hyperparameters:                  # ranges in comments are usual values; L
     balance: Literal["bias", "loss", "none"] = "bias"   # what keeps experts equally busy
     balance_rate: float = 0.01          # step of the bias, or weight of the loss (arXiv 2101.03961)
     router_z: float = 0.0               # weight of log(sum exp router logits)^2, about 0.001 (arXiv 2202.08906); 0: off
-    jitter: float = 0.0                 # noise of at most this on the scores in training, about 0.01; 0: off
+    jitter: float = 0.0                 # a hash of at most this is added to scores in training, about 0.01; 0: off
     capacity: float = 0.0               # in training an expert takes at most this times the mean load; 0: takes all
     expert_ranks: int = 1               # ranks that share the experts of a layer; more than 1 needs a capacity
     gate: Literal["none", "head", "element"] = "none"   # gated attention (arXiv 2505.06708)
@@ -256,18 +256,20 @@ class Move(torch.autograd.Function):     # row i of the result is row take[i] of
 def hidden_sizes(cfg: Hyperparameters) -> tuple[int, int]:
     """Hidden channels of a dense MLP and of an expert; raises UserError if the fields for experts are impossible."""
     dense = cfg.model_dim // 6 * 16 if cfg.mlp == "swiglu" else 4 * cfg.model_dim   # three matrices
-    if cfg.expert_layers and (cfg.model_dim % 16 or cfg.expert_dim % 16):
-        raise UserError(f"--model_dim={cfg.model_dim} and --expert_dim={cfg.expert_dim} must be multiples of 16")
+    for name in ("model_dim", "expert_dim"):
+        if cfg.expert_layers and getattr(cfg, name) % 16:
+            raise UserError(f"--{name}={getattr(cfg, name)} is no multiple of 16, which experts need")
     if cfg.expert_layers > cfg.depth:
         raise UserError(f"--expert_layers={cfg.expert_layers} gives none of {cfg.depth} layers experts; lower it")
-    if cfg.top_k > cfg.num_experts or cfg.num_experts % cfg.expert_ranks:
-        raise UserError(f"--num_experts={cfg.num_experts} must be a multiple of --expert_ranks={cfg.expert_ranks} and "
-                        f"at least --top_k={cfg.top_k}")
+    if cfg.top_k > cfg.num_experts:
+        raise UserError(f"--top_k={cfg.top_k} is more than --num_experts={cfg.num_experts}; lower it")
+    if cfg.num_experts % cfg.expert_ranks:
+        raise UserError(f"--num_experts={cfg.num_experts} is no multiple of --expert_ranks={cfg.expert_ranks}")
     if cfg.expert_ranks > 1 and not cfg.capacity:
         raise UserError(f"--expert_ranks={cfg.expert_ranks} needs a capacity; try --capacity=1.5")
     if (cfg.balance == "loss" or cfg.router_z) and cfg.router != "learned":
-        raise UserError(f"--balance={cfg.balance} --router_z={cfg.router_z}: only a router with gradients can have "
-                        f"losses; add --router=learned or take --balance=bias --router_z=0")
+        flag = "--balance=loss" if cfg.balance == "loss" else f"--router_z={cfg.router_z}"
+        raise UserError(f"{flag} does nothing with --router={cfg.router}; add --router=learned")
     return dense, cfg.expert_dim or max(16, (dense - cfg.shared_dim) // cfg.top_k // 16 * 16)
 
 class Experts(nn.Module):                # a bank of MLPs and the router that chooses top_k of them for each token
@@ -286,7 +288,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         self.register_buffer("bias", torch.zeros(E))                # added to the scores when they are compared
         self.register_buffer("load", torch.zeros(E + 1), persistent=False)  # choices in this step, and those dropped
     def choose(self, u_TC: Tensor, context) -> tuple[Tensor, Tensor, Tensor]:
-        """Experts (T, top_k) of each token, their weights, 1 on average, and the router's logits (T, E)."""
+        """Experts (T, top_k) of each token, their weights (T, top_k), and the router's logits (T, E)."""
         cfg, ids = self.cfg, torch.arange(self.cfg.num_experts, device=u_TC.device)
         if self.kind == "hash":          # of the token's id: one expert and its neighbours
             first = (context.tokens * 2_654_435_761 + self.layer * 40_503 >> 8) % len(ids)
@@ -436,9 +438,9 @@ class GPT(nn.Module):                   # of a config in which everything is fil
                 bank.centroids.copy_(F.normalize(bank.centroids.normal_(generator=generator), dim=1))
     def share_experts(self):            # with expert_ranks each rank keeps a part of every bank; raises UserError
         ranks, packs = self.cfg.expert_ranks, self.cfg.batch_tokens // self.cfg.pack_tokens
-        if ranks == 1 or not dist.is_initialized():
+        if ranks == 1:
             return
-        if (world := dist.get_world_size()) % ranks or packs % world:
+        if (world := dist.get_world_size() if dist.is_initialized() else 1) % ranks or packs % world:
             raise UserError(f"--expert_ranks={ranks} must divide the {world} ranks, and they the {packs} packs "
                             "of a step; see --nproc_per_node and --pack_tokens")
         table = np.arange(world).reshape(-1, ranks)     # in a row are ranks that share, in a column those with the same
@@ -739,31 +741,42 @@ def load_initial(cfg: Hyperparameters, model: GPT):  # the weights of --init_fro
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
 FREE = {"val_every", "save_every", "resume", "device", "attention", "compile", "out_dir"}    # may differ when resumed
+@cache
+def data_sha256(paths: tuple[str, ...]) -> list[str]:  # of whole files; read only to save or resume an unfinished run
+    return [hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() for path in paths]
 def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> tuple[dict, dict, list]:
     """Loads the weights of --resume; returns its meta.json, and tensors and numbers of `save`. Raises UserError."""
     flag, name = f"--resume={cfg.resume}", f"optimizer-{rank % cfg.expert_ranks}.safetensors"
-    folder = max(Path(cfg.resume).glob(f"**/{name}"), default=Path(cfg.resume, name)).parent
-    ours = {"config": json.loads(json.dumps(asdict(cfg))), "data": {
-        shard.path: shard.num_tokens for shard in shards[0] + shards[1]}, "source_sha256": hashlib.sha256(
-            Path(__file__).read_bytes()).hexdigest()}
+    found = sorted(Path(cfg.resume).glob("**/step_*/meta.json")) or [Path(cfg.resume, "meta.json")]
+    folder, config, steps = found[-1].parent, json.loads(json.dumps(asdict(cfg))), len(plan(cfg))
+    if len({path.parent.parent for path in found}) > 1:
+        raise UserError(f"{flag} holds several runs; name the folder of one")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        differ = [f"--{key}" for key, value in ours["config"].items() if value != meta["config"].get(key) and
-                  key not in FREE] + [key for key in ("data", "source_sha256") if ours[key] != meta[key]]
+        differ = [f"--{key}" for key, value in config.items() if value != meta["config"][key] and key not in FREE]
+        differ += ["the script"] * (hashlib.sha256(Path(__file__).read_bytes()).hexdigest() != meta["source_sha256"])
         if differ:
-            raise UserError(f"{flag} differs in {', '.join(differ)}; give the flags and data of that run, and use the "
-                            "script in its folder")
-        if meta["step"] >= len(plan(cfg)):
-            raise UserError(f"{flag} has done all of its {meta['step']} steps; leave --resume out")
+            raise UserError(f"{flag} differs in {', '.join(differ)}; give all flags of that run and use the script in "
+                            "its folder")
+        if meta["step"] >= steps:
+            raise UserError(f"{flag} has done all of its {steps} steps; leave --resume out")
+        if not (folder / name).is_file():
+            raise FileNotFoundError
+        if data_sha256(tuple(shard.path for shard in shards[0])) != meta["train_sha256"]:
+            raise UserError(f"{flag} was trained on another text than --train_files={cfg.train_files}; use its files")
+        if hashlib.file_digest(open(folder / name, "rb"), "sha256").hexdigest() != meta["optimizers_sha256"][name]:
+            raise ValueError(f"{name} is not what the run wrote")
+        if not (0 < meta["step"] and 0 < meta["tokens_seen"] and 0 <= meta["train_time_ms"] and meta["val_losses"]):
+            raise ValueError("meta.json has impossible numbers")
         model.load_state_dict(load_file(folder / "model.safetensors"))
         with safe_open(folder / name, "pt", str(model.embed.weight.device)) as file:
             numbers = json.loads(file.metadata()["numbers"])
             return meta, {key: file.get_tensor(key) for key in file.keys()}, numbers
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{flag} has no checkpoint from which a run can go on; --save_every writes some, and so does "
                         "interrupting a run") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{flag} cannot be read: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{flag} cannot be used, {folder} is damaged: {error}; name an earlier step_*") from None
 def go_on(run: Run, optimizers: list, loads: list, meta: dict, tensors: dict, numbers: list):  # from load_resumed
     loads.extend(tensors.pop("loads").cpu().numpy())
     states = [optimizer.state_dict() | {"state": {}} for optimizer in optimizers]
@@ -792,16 +805,24 @@ def optimizer_file(optimizers: list, loads: list) -> bytes:  # tensors OPTIMIZER
     return safetensors_bytes(tensors, {"numbers": json.dumps(numbers)})
 def save(run: Run, model: GPT, optimizers: list, loads: list, tokenizer: bytes, machine: Machine) -> Path | None:
     """Writes a checkpoint, of an unfinished run with what --resume needs. All ranks call it; rank 0 gets its path."""
-    if run.info["step"] < len(plan(run.cfg)):
+    step, shas = run.info["step"], {}
+    if run.info["val_losses"][-1]["step"] < step:                   # that is the loss of other weights
+        run.info["val_loss"] = None
+    if step < len(plan(run.cfg)):
         content = optimizer_file(optimizers, loads)
         run.write("checkpoint/.new/optimizer-0.safetensors", content)
+        shas["optimizer-0.safetensors"] = hashlib.sha256(content).hexdigest()
         for rank in range(1, run.cfg.expert_ranks if machine.world_size > 1 else 1):    # which has experts of its own
             size = torch.tensor(len(content), device=machine.device)
             dist.broadcast(size, rank)
             part = torch.frombuffer(bytearray(content), dtype=torch.uint8) if machine.rank == rank else torch.empty(
                 size.item(), dtype=torch.uint8)
             dist.broadcast(part := part.to(machine.device), rank)
-            run.write(f"checkpoint/.new/optimizer-{rank}.safetensors", part.cpu().numpy().tobytes())
+            name, part = f"optimizer-{rank}.safetensors", part.cpu().numpy().tobytes()
+            run.write(f"checkpoint/.new/{name}", part)
+            shas[name] = hashlib.sha256(part).hexdigest()
+        data = data_sha256(tuple(sorted(glob.glob(run.cfg.train_files))))
+        run.info |= {"optimizers_sha256": shas, "train_sha256": data}
     mine = [(bank.fc, bank.proj) for bank in model.experts]
     model.gather_experts()
     path = run.write_checkpoint(model, tokenizer) if machine.rank == 0 else None
@@ -824,8 +845,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     val_streams, steps = validation_streams(cfg, shards[1]), len(plan(cfg))
     val_streams += [(val_streams[0][0], np.full(cfg.val_stream_tokens, -1))] * (-len(val_streams) % machine.world_size)
     model = GPT(cfg).to(machine.device)
-    load_initial(cfg, model)
     resumed = load_resumed(cfg, model, shards, machine.rank) if cfg.resume else None
+    load_initial(cfg, model) if not resumed else None
     model.share_experts()               # ranks that share run as many passes: hence streams without targets above
     optimizers, run, began = make_optimizers(model), Run(cfg, machine, argv, shards), time.perf_counter()
     run.log(f"{machine.world_size} x {machine.name}: {model.matmul_parameters / 1e6:.1f} M weights in products, width "
@@ -868,7 +889,6 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
             break
         save(run, model, optimizers, loads, tokenizer, machine) if saves else None
         unread, began = [], time.perf_counter()
-    run.info["val_loss"] = run.info["val_loss"] if step == steps else None
     path, memory = save(run, model, optimizers, loads, tokenizer, machine), torch.cuda.max_memory_allocated() / 2**30
     if machine.rank == 0:
         more = f"python sample.py --checkpoint={path}" if step == steps else f"the same with --resume={run.folder}"

@@ -193,7 +193,8 @@ def test_jitter_acts_in_training_alone_and_is_the_same_each_time():
 
 
 def test_losses_of_the_router_against_their_definitions():
-    model, tokens = moved(config(balance="loss", balance_rate=0.3, router_z=0.2, expert_layers=2, **LEARNED)), stream(80)
+    cfg = config(balance="loss", balance_rate=0.3, router_z=0.2, expert_layers=2, **LEARNED)
+    model, tokens = moved(cfg), stream(80)
     seen = {}
     model.experts[0].register_forward_hook(lambda module, inputs, output: seen.update(u=inputs[0], context=inputs[1]))
     targets = tokens.roll(-1)
@@ -416,7 +417,8 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(kind, data, tmp_path):
     assert moe_main(flags(data, out_dir=tmp_path / "whole", **common)) == 0
     whole = only_folder(tmp_path / "whole")
     assert [path.parent.name for path in whole.glob("checkpoint/step_*/optimizer-0.safetensors")] == ["step_000004"]
-    assert moe_main(flags(data, out_dir=tmp_path / "again", resume=whole, **common | {"save_every": 0})) == 0
+    checkpoint = whole / "checkpoint" / "step_000004"
+    assert moe_main(flags(data, out_dir=tmp_path / "again", resume=checkpoint, **common | {"save_every": 0})) == 0
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
     lines, infos = [], []
@@ -428,7 +430,7 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(kind, data, tmp_path):
     assert lines[0][-len(lines[1]):] == lines[1] and len(lines[1]) > 4
     losses = [[point["val_loss"] for point in info["val_losses"]] for info in infos]
     assert losses[0] == losses[1] and len(losses[0]) in (4, 5)
-    assert infos[0]["tokens_seen"] == infos[1]["tokens_seen"] and infos[1]["resumed"] == str(whole)
+    assert infos[0]["tokens_seen"] == infos[1]["tokens_seen"] and infos[1]["resumed"] == str(checkpoint)
     assert infos[1]["val_losses"][-2]["train_time_ms"] <= infos[1]["train_time_ms"]
     assert (only_folder(tmp_path / "again") / "load.svg").read_text() == (whole / "load.svg").read_text()
     assert not list((only_folder(tmp_path / "again") / "checkpoint").glob("**/optimizer*"))
@@ -450,13 +452,45 @@ def test_an_interrupted_run_can_go_on_and_a_finished_one_cannot(data, tmp_path, 
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "again")
     assert all(one[name].equal(two[name]) for name in one)
     monkeypatch.undo()
-    for changes, words in (({"resume": only_folder(tmp_path / "whole")}, ["no checkpoint", "--save_every"]),
+    for changes, words in (({"resume": only_folder(tmp_path / "whole")}, ["all of its 6 steps"]),
+                           ({"resume": broken / "log.txt"}, ["no checkpoint", "--save_every"]),
                            ({"resume": tmp_path / "nothing"}, ["nothing", "no checkpoint"]),
                            ({"resume": broken, "seed": 1, "top_k": 2}, ["--seed", "--top_k"])):
         refused(*flags(data, out_dir=tmp_path / "logs", **common | changes), words=words)
-    state = next(broken.glob("checkpoint/*/optimizer-0.safetensors"))
-    state.write_bytes(state.read_bytes()[:1000])
-    refused(*flags(data, out_dir=tmp_path / "logs", resume=broken, **common), words=["cannot be read"])
+    refused(*flags(data, out_dir=tmp_path / "logs", resume=tmp_path, **common), words=["several runs"])
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(data, tmp_path, refused):
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in data.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    common = flags(own, out_dir=tmp_path / "whole", num_iterations=6, save_every=4)
+    assert moe_main(common) == 0
+    whole = only_folder(tmp_path / "whole")
+    refused(*common, f"--resume={whole}", f"--out_dir={tmp_path / 'logs'}", words=["all of its 6 steps"])
+    folder = whole / "checkpoint" / "step_000004"
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["val_loss"] is None             # the last one is of step 0
+    again = [*common, f"--resume={folder}", f"--out_dir={tmp_path / 'logs'}"]
+    bad = [b"", b"[1]", b"{}", *(json.dumps(meta | change).encode() for change in (
+        {"config": []}, {"step": "4"}, {"step": -3}, {"val_losses": []}, {"tokens_seen": None}))]
+    damages = [("meta.json", content) for content in bad]
+    damages += [(name, content) for name in ("model.safetensors", "optimizer-0.safetensors")
+                for content in (b"", (folder / name).read_bytes()[:1000])]
+    damages += [("optimizer-0.safetensors", (folder / "model.safetensors").read_bytes())]
+    for name, content in damages:
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        refused(*again, words=["damaged", "step_000004"])
+        (folder / name).write_bytes(before)
+    shard = next(own.glob("train_*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[1100] ^= 1                          # another text of the same length
+    shard.write_bytes(content)
+    moe.data_sha256.cache_clear()
+    refused(*again, words=["another text", "--train_files"])
     assert not (tmp_path / "logs").exists()
 
 
@@ -474,9 +508,10 @@ def test_ranks_that_share_experts_can_be_resumed(data, tmp_path, start_ranks):
 
 @pytest.mark.parametrize("bad, word", [
     ({"top_k": 5}, "--top_k=5"), ({"expert_dim": 24}, "--expert_dim=24"), ({"num_experts": 0}, "--num_experts=0"),
-    ({"expert_ranks": 2}, "--capacity="), ({"expert_ranks": 3, "capacity": 1.5}, "--expert_ranks=3"),
-    ({"expert_layers": 9}, "--expert_layers=9"), ({"balance": "luck"}, "bias"), ({"balance": "loss"}, "--router=learned"),
-    ({"router_z": 0.1, "router": "hash"}, "--router=learned")], ids=str)
+    ({"expert_ranks": 2}, "--capacity="), ({"expert_ranks": 2, "capacity": 1.5}, "the 1 ranks"),
+    ({"expert_ranks": 3, "capacity": 1.5}, "--expert_ranks=3"),
+    ({"expert_layers": 9}, "--expert_layers=9"), ({"balance": "luck"}, "bias"),
+    ({"balance": "loss"}, "--router=learned"), ({"router_z": 0.1, "router": "hash"}, "--router=learned")], ids=str)
 def test_a_bad_value_gets_one_line(bad, word, data, refused):
     refused(*flags(data, **bad), words=[word])
 
