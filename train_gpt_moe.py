@@ -742,8 +742,9 @@ def load_initial(cfg: Hyperparameters, model: GPT):  # the weights of --init_fro
             raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
 FREE = {"val_every", "save_every", "resume", "device", "attention", "compile", "out_dir"}    # may differ when resumed
 @cache
-def data_sha256(paths: tuple[str, ...]) -> list[str]:  # of whole files; read only to save or resume an unfinished run
-    return [hashlib.file_digest(open(path, "rb"), "sha256").hexdigest() for path in paths]
+def sha256_of(path: Path) -> str:        # of a whole file; cached, since the text is the same in each checkpoint
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> tuple[dict, dict, list]:
     """Loads the weights of --resume; returns its meta.json, and tensors and numbers of `save`. Raises UserError."""
     flag, name = f"--resume={cfg.resume}", f"optimizer-{rank % cfg.expert_ranks}.safetensors"
@@ -754,7 +755,8 @@ def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> 
     try:
         meta = json.loads((folder / "meta.json").read_text())
         differ = [f"--{key}" for key, value in config.items() if value != meta["config"][key] and key not in FREE]
-        differ += ["the script"] * (hashlib.sha256(Path(__file__).read_bytes()).hexdigest() != meta["source_sha256"])
+        if sha256_of(Path(__file__)) != meta["source_sha256"]:
+            differ.append("the script")
         if differ:
             raise UserError(f"{flag} differs in {', '.join(differ)}; give all flags of that run and use the script in "
                             "its folder")
@@ -762,11 +764,12 @@ def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> 
             raise UserError(f"{flag} has done all of its {steps} steps; leave --resume out")
         if not (folder / name).is_file():
             raise FileNotFoundError
-        if data_sha256(tuple(shard.path for shard in shards[0])) != meta["train_sha256"]:
+        if [sha256_of(Path(shard.path)) for shard in shards[0]] != meta["train_sha256"]:
             raise UserError(f"{flag} was trained on another text than --train_files={cfg.train_files}; use its files")
-        if hashlib.file_digest(open(folder / name, "rb"), "sha256").hexdigest() != meta["optimizers_sha256"][name]:
+        if sha256_of(folder / name) != meta["optimizers_sha256"][name]:
             raise ValueError(f"{name} is not what the run wrote")
-        if not (0 < meta["step"] and 0 < meta["tokens_seen"] and 0 <= meta["train_time_ms"] and meta["val_losses"]):
+        if not (meta["step"] > 0 and meta["tokens_seen"] > 0 and meta["train_time_ms"] >= 0 and "val_loss" in meta and
+                meta["val_losses"] and all(0 <= point["step"] <= meta["step"] for point in meta["val_losses"])):
             raise ValueError("meta.json has impossible numbers")
         model.load_state_dict(load_file(folder / "model.safetensors"))
         with safe_open(folder / name, "pt", str(model.embed.weight.device)) as file:
@@ -776,7 +779,7 @@ def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> 
         raise UserError(f"{flag} has no checkpoint from which a run can go on; --save_every writes some, and so does "
                         "interrupting a run") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{flag} cannot be used, {folder} is damaged: {error}; name an earlier step_*") from None
+        raise UserError(f"{flag}: {folder} cannot be used: {error}; name an earlier step_* folder") from None
 def go_on(run: Run, optimizers: list, loads: list, meta: dict, tensors: dict, numbers: list):  # from load_resumed
     loads.extend(tensors.pop("loads").cpu().numpy())
     states = [optimizer.state_dict() | {"state": {}} for optimizer in optimizers]
@@ -821,8 +824,11 @@ def save(run: Run, model: GPT, optimizers: list, loads: list, tokenizer: bytes, 
             name, part = f"optimizer-{rank}.safetensors", part.cpu().numpy().tobytes()
             run.write(f"checkpoint/.new/{name}", part)
             shas[name] = hashlib.sha256(part).hexdigest()
-        data = data_sha256(tuple(sorted(glob.glob(run.cfg.train_files))))
-        run.info |= {"optimizers_sha256": shas, "train_sha256": data}
+        if machine.rank == 0:            # the only one that writes
+            data = [sha256_of(Path(path)) for path in sorted(glob.glob(run.cfg.train_files))]
+            run.info |= {"optimizers_sha256": shas, "train_sha256": data}
+    else:
+        run.info.pop("optimizers_sha256", None)
     mine = [(bank.fc, bank.proj) for bank in model.experts]
     model.gather_experts()
     path = run.write_checkpoint(model, tokenizer) if machine.rank == 0 else None
