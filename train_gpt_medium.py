@@ -2834,15 +2834,16 @@ def run_main(train) -> int:
         if rank == "0" or not rank.isdecimal() or isinstance(error, RankError):
             say(error)
         return 2 if isinstance(error, UserError) else 3
-    except torch.OutOfMemoryError as error:
-        say(f"{UserError(error)}; use smaller --micro_batch_tokens=, --val_stream_tokens= or --pack_tokens=")
-        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise
         say(f"{UserError(error)}; free space or choose another folder")
         return 2
     except RuntimeError as error:
+        if "to allocate" in str(error):  # what CPUs and GPUs say without memory
+            say(f"{UserError(error)}; use a smaller model, or smaller --micro_batch_tokens=, --val_stream_tokens= or "
+                "--pack_tokens=")
+            return 2
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         say("another rank has died, see above; go on from the last checkpoint with --resume=latest")

@@ -205,7 +205,6 @@ def norm(x: Tensor) -> Tensor:          # RMS norm over the last axis, without a
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # turns channel pairs (j, j + D/2)
     a, b = x_THD.chunk(2, dim=2)
     return x_THD * cos_TD[:, None] + torch.cat([-b, a], dim=2) * sin_TD[:, None]
-
 def block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:  # of each row how many blocks it has, and which, those first
     row = torch.arange(blocks.size(-1), device=blocks.device)       # topk is called; a sort would compile for minutes
     return blocks.sum(-1).int(), torch.topk(blocks * len(row) - row, len(row)).indices.int()
@@ -613,10 +612,8 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     if cuda and local_rank >= (count := torch.cuda.device_count()):
         raise UserError(f"--device={cfg.device}: rank {rank} needs GPU {local_rank} of {count}; use cpu or fewer ranks")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    torch.cuda.set_device(device) if cuda else None
+    dist.init_process_group("nccl" if cuda else "gloo") if world_size > 1 else None
     return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name() if cuda else "cpu")
 def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
     """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
@@ -698,9 +695,8 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if machine.world_size > 1:          # the same sums on all ranks, and so the same weights
         dist.all_reduce(totals)
-        for bank in forward.experts:
-            if bank.kind == "centroids":
-                dist.all_reduce(bank.sums)
+        for bank in (bank for bank in forward.experts if bank.kind == "centroids"):
+            dist.all_reduce(bank.sums)
         for param in (param for group in groups for param in group["params"]):
             dist.all_reduce(param.grad, group=getattr(param, "replicas", None))
     for bank, load in zip(forward.experts, totals[2:].split(cfg.num_experts + 1)):
@@ -908,9 +904,13 @@ def main() -> int:
         if "--help" in sys.argv or "-h" in sys.argv:
             return print(__doc__, inspect.getsource(Hyperparameters), sep="\n")
         return train(parse_config(sys.argv[1:]), sys.argv[1:])
-    except (UserError, FloatingPointError, OSError, torch.OutOfMemoryError, ImportError, KeyboardInterrupt) as error:
+    except (UserError, FloatingPointError, OSError, RuntimeError, ImportError, KeyboardInterrupt) as error:
+        memory = isinstance(error, RuntimeError)
+        if memory and "to allocate" not in str(error):              # not what CPUs and GPUs say when memory is used up
+            raise
         line = " ".join(str(error).split()) or "interrupted before the first step; nothing to save"
         line += f"; pip install {error.name}" if isinstance(error, ImportError) else ""
+        line += "; use a smaller model or smaller --pack_tokens" if memory else ""
         print(f"{Path(__file__).name}: {line}", file=sys.stderr)
         return {FloatingPointError: 3, KeyboardInterrupt: 130}.get(type(error), 2)
     finally:

@@ -253,6 +253,30 @@ def test_logits_loss_and_decoding(script):
     assert_close(decoded[0], logits)
 
 
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_want_of_memory_is_one_line_and_a_mistake_in_the_code_a_traceback(script, monkeypatch, capsys):
+    import torch
+
+    def on_a_cpu(cfg, argv):
+        torch.empty(2**50)
+
+    def on_a_gpu(cfg, argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    def mistake(cfg, argv):
+        torch.zeros(2) @ torch.zeros(3)
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    for train in (on_a_cpu, on_a_gpu):
+        monkeypatch.setattr(module, "train", train)
+        assert module.main() == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert "to allocate" in line and "smaller model" in line and "--pack_tokens" in line
+    monkeypatch.setattr(module, "train", mistake)
+    with pytest.raises(RuntimeError, match="size"):
+        module.main()
+
+
 PROBE = """
 import os, sys
 before, files = dict(os.environ), set(os.listdir("."))
