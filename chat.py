@@ -946,6 +946,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:                                        # a name that is too long, a folder without access
         print(f"chat.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not sample.lacks_memory(error):
+            raise
+        print(f"chat.py: the memory is used up ({UserError(error)}); use another --device or a smaller model",
+              file=sys.stderr)
+        return 2
 
 if __name__ == "__main__":
     sys.exit(main())

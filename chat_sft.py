@@ -775,11 +775,11 @@ def run_command(name: str, parse, train, argv: list[str] | None) -> int:
         return 130
     except Exception as error:           # each module has a UserError of its own
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-        if not full and type(error).__name__ not in ("UserError", "RankError", "FloatingPointError",
-                                                     "OutOfMemoryError"):
+        memory = sample.lacks_memory(error)
+        if not (full or memory or type(error).__name__ in ("UserError", "RankError", "FloatingPointError")):
             raise
         if os.environ.get("RANK", "0") == "0" or type(error).__name__ == "RankError":
-            say(error)
+            say(f"the memory is used up ({error}); use smaller batches or a smaller model" if memory else error)
         return 3 if isinstance(error, FloatingPointError) else 2
     finally:
         torch = sys.modules.get("torch")

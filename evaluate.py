@@ -1053,6 +1053,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:             # on any rank: a name that is too long, a folder without access
         print(f"evaluate.py: {UserError(error)}; name another path", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:                    # on any rank, too
+        if not sample.lacks_memory(error):
+            raise
+        print(f"evaluate.py: the memory is used up ({UserError(error)}); use a smaller --batch or another machine",
+              file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         if rank == 0:
             print("\nevaluate.py: stopped", file=sys.stderr)

@@ -77,6 +77,10 @@ def one_line(text: str) -> str:
     line = re.sub(r"[^\S ]+", " ", text)
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of a CPU or a GPU is used up."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "to allocate" in str(error)
+
 # -----------------------------------------------------------------------------
 # Command line
 
@@ -192,7 +196,7 @@ def check_args(args: argparse.Namespace):
     def need(good, name, remedy):
         if not good:
             raise UserError(f"--{name}={getattr(args, name)} {remedy}")
-    need(args.num_samples >= 1, "num_samples", "must be at least 1")
+    need(1 <= args.num_samples <= 1_000_000, "num_samples", "must be between 1 and 1000000")
     need(args.max_tokens >= 1, "max_tokens", "must be at least 1")
     need(0 <= args.temperature < math.inf, "temperature", "must be 0 or a positive number")
     need(args.top_k >= 0, "top_k", "must be 0 (all tokens) or a positive number")
@@ -1332,6 +1336,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:                                        # a name that is too long, a folder without access
         print(f"sample.py: {UserError(error)}; name another path", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        print(f"sample.py: the memory is used up ({UserError(error)}); use a smaller --batch, --max_tokens or "
+              "--num_samples", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

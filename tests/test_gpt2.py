@@ -355,7 +355,7 @@ def test_a_module_that_is_run_says_what_it_is_for(script, flags, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["data/fineweb.py", "data/evals.py", "dev/bench_kernels.py", "dev/profile_step.py",
-                                    "dev/cap_memory.py"])
+                                    "dev/profile_plain.py", "dev/cap_memory.py"])
 def test_help_of_a_program_shows_how_to_use_it(script, tmp_path):
     out = helped([ROOT / script, "--help"], tmp_path)
     assert out.startswith("usage: ") and f"python {script}" in out
@@ -368,6 +368,8 @@ def test_help_of_a_program_shows_how_to_use_it(script, tmp_path):
     ("cap_memory.py", ["20"], "the following arguments are required: SCRIPT"),
     ("cap_memory.py", ["20", "gone.py"], "SCRIPT=gone.py is not a file; name a training script"),
     ("profile_step.py", ["--stage=first"], "invalid int value: 'first'"),
+    ("profile_plain.py", ["--preset=tiny"], "the following arguments are required: SCRIPT"),
+    ("profile_plain.py", ["gone.py"], "SCRIPT=gone.py is not a file; name a training script"),
     ("bench_kernels.py", ["--fast"], "unrecognized arguments: --fast"),
 ])
 def test_a_bad_command_line_of_a_dev_script_is_one_line(script, flags, words, tmp_path):

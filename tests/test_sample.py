@@ -11,6 +11,7 @@ import argparse
 import base64
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -875,6 +876,8 @@ def test_scripts_are_imported_from_anywhere_without_a_trace(tmp_path, capsys, mo
     assert not list(tmp_path.rglob("__pycache__"))
     for module in found:
         del sys.modules[module.__name__]
+    for name in modules.keys() - kept.keys():                       # other tests import the one in the project
+        sys.modules.pop(name, None)
 
 
 def test_a_script_that_is_interrupted_is_not_half_imported(tmp_path):
@@ -931,7 +934,7 @@ def test_text_streams_in_whole_characters(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--num_samples=0"], ["--num_samples=0"]), (["--num_samples", "two"], ["--num_samples", "two"]),
+    (["--num_samples=0"], ["--num_samples=0"]), (["--num_samples=1000001"], ["--num_samples=1000001", "1000000"]), (["--num_samples", "two"], ["--num_samples", "two"]),
     (["--max_tokens=0"], ["--max_tokens=0"]), (["--temperature=-0.5"], ["--temperature=-0.5"]),
     (["--temperature", "-1"], ["--temperature=-1"]), (["--temperature=nan"], ["--temperature=nan"]),
     (["--temperature=inf"], ["--temperature=inf"]), (["--top_k=-1"], ["--top_k=-1"]), (["--top_p=0"], ["--top_p=0"]),
@@ -1177,3 +1180,28 @@ def test_a_terminal_that_knows_fewer_characters_is_no_error():
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True,
                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a?b\n", b"")
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "chat", "chat_sft", "chat_rl"])
+def test_want_of_memory_is_one_line_and_a_mistake_in_the_code_a_traceback(command, capsys, monkeypatch):
+    # data/chat.py has the same name as chat.py
+    module = sample.import_script(ROOT / "chat.py", ["main"]) if command == "chat" else importlib.import_module(command)
+
+    def on_a_cpu(argv):
+        torch.empty(2**50)
+
+    def on_a_gpu(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    def in_python(argv):
+        raise MemoryError
+
+    def mistake(argv):
+        torch.zeros(2) @ torch.zeros(3)
+    for parse_args in (on_a_cpu, on_a_gpu, in_python):
+        monkeypatch.setattr(module, "parse_args", parse_args)
+        assert module.main([]) == 2
+        assert re.fullmatch(rf"{command}\.py: the memory is used up [^\n]+\n", capsys.readouterr().err)
+    monkeypatch.setattr(module, "parse_args", mistake)
+    with pytest.raises(RuntimeError, match="size"):
+        module.main([])

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -512,3 +513,25 @@ def test_help_shows_the_fields(run_main):
     done = run_main("--help")
     assert not done.code
     assert all(f"    {field.name}: " in done.out for field in dataclasses.fields(simple.Hyperparameters))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_time_of_a_step_is_measured_and_nothing_is_kept(data, fast_run, tmp_path):
+    small = flags(data, num_iterations=70, pack_tokens=128, batch_tokens=128, depth=1)
+    tool = [sys.executable, ROOT / "dev/profile_plain.py", ROOT / "train_gpt_simple.py"]
+    done = fast_run([*tool, *small], cwd=tmp_path, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    step, loader, training = map(float, re.findall(r"^ +([\d.]+) ms ", done.stdout, re.M))
+    assert step > training > loader > 0 and not list(tmp_path.iterdir())
+    done = fast_run([*tool, *small, "--num_iterations=65"], cwd=tmp_path, text=True)
+    assert done.returncode == 2 and "use --num_iterations=66" in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_of_a_step_are_listed(data, tmp_path):
+    small = flags(data, num_iterations=70, pack_tokens=128, batch_tokens=128, depth=1, device="cuda", precision="bf16",
+                  head_dim=16)
+    done = subprocess.run([sys.executable, ROOT / "dev/profile_plain.py", ROOT / "train_gpt_simple.py", *small],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^ +[\d.]+ ms  kernels: ", done.stdout, re.M) and " x  " in done.stdout
