@@ -3,18 +3,18 @@
     python dev/profile_plain.py train_gpt_moe.py --train_files=... --val_files=... [other flags of the script]
 
 For train_gpt_simple.py, its relatives, and copies of them. Starts the script as a run does, and ends it after 65 steps.
-Nothing is validated or kept. Prints milliseconds per step, means over 40 steps:
+Nothing is validated or kept: --out_dir, --val_every and --save_every do not count. Prints milliseconds per step:
 
-* the step by the clock;
+* the step by the clock, mean of 40;
 * what the host needs for it: the loader, and launching (Python calls the kernels and does not wait for them);
-* how long kernels run, by kind, over 5 more steps. This does not depend on how busy the host is, so compare it on a
-  machine that others use too. If the host needs longer than the kernels, the host is the limit;
+* on a GPU, how long kernels run, by kind, mean of 5 more steps. This does not depend on how busy the host is: compare
+  it on a machine that others use too. If the host needs longer than the kernels, the host is the limit;
 * the 30 kernels that take longest.
-
-Without a GPU it prints the first two lines only.
 """
 import argparse
-import importlib.util
+import contextlib
+import io
+import signal
 import sys
 import tempfile
 import time
@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
                                      "SCRIPT]", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("script", metavar="SCRIPT", type=Path, help="a plain script. All flags go to it, see its --help")
+    parser.add_argument("script", metavar="SCRIPT", type=Path, help="a plain script. All other flags go to it")
     args, flags = parser.parse_known_args(argv)
     if not args.script.is_file():
         fail(f"SCRIPT={args.script} is not a file; name a training script")
@@ -45,6 +45,9 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from profile_step import kind_of, show  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sample  # noqa: E402
+
 WARM, TIMED, PROFILED = 20, 40, 5        # steps
 
 
@@ -58,6 +61,7 @@ class Meter:
     def __init__(self, module, first: int):
         self.make_batches, self.training_step, self.count = module.batches, module.training_step, first
         self.began = self.loader = self.launching = 0.0             # seconds
+        self.out = sys.stdout
         self.profiler = None
         module.batches, module.training_step = self.batches, self.step
 
@@ -69,13 +73,17 @@ class Meter:
             began = time.perf_counter()
 
     def step(self, *args):
+        if args[-1]:                     # the script was interrupted
+            raise KeyboardInterrupt
         if self.count == WARM:
             synchronize()
             self.began, self.loader, self.launching = time.perf_counter(), 0.0, 0.0
         if self.count == WARM + TIMED:
-            self.print_times()
+            with contextlib.redirect_stdout(self.out):
+                self.print_times()
         if self.count == WARM + TIMED + PROFILED:
-            self.print_kernels()
+            with contextlib.redirect_stdout(self.out):
+                self.print_kernels()
             raise Done
         began = time.perf_counter()
         result = self.training_step(*args)
@@ -119,27 +127,34 @@ def synchronize():
     torch.cuda.synchronize() if cuda() else None
 
 
-def main():
-    spec = importlib.util.spec_from_file_location(ARGS.script.stem, ARGS.script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[ARGS.script.stem] = module
-    spec.loader.exec_module(module)
-    if not hasattr(module, "make_optimizers"):
-        fail(f"SCRIPT={ARGS.script} is no plain script; dev/profile_step.py is for train_gpt.py")
-    module.validate = lambda *_: 0.0
+def main() -> int:
+    """Runs the script until all steps are measured. Returns 0, or the exit code of the script if it ended before."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    steps = WARM + TIMED + PROFILED
+    try:
+        module = sample.import_script(ARGS.script, ("make_optimizers", "batches", "training_step", "main"),
+                                      remedy="name a plain script, as train_gpt_simple.py is")
+    except sample.UserError as error:
+        fail(str(error))
     with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [str(ARGS.script), *FLAGS, f"--out_dir={folder}", "--val_every=0"]
+        sys.argv += ["--save_every=0"] * hasattr(module.Hyperparameters, "save_every")
         try:
-            cfg = module.parse_config([*FLAGS, f"--out_dir={folder}", "--val_every=0"])
-            compiled = cfg.compile and cfg.device != "cpu" and torch.cuda.is_available()
-            Meter(module, -1 if compiled else 0)                    # a compiled script begins with a step on nothing
-            module.train(cfg, FLAGS)
-        except Done:
-            return
+            cfg = module.parse_config(sys.argv[1:])
         except module.UserError as error:
             fail(str(error))
-    steps = WARM + TIMED + PROFILED
-    fail(f"the run ended before {steps} steps; use --num_iterations={steps + 1}")
+        if 0 < cfg.num_iterations <= steps:
+            fail(f"--num_iterations={cfg.num_iterations} are too few steps; use {steps + 1} or more")
+        compiled = cfg.compile and cfg.device != "cpu" and torch.cuda.is_available()
+        Meter(module, -1 if compiled else 0)                        # a compiled script begins with a step on nothing
+        module.validate = lambda *_: 0.0
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):         # the script's own lines
+                code = module.main()
+        except Done:
+            return 0
+    return code or fail(f"the run has no {steps + 1} steps; use --num_iterations={steps + 1}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -523,8 +523,15 @@ def test_the_time_of_a_step_is_measured_and_nothing_is_kept(data, fast_run, tmp_
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     step, loader, training = map(float, re.findall(r"^ +([\d.]+) ms ", done.stdout, re.M))
     assert step > training > loader > 0 and not list(tmp_path.iterdir())
-    done = fast_run([*tool, *small, "--num_iterations=65"], cwd=tmp_path, text=True)
-    assert done.returncode == 2 and "use --num_iterations=66" in done.stderr
+    for flag, words in (("--num_iterations=65", "--num_iterations=65 are too few steps; use 66"), ("--typo=1", "--typo"),
+                        ("--model_dim=4000000", "to allocate")):
+        done = fast_run([*tool, *small, flag], cwd=tmp_path, text=True)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no script")
+    for script, words in ((notes, "is not a Python file"), (ROOT / "sample.py", "has no make_optimizers")):
+        done = fast_run([*tool[:2], script], cwd=tmp_path, text=True)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
