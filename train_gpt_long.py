@@ -10,7 +10,7 @@ see all. The cost grows with T (window + T / far_period). Most functions and cla
 tests/test_family.py lists the others.
 Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices.
 """
-import glob, hashlib, inspect, json, math, os, signal, sys, time
+import glob, hashlib, inspect, json, math, os, shlex, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice, pairwise, product
@@ -717,9 +717,10 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         unread, began = [], time.perf_counter()
     run.info["val_loss"] = run.info["val_loss"] if step == steps else None
     if machine.rank == 0:
-        path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30
+        flag = shlex.quote(f"--checkpoint={run.write_checkpoint(model, tokenizer)}")
+        memory = torch.cuda.max_memory_allocated() / 2**30
         run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
-                f"next: python sample.py --checkpoint={path}", status="finished" if step == steps else "interrupted",
+                f"next: python sample.py {flag}", status="finished" if step == steps else "interrupted",
                 peak_memory_gib=memory, recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
     return 0 if step == steps else 130
 

@@ -10,7 +10,7 @@ bias on its choice keeps experts equally busy (arXiv 2408.15664). docs/moe.md sa
 Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices,
 E experts, R = T * top_k choices in the order of tokens.
 """
-import glob, hashlib, inspect, json, math, os, signal, sys, time
+import glob, hashlib, inspect, json, math, os, shlex, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice, pairwise, product
@@ -90,8 +90,8 @@ FROM_DEPTH = {"model_dim": 0, "batch_tokens": 0, "num_iterations": 0, "width_rul
 LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth head_dim num_experts top_k expert_ranks",
           (0, 2**24): "model_dim batch_tokens num_iterations windows vocab_size seed val_every save_every "
           "expert_layers expert_dim shared_dim", (1e-9, 1e9): "ratio muon_lr adamw_lr embed_lr head_lr router_lr",
-          (1e-9, 1): "cooldown", (0, 1): "lr_floor",
-          (0, 1e9): "softcap z_loss weight_decay balance_rate router_z jitter capacity"}
+          (1e-9, 1): "cooldown", (0, 1): "lr_floor balance_rate jitter",
+          (0, 1e9): "softcap z_loss weight_decay router_z capacity"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
@@ -266,9 +266,13 @@ def hidden_sizes(cfg: Hyperparameters) -> tuple[int, int]:
         raise UserError(f"--num_experts={cfg.num_experts} is no multiple of --expert_ranks={cfg.expert_ranks}")
     if cfg.expert_ranks > 1 and not cfg.capacity:
         raise UserError(f"--expert_ranks={cfg.expert_ranks} needs a capacity; try --capacity=1.5")
-    if (cfg.balance == "loss" or cfg.router_z) and cfg.router != "learned":
-        flag = "--balance=loss" if cfg.balance == "loss" else f"--router_z={cfg.router_z}"
-        raise UserError(f"{flag} does nothing with --router={cfg.router}; add --router=learned")
+    idle = {"balance=loss": cfg.balance == "loss" and cfg.router != "learned", f"jitter={cfg.jitter}": cfg.jitter and
+            cfg.router == "hash", f"router_z={cfg.router_z}": cfg.router_z and cfg.router != "learned"}
+    for flag in (flag for flag, idles in idle.items() if idles):
+        raise UserError(f"--{flag} does nothing with --router={cfg.router}; add --router=learned")
+    if cfg.expert_layers and cfg.shared_dim >= dense and not cfg.expert_dim:
+        raise UserError(f"--shared_dim={cfg.shared_dim} leaves no work to experts, since a dense MLP has {dense} "
+                        "channels; lower it, or set --expert_dim")
     return dense, cfg.expert_dim or max(16, (dense - cfg.shared_dim) // cfg.top_k // 16 * 16)
 
 class Experts(nn.Module):                # a bank of MLPs and the router that chooses top_k of them for each token
@@ -345,7 +349,8 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         order = chosen_R.int().argsort(stable=True)                 # choices sorted by expert, then by token
         place = torch.zeros_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         if take_first:                   # each expert has `size` slots for the first tokens of a pack that chose it
-            size, begin = math.ceil(cfg.capacity * len(order) / E / 8) * 8, ends - counts
+            share = min(cfg.capacity / E, 1 / cfg.top_k)            # of the choices; no token chooses an expert twice
+            size, begin = math.ceil(share * len(order) / 8) * 8, ends - counts
             queue, at = place - begin[chosen_R], torch.arange(size, device=order.device)
             place = torch.where(queue < size, chosen_R * size + queue, E * size)
             order = torch.where(at < counts[:, None], order[(begin[:, None] + at) % len(order)], len(order))
@@ -893,7 +898,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         unread, began = [], time.perf_counter()
     path, memory = save(run, model, optimizers, loads, tokenizer, machine), torch.cuda.max_memory_allocated() / 2**30
     if machine.rank == 0:
-        more = f"python sample.py --checkpoint={path}" if step == steps else f"the same with --resume={run.folder}"
+        flag = shlex.quote(f"--checkpoint={path}" if step == steps else f"--resume={run.folder}")
+        more = f"python sample.py {flag}" if step == steps else f"the same with {flag}"
         run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
                 f"next: {more}", status="finished" if step == steps else "interrupted", peak_memory_gib=memory,
                 recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)

@@ -9,7 +9,7 @@ The model is a pre-norm decoder with rotary positions, normalised queries and ke
 Muon trains the matrices, AdamW the rest. To test an idea, add a field to Hyperparameters and the line where it acts.
 Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices.
 """
-import glob, hashlib, inspect, json, math, os, signal, sys, time
+import glob, hashlib, inspect, json, math, os, shlex, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import islice, pairwise, product
@@ -196,7 +196,6 @@ def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
     partly = (row <= row[:, None]) & (row >= (first_T[row * block] // block)[:, None]) & ~full  # first_T never falls
     lists = [x[None, None] for blocks in (partly, full, partly.mT, full.mT) for x in block_lists(blocks)]
     return BlockMask((T, T), *lists, (block, block), lambda b, h, query, key: (key <= query) & (key >= first_T[query]))
-
 class Stream:                           # where the documents of a stream begin, and attention that stays inside them
     def __init__(self, cfg: Hyperparameters, tokens_T: Tensor):
         self.flex = cfg.attention == "flex" or cfg.attention == "auto" and cfg.compile
@@ -573,9 +572,10 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
         unread, began = [], time.perf_counter()
     run.info["val_loss"] = run.info["val_loss"] if step == steps else None
     if machine.rank == 0:
-        path, memory = run.write_checkpoint(model, tokenizer), torch.cuda.max_memory_allocated() / 2**30
+        flag = shlex.quote(f"--checkpoint={run.write_checkpoint(model, tokenizer)}")
+        memory = torch.cuda.max_memory_allocated() / 2**30
         run.log(f"{step} steps in {run.seconds:.1f} s, {run.info['tokens_seen'] / run.seconds:,.0f} tokens/s\n"
-                f"next: python sample.py --checkpoint={path}", status="finished" if step == steps else "interrupted",
+                f"next: python sample.py {flag}", status="finished" if step == steps else "interrupted",
                 peak_memory_gib=memory, recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
     return 0 if step == steps else 130
 def main() -> int:

@@ -6,6 +6,7 @@ several, and the tools that read a run. Run: python -m pytest tests/test_moe.py
 import json
 import math
 import re
+import shlex
 import signal
 import sys
 import xml.dom.minidom
@@ -512,7 +513,9 @@ def test_ranks_that_share_experts_can_be_resumed(data, tmp_path, start_ranks):
     ({"expert_ranks": 2}, "--capacity="), ({"expert_ranks": 2, "capacity": 1.5}, "the 1 ranks"),
     ({"expert_ranks": 3, "capacity": 1.5}, "--expert_ranks=3"),
     ({"expert_layers": 9}, "--expert_layers=9"), ({"balance": "luck"}, "bias"),
-    ({"balance": "loss"}, "--router=learned"), ({"router_z": 0.1, "router": "hash"}, "--router=learned")], ids=str)
+    ({"balance": "loss"}, "--router=learned"), ({"router_z": 0.1, "router": "hash"}, "--router=learned"),
+    ({"jitter": 0.1, "router": "hash"}, "--jitter=0.1"), ({"jitter": 2.0}, "--jitter=2.0"),
+    ({"balance_rate": 2.0}, "--balance_rate=2.0"), ({"shared_dim": 4000}, "--shared_dim=4000")], ids=str)
 def test_a_bad_value_gets_one_line(bad, word, data, refused):
     refused(*flags(data, **bad), words=[word])
 
@@ -525,3 +528,22 @@ def test_ranks_that_cannot_share_experts(world_size, packs, monkeypatch):
     model = moe.GPT(config(expert_ranks=2, capacity=1.5, batch_tokens=packs * 128))
     with pytest.raises(moe.UserError, match=f"--expert_ranks=2 .* {world_size} ranks, .* {packs} packs"):
         model.share_experts()
+
+
+def test_a_capacity_that_no_expert_can_fill_costs_no_more_memory():
+    """An expert can get each token once, so 1e9 times the mean is as 4 / top_k times, and drops nothing."""
+    tokens, sizes = stream(96), []
+    for capacity in (2.0, 1e9):
+        model = moved(config(capacity=capacity, top_k=2, expert_layers=2)).train()
+        model.experts[0].fixed = lambda x, fixed=model.experts[0].fixed: (sizes.append(len(x)), fixed(x))[1]
+        model(tokens, tokens.roll(-1))
+        assert model.experts[0].load[-1] == 0
+    assert sizes == [4 * 96, 4 * 96]
+
+
+def test_the_printed_commands_can_be_pasted(data, run_main, tmp_path):
+    common = {"num_iterations": 2, "save_every": 1, "batch_tokens": 128, "depth": 2}
+    done = run_main(*flags(data, out_dir=tmp_path / "my logs", **common), module=moe)
+    assert done.code == 0, done.err
+    checkpoints = only_folder(tmp_path / "my logs") / "checkpoint"
+    assert shlex.split(done.out.splitlines()[-1])[1:] == ["python", "sample.py", f"--checkpoint={checkpoints}/step_000002"]

@@ -5,10 +5,12 @@ tools that read a run: sample.py, evaluate.py, records.py compare. Run: python -
 """
 import ast
 import dataclasses
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -523,7 +525,7 @@ def test_the_time_of_a_step_is_measured_and_nothing_is_kept(data, fast_run, tmp_
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     step, loader, training = map(float, re.findall(r"^ +([\d.]+) ms ", done.stdout, re.M))
     assert step > training > loader > 0 and not list(tmp_path.iterdir())
-    for flag, words in (("--num_iterations=65", "--num_iterations=65 are too few steps; use 66"), ("--typo=1", "--typo"),
+    for flag, words in (("--num_iterations=65", "=65 are too few steps; use 66"), ("--typo=1", "--typo"),
                         ("--model_dim=4000000", "to allocate")):
         done = fast_run([*tool, *small, flag], cwd=tmp_path, text=True)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -542,3 +544,13 @@ def test_kernels_of_a_step_are_listed(data, tmp_path):
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ +[\d.]+ ms  kernels: ", done.stdout, re.M) and " x  " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train_gpt_simple", "train_gpt_long"])
+def test_the_printed_command_can_be_pasted(name, data, run_main, tmp_path):
+    module, logs = importlib.import_module(name), tmp_path / "my logs"
+    more = {"windows": (8, 24), "far_period": 0} if name == "train_gpt_long" else {}
+    done = run_main(*flags(data, num_iterations=1, batch_tokens=128, depth=2, out_dir=logs, **more), module=module)
+    assert done.code == 0, done.err
+    assert shlex.split(done.out.splitlines()[-1])[1:] == [
+        "python", "sample.py", f"--checkpoint={only_folder(logs)}/checkpoint/step_000001"]
