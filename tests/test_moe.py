@@ -546,4 +546,5 @@ def test_the_printed_commands_can_be_pasted(data, run_main, tmp_path):
     done = run_main(*flags(data, out_dir=tmp_path / "my logs", **common), module=moe)
     assert done.code == 0, done.err
     checkpoints = only_folder(tmp_path / "my logs") / "checkpoint"
-    assert shlex.split(done.out.splitlines()[-1])[1:] == ["python", "sample.py", f"--checkpoint={checkpoints}/step_000002"]
+    words = shlex.split(done.out.splitlines()[-1])[1:]
+    assert words == ["python", "sample.py", f"--checkpoint={checkpoints}/step_000002"]
