@@ -79,6 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ("steps", 0, most), ("questions", 1, most), ("samples", 2, 4096), ("max_tokens", 1, 1 << 20), ("kl", 0, 1000),
         ("eval_every", 0, most), ("eval_questions", 1, 10_000), ("micro_tokens", 0, most), ("seed", 0, most),
         ("lr", 1e-9, 1000), ("warmup", 0, most), ("save_every", 0, most), ("keep", 1, most), ("stop_after", 0, most)))
+    if args.questions * args.samples > 1 << 20:
+        raise UserError(f"--questions={args.questions} with --samples={args.samples} are more than a million answers "
+                        "in a step; lower one")
     found = re.fullmatch(r"(\d{1,3})-(\d{1,3})", args.letters, re.ASCII)
     args.letters_range = tuple(map(int, found.groups())) if found else None
     if args.letters and (not found or not 3 <= args.letters_range[0] <= args.letters_range[1] <= 100):
@@ -397,7 +400,8 @@ class Run(chat_sft.Run):
     own_sources = tuple(Path(__file__).resolve().with_name(name) for name in ("chat_rl.py", "chat_sft.py",
                                                                              "chat_tasks.py"))
     flags = ("task", "letters", "steps", "questions", "samples", "max_tokens", "std", "kl", "eval_questions", "lr",
-             "warmup", "seed")
+             "warmup", "seed", "micro_tokens", "compile")
+    program = (*chat_sft.Run.program, "data/chat.py", "data/test_items.bin")
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -405,6 +409,14 @@ class Run(chat_sft.Run):
 
     def data_files(self) -> list[Path]:
         return TASKS[self.args.task][1](self.args)
+
+    def open(self):
+        super().open()
+        path = self.folder / "samples.jsonl"
+        if self.origin and path.is_file():          # answers from after the checkpoint are written once more
+            lines = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.meta["step"]]
+            self.tools.write_atomically(path, b"".join(kept))
 
     def results(self) -> dict:
         return {"evaluations": self.evaluations}
@@ -465,9 +477,8 @@ def load(args, tools):
     machine = chat_sft.find_machine(args, tools)
     vocabulary = SimpleNamespace(vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, path=parent.folder)
     cfg, saved = chat_sft.choose_config(args, parent, machine, vocabulary, compiled=False)
+    chat_sft.check_resumable(args, parent)
     own = hasattr(parent.module, "Optimizer")
-    if args.resume and not own:
-        raise UserError(f"--resume={args.resume}: runs of {parent.source.name} cannot be resumed; start a new one")
     trainer = (OwnPolicy if own else chat_sft.TorchOptimizers)(parent.module, cfg, machine, None, tools)
     with torch.no_grad():
         chat_sft.load_parent(trainer.model, parent, parent.tokenizer)
@@ -495,7 +506,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     items = TASKS[args.task][0](args, data)
     parent, machine, trainer, saved, format = load(args, tools)
     reference = load_reference(args, trainer, parent)
-    run = Run(args, argv, parent, saved, machine, parent.tokenizer, tools)
+    run = Run(args, argv, parent, saved, machine, parent.tokenizer, tools, args.steps)
     tools.on_rank0(machine, run.open)
     step = run.meta.get("step", 0)
     if run.origin:
@@ -521,7 +532,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         if len(signals) == 10 and np.mean(signals) < 1 - SPARSE:
             run.print(f"note: {1 - np.mean(signals):.1%} of the questions had answers that were all right or all "
                       "wrong, so there is little to learn from; choose easier or harder questions")
-        if step < last_step and args.eval_every and step % args.eval_every == 0:
+        if step < args.steps and args.eval_every and step % args.eval_every == 0:
             run.measured(step, clock.seconds, *measure(sampler, tools))
         if step < last_step and trainer.resumable and args.save_every and step % args.save_every == 0:
             run.save_checkpoint(step, trainer, clock.seconds, everything=True)

@@ -260,6 +260,13 @@ def read_data_tokenizer(args, parent: Parent) -> bytes:
                         f"data/chat.py --tokenizer={parent.folder / 'tokenizer.json'}")
     return content
 
+def check_resumable(args, parent: Parent):
+    """Raises UserError for --resume and --save_every if the model's script has no state that can be saved."""
+    for flag in ("resume", "save_every"):
+        if getattr(args, flag) and not hasattr(parent.module, "Optimizer"):
+            raise UserError(f"--{flag}={getattr(args, flag)}: runs with a model of {parent.source.name} cannot be "
+                            "resumed; leave the flag out")
+
 def choose_config(args, parent: Parent, machine, shard, compiled: bool = True):
     """(config for this machine, config to save) of the checkpoint, with room for the data's vocabulary.
 
@@ -511,9 +518,10 @@ class Run:
     """The run folder: log.txt, run.json, the sources, the curve, checkpoints. Written as the run goes, by rank 0."""
     own_sources = (Path(__file__).resolve(),)       # the first one names the run
     flags = ("epochs", "batch_tokens", "lr", "warmup", "seed")      # a resumed run needs the same ones
+    program = ("train_gpt.py", "sample.py")         # and so are these files, which are not kept with the run
 
-    def __init__(self, args, argv: list[str], parent: Parent, saved, machine, tokenizer: bytes, tools):
-        self.args, self.argv, self.parent, self.saved = args, argv, parent, saved
+    def __init__(self, args, argv: list[str], parent: Parent, saved, machine, tokenizer: bytes, tools, steps: int):
+        self.args, self.argv, self.parent, self.saved, self.steps = args, argv, parent, saved, steps
         self.machine, self.tokenizer, self.tools = machine, tokenizer, tools
         self.master = machine.rank == 0
         self.has_markers = "<|assistant_end|>" in json.loads(tokenizer)["special_tokens"]       # not the plain template
@@ -535,21 +543,31 @@ class Run:
         identity = {name: getattr(args, name) for name in self.flags} | {
             "data": {path.name: tools.file_sha256(path) for path in self.data_files()},
             "parent": tools.file_sha256(self.parent.folder / "model.safetensors"),
-            "sources": {path.name: tools.file_sha256(path) for path in self.sources}}
+            "config": hashlib.sha256(json.dumps(self.parent.meta["config"], sort_keys=True).encode()).hexdigest(),
+            "sources": {path.name: tools.file_sha256(path) for path in self.sources},
+            "program": {name: tools.file_sha256(HERE / name) for name in self.program}}
         if not args.resume:
             return identity, None, {}
-        folder = next(iter(tools.newest_checkpoint(args.resume)), None)
-        meta = tools.read_json(folder / "meta.json") if folder else {}
+        flag, folder = f"--resume={args.resume}", next(iter(tools.newest_checkpoint(args.resume)), None)
+        if not folder or not folder.is_dir():
+            raise tools.UserError(f"{flag} has no checkpoint of {self.script}; name another run")
+        meta = tools.read_json(folder / "meta.json")
+        script = tools.read_json(folder.parent.parent / "run.json").get("script")
         before = meta.get("identity")
-        if not isinstance(before, dict) or "parent" not in meta:
-            raise tools.UserError(f"--resume={args.resume} has no checkpoint of {self.script}; name another run")
+        if not meta:
+            raise tools.UserError(f"{flag}: {folder} has no sound meta.json; name an earlier step_* folder of the run")
+        if not isinstance(before, dict) or "parent" not in meta or script != self.script:
+            raise tools.UserError(f"{flag} has no checkpoint of {self.script}; name another run")
         changed = [name for name in sorted(identity.keys() | before.keys()) if identity.get(name) != before.get(name)]
         if changed:
-            raise tools.UserError(f"--resume={args.resume} is another run: {', '.join(changed)} differ; give the same "
-                                  "flags, data and checkpoint")
+            more = ", and --checkpoint, which was left out" if "parent" in changed and not args.checkpoint else ""
+            raise tools.UserError(f"{flag} is another run: {', '.join(changed)} differ; give the same flags, data, "
+                                  f"checkpoint and program files{more}")
+        if isinstance(meta.get("step"), int) and meta["step"] >= self.steps:
+            raise tools.UserError(f"{flag} has done all of its {self.steps} steps; leave --resume out")
         fault = tools.find_fault(folder, meta, 1 << 62)
         if fault:
-            raise tools.UserError(f"--resume={args.resume}: {folder} is not used: {fault}; name another checkpoint")
+            raise tools.UserError(f"{flag}: {folder} is not used: {fault}; name an earlier step_* folder of the run")
         return identity, folder, meta
 
     def data_files(self) -> list[Path]:
@@ -676,7 +694,11 @@ class Run:
             words = ["python", os.path.relpath(HERE / "chat.py"), f"--checkpoint={self.checkpoint}"]
             self.print(f"next: {shlex.join(words)}")
         elif resumable and not finished:
-            self.print(f"next: the same command with {shlex.quote(f'--resume={self.folder}')}")
+            flags = [f"--resume={self.folder}"]
+            if not self.args.checkpoint:                            # the newest run is this one by now
+                flags.append(f"--checkpoint={self.parent.folder}")
+            without = " without --stop_after," if self.args.stop_after else ""
+            self.print(f"next: the same command{without} with {shlex.join(flags)}")
 
 def measure(run: Run, job: Job, trainer, clock, step: int, tokenizer: sample.Tokenizer,
             questions: chat_tasks.Questions | None):
@@ -708,10 +730,12 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
     questions = read_questions(args) if args.chat_items else None
     tokenizer_json = read_data_tokenizer(args, parent)
     shards = tools.open_shards(*(f"{glob.escape(str(args.data))}/{side}_*.bin" for side in ("train", "val")))
+    if shards[0][0].tokenizer != hashlib.sha256(tokenizer_json).hexdigest():
+        raise UserError(f"{args.data / 'tokenizer.json'} is not the one of {shards[0][0].path}; make the data again "
+                        "with data/chat.py")
     machine = find_machine(args, tools)
     cfg, saved = choose_config(args, parent, machine, shards[0][0])
-    if args.resume and not hasattr(parent.module, "Optimizer"):
-        raise UserError(f"--resume={args.resume}: runs of {parent.source.name} cannot be resumed; start a new one")
+    check_resumable(args, parent)
     lines = []
     kind = OwnOptimizer if hasattr(parent.module, "Optimizer") else TorchOptimizers
     trainer = kind(parent.module, cfg, machine, lines.append, tools)
@@ -719,7 +743,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         load_parent(trainer.model, parent, tokenizer_json)
     trainer.begin()
     job = make_job(args, parent, cfg, shards, tokenizer_json, trainer.micro_slots, machine)
-    run = Run(args, argv, parent, saved, machine, tokenizer_json, tools)
+    run = Run(args, argv, parent, saved, machine, tokenizer_json, tools, job.steps)
     tools.on_rank0(machine, run.open)
     run.print("\n".join([f"chat_sft.py: {machine.world_size} x {machine.name}, from {parent.folder}", *job.summary,
                          *lines]))
@@ -745,7 +769,7 @@ def train(args: argparse.Namespace, argv: list[str]) -> int:
         run.tokens_seen += len(job.slots) * step // job.steps * job.slot_tokens - (
             len(job.slots) * (step - 1) // job.steps * job.slot_tokens)
         run.step(step, job, clock.seconds, loss)
-        if step < last_step and args.val_every and step % args.val_every == 0:
+        if step < job.steps and args.val_every and step % args.val_every == 0:
             clock.stop()
             measure(run, job, trainer, clock, step, tokenizer, questions)
             clock.start()

@@ -268,7 +268,7 @@ def test_equal_rewards_change_no_bit(run, own_parent, monkeypatch):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(run, monkeypatch):
-    flags = ("--steps=20", "--save_every=10", "--kl=0.01", "--questions=2", "--eval_questions=1")
+    flags = ("--steps=20", "--save_every=10", "--kl=0.01", "--questions=2", "--eval_questions=1", "--eval_every=6")
     whole = run(*flags)
     assert whole.code == 0
     one = chat_rl.train_one
@@ -281,6 +281,8 @@ def test_a_killed_run_goes_on_bit_for_bit(run, monkeypatch):
         patch.setattr(chat_rl, "train_one", dies)
         run(*flags, out="other")
     folder = only_folder(whole.folder.parent.parent / "other")
+    with open(folder / "samples.jsonl", "a") as file:
+        file.write('{"step": 12, "quest')               # killed while it wrote
     resumed = run(*flags, f"--resume={folder}", out="other")
     assert (resumed.code, resumed.err, resumed.folder) == (0, "", folder)
     first, second = (load_file(sample.resolve_checkpoint(path) / "optimizer.safetensors")
@@ -290,9 +292,19 @@ def test_a_killed_run_goes_on_bit_for_bit(run, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
     first, second = weights(whole.folder), weights(folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert logged(whole.folder, "pass1") == logged(folder, "pass1")
-    changed = run(*flags, "--lr=0.2", f"--resume={folder}", out="other")
-    assert changed.code == 2 and "is another run: lr differ" in changed.err
+    first, second = (json.loads((path / "run.json").read_text())["evaluations"] for path in (whole.folder, folder))
+    assert [(one["step"], one["pass1"]) for one in first] == [(one["step"], one["pass1"]) for one in second]
+    assert len(first) == 5
+    assert (whole.folder / "samples.jsonl").read_bytes() == (folder / "samples.jsonl").read_bytes()
+    for flag, name in (("--lr=0.2", "lr"), ("--micro_tokens=64", "micro_tokens")):
+        changed = run(*flags, flag, f"--resume={folder}", out="other")
+        assert changed.code == 2 and f"is another run: {name} differ" in changed.err
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_rl.Run, "program", chat_rl.Run.program[:-1])         # as if a file had changed
+        changed = run(*flags, f"--resume={folder}", out="other")
+        assert changed.code == 2 and "is another run: program differ" in changed.err
+    over = run(*flags, f"--resume={folder}", out="other")
+    assert over.code == 2 and "has done all of its 20 steps" in over.err
 
 
 def test_engines_sample_with_the_newest_weights(own_parent, monkeypatch):
@@ -377,6 +389,7 @@ def test_what_is_refused(run, own_parent, tmp_path):
         assert all(word in done.err for word in words) and done.folder is None, done.err
     refused("--samples=1", words=["--samples=1", "2 to"])
     refused("--letters=16-13", words=["--letters=16-13"])
+    refused("--questions=1000000", words=["--questions=1000000", "--samples="])
     refused("--letters=long", words=["--letters=long"])
     refused("--task=chess", words=["chess"])
     refused("--kl=nan", words=["--kl=nan"])

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 from types import SimpleNamespace
@@ -252,10 +253,10 @@ def test_the_model_begins_as_the_first_checkpoint(run, parent):
 
 
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(run, tmp_path):
-    whole = run("--save_every=2")
-    half = run("--save_every=2", "--stop_after=4", out="other")
-    assert half.code == 130 and "--resume=" in half.out
-    resumed = run("--save_every=2", f"--resume={half.folder}", out="other")
+    whole = run("--save_every=2", "--val_every=4")
+    half = run("--save_every=2", "--val_every=4", "--stop_after=4", out="other")
+    assert half.code == 130 and f"without --stop_after, with --resume={half.folder}" in half.out.splitlines()[-1]
+    resumed = run("--save_every=2", "--val_every=4", f"--resume={half.folder}", out="other")
     assert (resumed.code, resumed.err) == (0, "") and resumed.folder == half.folder
     for name in ("train_losses", "rng"):                                # the curve is whole, too
         first, second = (load_file(sample.resolve_checkpoint(done.folder) / "optimizer.safetensors")[name]
@@ -263,8 +264,55 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(run, tmp_path):
         assert len(first) and torch.equal(first[..., ::2], second[..., ::2]), name      # without the seconds
     first, second = weights(whole.folder), weights(half.folder)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second = (json.loads((done.folder / "run.json").read_text())["val_losses"] for done in (whole, half))
+    assert [(p["step"], p["val_loss"]) for p in first] == [(p["step"], p["val_loss"]) for p in second]
+    before = contents(half.folder)
+    over = run(f"--resume={half.folder}", "--save_every=2", out="other")
+    assert over.code == 2 and f"--resume={half.folder} has done all of its {STEPS} steps" in over.err
     changed = run(f"--resume={half.folder}", "--lr=0.2", out="other")
     assert changed.code == 2 and "is another run: lr differ" in changed.err
+    assert contents(half.folder) == before
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(run, parent, talks, tmp_path, monkeypatch):
+    half = run("--save_every=2", "--stop_after=4")
+    before = contents(half.folder)
+
+    def refused(*flags, words):
+        done = run(f"--resume={half.folder}", *flags)
+        assert done.code == 2 and re.fullmatch(r"chat_sft\.py: [^\n]+\n", done.err), done
+        assert all(word in done.err for word in words) and contents(half.folder) == before, done.err
+    other = tmp_path / "other parent"
+    shutil.copytree(parent, other)
+    file = sample.resolve_checkpoint(other) / "meta.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(meta | {"config": meta["config"] | {"lr": 3.0}}))
+    refused(f"--checkpoint={other}", words=["config differ"])
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_sft.Run, "program", ("train_gpt.py", "chat.py"))     # as if sample.py had changed
+        refused(words=["program differ"])
+    swapped = tmp_path / "swapped"
+    shutil.copytree(talks, swapped)
+    tokenizer = json.loads((swapped / "tokenizer.json").read_text())
+    names = tokenizer["special_tokens"]
+    names["<|user_start|>"], names["<|assistant_start|>"] = names["<|assistant_start|>"], names["<|user_start|>"]
+    (swapped / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(f"--data={swapped}", words=[str(swapped / "tokenizer.json"), "train_000000.bin"])
+    newest = sample.resolve_checkpoint(half.folder) / "meta.json"
+    newest.write_text(newest.read_text()[:100])
+    before = contents(half.folder)
+    refused(words=["step_000004 has no sound meta.json", "earlier step_*"])
+
+
+def test_the_next_command_names_the_first_checkpoint_if_that_was_the_newest(parent, talks, tmp_path, capsys, run):
+    shutil.copytree(parent, tmp_path / "mine" / "base")
+    flags = [f"--data={talks}", f"--out_dir={tmp_path / 'mine'}", *FLAGS]
+    assert chat_sft.main([*flags, "--stop_after=2"]) == 130
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    given, = (word for word in words if word.startswith("--checkpoint="))
+    resume, = (word for word in words if word.startswith("--resume="))
+    assert chat_sft.main([*flags, resume]) == 2 and "--checkpoint, which was left out" in capsys.readouterr().err
+    assert chat_sft.main([*flags, resume, given]) == 0
 
 
 def ranks_main(argv):
@@ -360,7 +408,8 @@ def test_what_is_refused(run, talks, parent, tmp_path):
     refused("--batch_tokens=100", words=["--batch_tokens=100", "128"])
     refused("--data=absent", words=["absent", "data/chat.py"])
     refused("--checkpoint=absent", words=["absent"])
-    refused(f"--resume={parent}", words=["--resume=", "another run"])
+    refused(f"--resume={parent}", words=["--resume=", "has no checkpoint of chat_sft.py"])
+    refused(f"--resume={tmp_path / 'absent'}", words=["absent", "has no checkpoint of chat_sft.py"])
     refused("--typo=1", words=["--typo"])
 
     damaged = tmp_path / "damaged"
@@ -387,6 +436,9 @@ def test_a_model_of_the_plain_script(run, data, talks, tmp_path):
              "--model_dim=96", "--pack_tokens=256", "--batch_tokens=512", "--num_iterations=2", "--val_tokens=2000",
              "--width_rule=none", "--device=cpu", f"--out_dir={tmp_path / 'base'}"]
     assert train_gpt_simple.train(train_gpt_simple.parse_config(flags), flags) == 0
+    refused = run(f"--checkpoint={only_folder(tmp_path / 'base')}", "--save_every=2", out="refused")
+    assert refused.code == 2 and "--save_every=2" in refused.err and "cannot be resumed" in refused.err
+    assert refused.folder is None
     done = run(f"--checkpoint={only_folder(tmp_path / 'base')}", "--lr=1")
     assert (done.code, done.err) == (0, "")
     losses = [float(loss) for loss in re.findall(r"val_loss:(\S+)", (done.folder / "log.txt").read_text())]
