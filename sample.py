@@ -79,7 +79,8 @@ def one_line(text: str) -> str:
 
 def lacks_memory(error: Exception) -> bool:
     """Whether an error says that the memory of a CPU or a GPU is used up."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "to allocate" in str(error)
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"        # PyTorch's, on a GPU
+            or isinstance(error, RuntimeError) and "to allocate" in str(error))
 
 # -----------------------------------------------------------------------------
 # Command line

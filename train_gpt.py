@@ -2845,7 +2845,7 @@ def run_main(train) -> int:
         say(f"{UserError(error)}; free space or choose another folder")
         return 2
     except RuntimeError as error:
-        if "to allocate" in str(error):  # what CPUs and GPUs say without memory
+        if isinstance(error, torch.OutOfMemoryError) or "to allocate" in str(error):            # of a GPU or a CPU
             say(f"{UserError(error)}; use a smaller model, or smaller --micro_batch_tokens=, --val_stream_tokens= or "
                 "--pack_tokens=")
             return 2

@@ -911,8 +911,8 @@ def main() -> int:
             return print(__doc__, inspect.getsource(Hyperparameters), sep="\n")
         return train(parse_config(sys.argv[1:]), sys.argv[1:])
     except (UserError, FloatingPointError, OSError, RuntimeError, ImportError, KeyboardInterrupt) as error:
-        memory = isinstance(error, RuntimeError)
-        if memory and "to allocate" not in str(error):              # not what CPUs and GPUs say when memory is used up
+        memory = isinstance(error, torch.OutOfMemoryError) or "to allocate" in str(error)       # of a GPU or a CPU
+        if isinstance(error, RuntimeError) and not memory:
             raise
         line = " ".join(str(error).split()) or "interrupted before the first step; nothing to save"
         line += f"; pip install {error.name}" if isinstance(error, ImportError) else ""
