@@ -342,8 +342,8 @@ def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular valu
     x = x.bfloat16() if x.is_cuda else x
     for a, b, c in POLAR_EXPRESS:
         gram = x.mT @ x if tall else x @ x.mT                       # on the short side
-        poly = b * gram + c * gram @ gram
-        x = a * x + (x @ poly if tall else poly @ x)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
     return x.float()
 def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu: Tensor, decay: Tensor):
     """Muon (Jordan 2024) with cautious decay (arXiv 2411.16085), in place, for parameters of one shape (..., R, C)."""
