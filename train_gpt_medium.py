@@ -2411,8 +2411,8 @@ class Run:
         if self.master:
             with contextlib.suppress(OSError):                      # a full disk: later lines take it along
                 self.log_file.write(text + "\n")
-            if console:
-                print(("\r\033[K" if self.live else "") + text, flush=True)
+            if console:                  # in one piece, since another thread may print, too
+                print(("\r\033[K" if self.live else "") + text + "\n", end="", flush=True)
                 self.live = False
 
     @contextlib.contextmanager
@@ -2471,7 +2471,7 @@ class Run:
             mfu = f"{600 * self.model.matmul_parameters * rate / peak:.1f}%" if peak else "n/a"
             left = (self.total_tokens - self.tokens_seen) / rate
             text += f"  {rate / 1000:.1f}k tokens/s  mfu {mfu}  {left:.0f} s left"
-            print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+            print(f"\r\033[K{text}" if terminal else f"{text}\n", end="", flush=True)
             self.live, self.wrote = terminal, time.time()
 
     def need_finite(self, loss: float, what: str):

@@ -6,6 +6,7 @@ script, bad ends for train_gpt.py, whose code the others share. Run: python -m p
 """
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -93,6 +94,16 @@ def test_the_loss_falls(finished):
     assert last < 3.0
     losses = [float(loss) for _, _, loss, _ in training_lines(finished.log)]
     assert losses[0] > 4.5 and sum(losses[-5:]) / 5 < 3.2
+
+
+def test_a_line_is_printed_in_one_piece(monkeypatch, script):
+    """The thread that writes checkpoints prints, too, and its line must not end in the middle of another one."""
+    pieces, run = [], SimpleNamespace(master=True, live=False, log_file=io.StringIO())
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=pieces.append, flush=lambda: None))
+    script.Run.print(run, "a line")
+    run.live = True
+    script.Run.print(run, "another")
+    assert [piece for piece in pieces if piece] == ["a line\n", "\r\033[Kanother\n"]
 
 
 def test_the_log_begins_with_the_source_and_has_a_line_for_each_step(finished):
