@@ -414,8 +414,8 @@ class Run(chat_sft.Run):
         super().open()
         path = self.folder / "samples.jsonl"
         if self.origin and path.is_file():          # answers from after the checkpoint are written once more
-            lines = [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.meta["step"]]
+            whole = re.finditer(rb'^\{"step": (\d{1,9}), .*\}\n', path.read_bytes(), re.M)
+            kept = [line[0] for line in whole if int(line[1]) <= self.meta["step"]]
             self.tools.write_atomically(path, b"".join(kept))
 
     def results(self) -> dict:

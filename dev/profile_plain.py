@@ -43,7 +43,7 @@ if __name__ == "__main__":
     ARGS, FLAGS = parse_args()           # before PyTorch is imported, so that --help answers at once
 
 import torch  # noqa: E402
-from profile_step import kind_of, show  # noqa: E402
+from profile_step import add_up, show, show_kernels  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample  # noqa: E402
@@ -107,16 +107,9 @@ class Meter:
             return
         synchronize()
         self.profiler.stop()
-        kinds, kernels = {}, {}
-        for event in self.profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                ms, kind = event.self_device_time_total / 1000 / PROFILED, kind_of(event.name)
-                kinds[kind] = kinds.get(kind, 0) + ms
-                before = kernels.get(event.name, (0, 0))
-                kernels[event.name] = before[0] + ms, before[1] + 1 / PROFILED
+        kinds, kernels = add_up(self.profiler, PROFILED)
         show("kernels", kinds)
-        for name, (ms, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:30]:
-            print(f"{ms:9.3f} ms  {launches:6.1f} x  {name[:110]}")
+        show_kernels(kernels)
 
 
 def cuda() -> bool:
@@ -153,7 +146,9 @@ def main() -> int:
                 code = module.main()
         except Done:
             return 0
-    return code or fail(f"the run has no {steps + 1} steps; use --num_iterations={steps + 1}")
+    if not code:
+        fail(f"the run has no {steps + 1} steps; use --num_iterations={steps + 1}")
+    return code
 
 
 if __name__ == "__main__":

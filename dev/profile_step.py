@@ -65,14 +65,25 @@ def profile(function) -> tuple[dict, dict]:
         for _ in range(STEPS):
             function()
         torch.cuda.synchronize()
+    return add_up(profiler, STEPS)
+
+
+def add_up(profiler, steps: int) -> tuple[dict, dict]:
+    """What `profile` returns, from a profiler that has seen this many steps."""
     kinds, kernels = defaultdict(float), defaultdict(lambda: [0.0, 0.0])
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            ms = event.self_device_time_total / 1000 / STEPS
+            ms = event.self_device_time_total / 1000 / steps
             kinds[kind_of(event.name)] += ms
             kernels[event.name][0] += ms
-            kernels[event.name][1] += 1 / STEPS
+            kernels[event.name][1] += 1 / steps
     return kinds, kernels
+
+
+def show_kernels(kernels: dict):
+    """Prints the 30 kernels that take longest."""
+    for name, (ms, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:30]:
+        print(f"{ms:9.3f} ms  {launches:6.1f} x  {name[:110]}")
 
 
 def show(title: str, kinds: dict):
@@ -182,8 +193,7 @@ def main():
     print(f"{step_ms:9.2f} ms  a step of stage {ARGS.stage}, {batch_tokens} tokens, without the profiler; for "
           f"{step_ms - sum(whole.values()):.2f} ms of it no kernel runs")
     print(f"{run.loader_ms:9.2f} ms  loader on the CPU, for the batch of a step")
-    for name, (ms, launches) in sorted(kernels.items(), key=lambda item: -item[1][0])[:30]:
-        print(f"{ms:9.3f} ms  {launches:6.1f} x  {name[:110]}")
+    show_kernels(kernels)
 
 
 if __name__ == "__main__":

@@ -934,7 +934,8 @@ def test_text_streams_in_whole_characters(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--num_samples=0"], ["--num_samples=0"]), (["--num_samples=1000001"], ["--num_samples=1000001", "1000000"]), (["--num_samples", "two"], ["--num_samples", "two"]),
+    (["--num_samples=0"], ["--num_samples=0"]), (["--num_samples", "two"], ["--num_samples", "two"]),
+    (["--num_samples=1000001"], ["--num_samples=1000001", "1000000"]),
     (["--max_tokens=0"], ["--max_tokens=0"]), (["--temperature=-0.5"], ["--temperature=-0.5"]),
     (["--temperature", "-1"], ["--temperature=-1"]), (["--temperature=nan"], ["--temperature=nan"]),
     (["--temperature=inf"], ["--temperature=inf"]), (["--top_k=-1"], ["--top_k=-1"]), (["--top_p=0"], ["--top_p=0"]),

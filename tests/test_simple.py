@@ -536,6 +536,19 @@ def test_the_time_of_a_step_is_measured_and_nothing_is_kept(data, fast_run, tmp_
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_kernels_are_added_up_by_name_and_by_kind(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "dev")
+    profile_step = importlib.import_module("profile_step")
+    kinds = torch.autograd.DeviceType
+    events = [SimpleNamespace(name=name, device_type=kind, self_device_time_total=us) for name, kind, us in (
+        ("nvjet_a", kinds.CUDA, 3000.0), ("nvjet_a", kinds.CUDA, 1000.0), ("triton_b", kinds.CUDA, 500.0),
+        ("aten::mm", kinds.CPU, 9000.0))]
+    found, kernels = profile_step.add_up(SimpleNamespace(events=lambda: events), steps=2)
+    assert found == {"matrix products": 2.0, "elementwise and reductions": 0.25}
+    profile_step.show_kernels(kernels)
+    assert capsys.readouterr().out == "    2.000 ms     1.0 x  nvjet_a\n    0.250 ms     0.5 x  triton_b\n"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_of_a_step_are_listed(data, tmp_path):
     small = flags(data, num_iterations=70, pack_tokens=128, batch_tokens=128, depth=1, device="cuda", precision="bf16",
