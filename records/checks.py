@@ -258,9 +258,13 @@ def standing_record(track: Path, new: Record | None = None) -> Record | None:
     return max(found, key=record_order, default=None)
 
 
-def record_order(record: Record) -> tuple[str, str, str]:
-    """Sorts records by their date, then by when their first run began."""
-    return record.folder.name[:10], record.runs[0].info["started"], record.folder.name
+def record_order(record: Record) -> tuple[str, bool, str, str]:
+    """Sorts records by their date, then by when their first run began.
+
+    Of those of one day the first record of a track comes first: its runs may also be the pairs of the next one.
+    """
+    compared = bool(record.ledger.get("standing"))
+    return record.folder.name[:10], compared, record.runs[0].info["started"], record.folder.name
 
 
 def same_arm(record: Record, arm: str, standing: Record) -> bool:

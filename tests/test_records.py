@@ -1215,6 +1215,17 @@ def test_a_later_record_has_a_lower_loss_in_pairs(timed, tool, toy):
     assert code == 0 and "loss" in out and "lies in" in out
 
 
+def test_the_first_two_records_may_come_from_one_comparison(timed, tool, toy):
+    code, _, errors = tool("compare", "train_toy.py", toy.state, "--b_flags=--lr=0.7", "--n=6", "--out=logs/both")
+    assert (code, errors) == (0, [])
+    for name, runs in (("Second", sorted(Path("logs/both").glob("A_seed*"))), ("Idea", ["logs/both"])):
+        code, _, errors = tool("new", name, "--track=track_0_toy", "--date=2026-12-01", *runs)
+        assert (code, errors) == (0, [])
+        answered(timed.folder / f"2026-12-01_{name}")
+    assert claim(timed.folder / "2026-12-01_Second") == claim(timed.folder / "2026-12-01_Idea") == "record"
+    assert tool("board")[0] == 0 and tool("check", "--all", "--no_guard")[::2] == (0, [])
+
+
 def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
     code, _, errors = tool("make", "First", "train_toy.py", "--track=track_0_toy", "--n=3", "--from_standing")
     assert (code, len(errors)) == (2, 1) and "has no record yet" in errors[0]
