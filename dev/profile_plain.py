@@ -132,6 +132,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [str(ARGS.script), *FLAGS, f"--out_dir={folder}", "--val_every=0"]
         sys.argv += ["--save_every=0"] * hasattr(module.Hyperparameters, "save_every")
+        if not any(flag.split("=")[0] == "--num_iterations" for flag in FLAGS):
+            sys.argv.append(f"--num_iterations={steps + 1}")        # the default may need more text than there is
         try:
             cfg = module.parse_config(sys.argv[1:])
         except module.UserError as error:

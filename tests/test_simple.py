@@ -519,7 +519,7 @@ def test_help_shows_the_fields(run_main):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_time_of_a_step_is_measured_and_nothing_is_kept(data, fast_run, tmp_path):
-    small = flags(data, num_iterations=70, pack_tokens=128, batch_tokens=128, depth=1)
+    small = [flag for flag in flags(data, pack_tokens=128, batch_tokens=128, depth=1) if "num_iterations" not in flag]
     tool = [sys.executable, ROOT / "dev/profile_plain.py", ROOT / "train_gpt_simple.py"]
     done = fast_run([*tool, *small], cwd=tmp_path, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
