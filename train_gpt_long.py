@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
 # -------------------- Hyperparameters and command line ----------------------------------------------------------------
 @dataclass(frozen=True)
 class Hyperparameters:                  # ranges in comments are usual values; LIMITS has those that are allowed
@@ -68,10 +69,12 @@ class Hyperparameters:                  # ranges in comments are usual values; L
     val_every: int = 250                # steps between validations; 0: only first and last
     out_dir: str = "logs"               # each run makes a folder in it
     stages = ("all",)                   # not a flag; for sample.py: this script has a single stage
+
     def __post_init__(self):            # a far layer that is not there would be ignored
         if self.far_period and not all(layer < self.depth for layer in self.far_layers):
             raise UserError(f"--far_layers={','.join(map(str, self.far_layers))} has a layer that --depth={self.depth} "
                             f"lacks; choose from 0 to {self.depth - 1}")
+
 SMALL = Hyperparameters(model_dim=768, batch_tokens=65_536, num_iterations=2000, muon_lr=0.025, width_rule="none")
 PRESETS = {
     "small": SMALL,
@@ -89,6 +92,7 @@ WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotar
 BLOCK = 128                             # tokens of a block, also of FlexAttention
 ALIGNED = 2048                          # longer documents begin at a multiple of BLOCK: their masks are cheaper
 READ_TOKENS = 8192                      # tokens of a prompt that are read together, over all rows
+
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
 
 def parse_config(argv: list[str]) -> Hyperparameters:
@@ -117,14 +121,17 @@ def parse_config(argv: list[str]) -> Hyperparameters:
         if getattr(cfg, name) % unit:
             raise UserError(f"--{name}={getattr(cfg, name)} is no multiple of {unit}; see --head_dim, --pack_tokens")
     return cfg
+
 def config_from_dict(values: dict) -> Hyperparameters:
     """The config in a checkpoint's meta.json; raises UserError on unknown, missing or impossible fields."""
     if not isinstance(values, dict) or values.keys() != asdict(Hyperparameters()).keys():
         raise UserError("the checkpoint's config has other fields than this script; use the script that made it")
     texts = {name: value if isinstance(value, str) else json.dumps(value).strip("[]") for name, value in values.items()}
     return parse_config([f"--{name}={text}" for name, text in texts.items()])
+
 # -------------------- Data --------------------------------------------------------------------------------------------
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
+
 class Shard(NamedTuple):                # a file: a header of 256 int32, then token ids; bos_id begins each document
     path: str
     num_tokens: int
@@ -132,6 +139,7 @@ class Shard(NamedTuple):                # a file: a header of 256 int32, then to
     bos_id: int
     width: int                          # bytes per token
     tokenizer: str                      # sha256 of its tokenizer.json
+
     def read(self) -> np.ndarray:       # (num_tokens,) ids, mapped from the file
         ids = np.memmap(self.path, f"<u{self.width}", "r", offset=1024, shape=(self.num_tokens,))
         if ids.max() >= self.vocab_size:
@@ -149,6 +157,7 @@ def read_header(path: str) -> Shard:
     if (magic, version) != (20240520, 1) or not sound or num_tokens < 1 or size != 1024 + num_tokens * shard.width:
         raise UserError(f"{path} is not a whole shard of version 1; make it with data/fineweb.py or data/text.py")
     return shard
+
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
     train, val = ([read_header(path) for path in sorted(glob.glob(files))] for files in (train_files, val_files))
@@ -158,6 +167,7 @@ def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Sha
     if len({(shard.tokenizer, shard.vocab_size, shard.bos_id) for shard in train + val}) > 1:
         raise UserError(f"--train_files={train_files} and --val_files={val_files} have several tokenizers; use one")
     return train, val
+
 def read_tokenizer(shard: Shard) -> bytes:
     """tokenizer.json beside a shard; b"" for GPT-2's shards without one, whose vocabulary sample.py finds by itself."""
     path = Path(shard.path).parent / "tokenizer.json"
@@ -165,9 +175,11 @@ def read_tokenizer(shard: Shard) -> bytes:
     if hashlib.sha256(text).hexdigest() != shard.tokenizer and (text or shard.tokenizer != GPT2_TOKENIZER_SHA256):
         raise UserError(f"{path} is not the tokenizer of {shard.path}; copy the right one there")
     return text
+
 def documents(text: np.ndarray, bos_id: int) -> list[np.ndarray]:  # each with the token after it, its last target
     borders = [0, *(np.flatnonzero(text[1:-1] == bos_id) + 1), len(text) - 1]
     return [text[start:end + 1] for start, end in pairwise(borders)]
+
 def streams(docs, length: int, bos_id: int, whole: bool):
     """Yields (inputs (length,) int32, targets (length,) int64) of documents; the last is filled with bos_id, -1.
 
@@ -190,20 +202,24 @@ def streams(docs, length: int, bos_id: int, whole: bool):
             start += size
             room -= size
     yield inputs, targets
+
 def training_documents(cfg: Hyperparameters, shards: list[Shard]):  # in file order, then in a new order each epoch
     for epoch, (number, shard) in product(range(cfg.epochs), enumerate(shards)):
         docs = documents(np.append(shard.read(), shard.bos_id), shard.bos_id)
         order = np.random.default_rng((cfg.seed, epoch, number)).permutation(len(docs))
         yield from (docs[i] for i in order) if epoch else docs
+
 def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) streams that hold each of the first val_tokens tokens once; only longer documents are cut."""
     if (found := sum(shard.num_tokens for shard in shards)) <= cfg.val_tokens:
         raise UserError(f"--val_files={cfg.val_files} holds {found} tokens; add text, or use --val_tokens={found - 1}")
     text = np.concatenate([shard.read() for shard in shards])[:cfg.val_tokens + 1]
     return list(streams(documents(text, shards[0].bos_id), cfg.val_stream_tokens, shards[0].bos_id, whole=True))
+
 # -------------------- Model -------------------------------------------------------------------------------------------
 def norm(x: Tensor) -> Tensor:          # RMS norm over the last axis, without a learned gain
     return F.rms_norm(x, (x.size(-1),))
+
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # turns channel pairs (j, j + D/2)
     a, b = x_THD.chunk(2, dim=2)
     return x_THD * cos_TD[:, None] + torch.cat([-b, a], dim=2) * sin_TD[:, None]
@@ -217,9 +233,11 @@ def far_phase(cfg: Hyperparameters, layer: int) -> int | None:
     if not cfg.far_period or layer not in cfg.far_layers:
         return None
     return cfg.far_layers.index(layer) * (cfg.model_dim // cfg.head_dim) % cfg.far_period
+
 def block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:  # of each row how many blocks it has, and which, those first
     row = torch.arange(blocks.size(-1), device=blocks.device)       # topk is called; a sort would compile for minutes
     return blocks.sum(-1).int(), torch.topk(blocks * len(row) - row, len(row)).indices.int()
+
 def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
     """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
     T, row = len(first_T), torch.arange(math.ceil(len(first_T) / block), device=first_T.device)
@@ -231,6 +249,7 @@ def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
 def far_scale(position: Tensor) -> Tensor:  # factor of far queries: log(tokens so far) / log(BLOCK) (arXiv 2501.19399)
     # Normalised queries and keys bound the logits, and with a bound no key stands out among very many.
     return ((position + 1).log() / math.log(BLOCK)).clamp(min=1)
+
 def far_mask(first_T: Tensor, start_T: Tensor, phase: int, period: int, heads: int) -> BlockMask:
     """As flex_mask; head h also sees the blocks whose number in the document leaves phase + h when divided by `period`.
 
@@ -263,6 +282,7 @@ class Stream:                           # where the documents of a stream begin,
         self.index = torch.arange(len(tokens_T), device=tokens_T.device)
         self.doc_start = torch.where(tokens_T == cfg.bos_id, self.index, 0).cummax(0).values
         self.position, self.masks = self.index - self.doc_start, {}
+
     def attend(self, layer: int, window: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         """Attention (T, H, D): a token sees itself and the `window` tokens before it in its document.
 
@@ -288,6 +308,7 @@ class Stream:                           # where the documents of a stream begin,
             seen = seen & (index[far] <= index[near, None])
             parts.append(F.scaled_dot_product_attention(q[:, :, near], k[:, :, far], v[:, :, far], attn_mask=seen))
         return torch.cat(parts, 2)[0].transpose(0, 1)
+
 class Linear(nn.Linear):                # keeps its weight in fp32 and uses it in the precision of the input
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -314,6 +335,7 @@ class Block(nn.Module):
         hidden = C // 6 * 16 if self.swiglu else 4 * C      # swiglu has three matrices instead of two
         self.fc = Linear(C, 2 * hidden if self.swiglu else hidden, bias=False)
         self.mlp_proj = Linear(hidden, C, bias=False)
+
     def forward(self, x_TC: Tensor, rope: tuple, context, v1: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream (T, C) after this layer, and the values (T, H, D) of layer 0; layer 0 itself gets None."""
         u = norm(x_TC) * self.scale
@@ -343,6 +365,7 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         self.lm_head = Linear(cfg.model_dim, cfg.vocab_size, bias=False)
         self.matmul_parameters = sum(param.numel() for param in [*self.blocks.parameters(), self.lm_head.weight])
         self.init_parameters()
+
     @torch.no_grad()
     def init_parameters(self):          # the projections start at zero, so each block starts by adding nothing
         generator = torch.Generator(self.embed.weight.device).manual_seed(self.cfg.seed)
@@ -352,7 +375,9 @@ class GPT(nn.Module):                   # of a config in which everything is fil
             else:
                 std = 0.02 if self.cfg.width_rule == "none" else param.size(-1) ** -0.5
                 param.normal_(0, {"embed.weight": 1.0, "lm_head.weight": 0.001}.get(name, std), generator=generator)
+
     def set_stage(self, index: int, final: bool = False): pass      # for sample.py, as decode and Cache below
+
     def trunk(self, tokens_T: Tensor, context: "Stream | Cache") -> Tensor:  # what the head reads, (T, C)
         x, v1 = self.embed(tokens_T).to(self.dtype), None
         freq = ROPE_BASE ** -(torch.arange(0, self.cfg.head_dim, 2, device=x.device) / self.cfg.head_dim)
@@ -362,9 +387,11 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         for layer, block in enumerate(self.blocks):
             x, v1 = block(x, still if layer in self.cfg.far_layers else rope, context, v1)
         return norm(x)
+
     def logits(self, x_TC: Tensor) -> Tensor:  # (..., V) in fp32, of what trunk returns
         logits = self.lm_head(x_TC).float() * (BASE_WIDTH / self.cfg.model_dim if self.cfg.width_rule == "mup" else 1.0)
         return cap * torch.tanh(logits / cap) if (cap := self.cfg.softcap) else logits
+
     def score(self, tokens_T: Tensor, targets_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy (T,) in nats, 0 where the target is -1, plus z-loss; and the likeliest token (T,)."""
         x, parts = self.trunk(tokens_T, Stream(self.cfg, tokens_T)), []
@@ -375,14 +402,17 @@ class GPT(nn.Module):                   # of a config in which everything is fil
                 losses = losses + z_loss * logits.logsumexp(1).square() * (targets >= 0)
             parts.append((losses, logits.detach().argmax(1)))
         return tuple(torch.cat(column) for column in zip(*parts))
+
     def forward(self, tokens_T: Tensor, targets_T: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """Logits (T, V) in fp32 of a stream of documents; with targets (T,) the sum of their losses, see score."""
         if targets_T is not None:
             return self.score(tokens_T, targets_T, z_loss)[0].sum()
         return self.logits(self.trunk(tokens_T, Stream(self.cfg, tokens_T)))
+
     @torch.no_grad()
     def kurtosis(self, tokens_T: Tensor) -> float:  # mean x^4 / (mean x^2)^2 over channels x of the last layer's output
         return self.trunk(tokens_T, Stream(replace(self.cfg, attention="plain"), tokens_T)).float().pow(4).mean().item()
+
     def new_cache(self, batch: int, max_tokens: int, chunk: int = 2048) -> "Cache":
         """For rows of one document each. Up to `chunk` tokens of a row are read at a time, fewer if rows are many."""
         return Cache(self, batch, max_tokens, max(1, min(chunk, READ_TOKENS // batch, max_tokens)))
@@ -423,15 +453,19 @@ class Cache:
             self.layers.append(torch.zeros(shape, dtype=model.dtype, device=device))
         self.rows, self.heads = torch.arange(batch, device=device)[:, None], torch.arange(heads, device=device)[:, None]
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+
     def bytes_read(self, tokens: int) -> int:  # in a step
         return sum(layer[..., :-1, :].nbytes for layer in self.layers)
+
     def begin(self, size: int, real_B: Tensor):  # the next `size` tokens of each row are read, of which real_B are real
         step = torch.arange(size, device=real_B.device)
         self.index = self.length[:, None] + step                    # (B, size): places in the document
         self.position, self.real, self.seen = self.index.flatten(), step < real_B[:, None], {}
         self.newest = (self.length + real_B - 1)[:, None]
+
     def ring_places(self, ring: int) -> Tensor:  # of the token in each cell of a ring (B, ring); negative: none
         return self.newest - (self.newest - torch.arange(ring, device=self.newest.device)) % ring
+
     def cells_seen(self, i: int, window: int) -> Tensor:  # (B, 1 or H, size, N) of layer i
         query = torch.minimum(self.index, self.newest)[:, None, :, None]     # padding sees what the newest token sees
         place = self.ring_places(self.rings[i])[:, None, None]
@@ -442,6 +476,7 @@ class Cache:
         place = (slot // BLOCK * self.period + phase % self.period) * BLOCK + slot % BLOCK          # (H, store)
         stored = place[:, None] < query - window
         return torch.cat([seen.expand(*stored.shape[:3], -1), stored], 3)
+
     def write(self, i: int, k: Tensor, v: Tensor):      # (B, H, size, D) into the ring, and into the store if kept
         last, place, rows = self.layers[i].size(3) - 1, self.index[:, None], self.rows[:, None]
         both = torch.stack([k, v])
@@ -451,6 +486,7 @@ class Cache:
             cell = self.rings[i] + block // self.period * BLOCK + place % BLOCK
             kept = self.real[:, None] & ((block - phase) % self.period == 0) & (cell < last)
             self.layers[i][:, rows, self.heads, torch.where(kept, cell, last)] = both
+
     def attend(self, i: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # as Stream's, of B * size
         q, k, v = (x.view(*self.index.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         self.write(i, k, v)
@@ -466,6 +502,7 @@ class Cache:
             scores = (q * q.size(3) ** -0.5 @ k.mT).float().masked_fill(~seen, -math.inf)
             y = scores.softmax(3).to(v.dtype) @ v
         return y.transpose(1, 2).flatten(0, 1)
+
     def fill(self, other: "Cache", rows_B: Tensor):  # row b becomes row rows_B[b] of another cache of the model
         self.length.copy_(other.length[rows_B])
         self.newest = self.length[:, None] - 1
@@ -474,9 +511,11 @@ class Cache:
             cell = self.ring_places(ring).clamp(min=0) % theirs_ring
             mine[:, :, :, :ring] = theirs[:, rows_B[:, None, None], self.heads, cell[:, None]]
             mine[:, :, :, ring:ring + store] = theirs[:, rows_B, :, theirs_ring:theirs_ring + store]
+
 # -------------------- Optimizers, schedule and dial -------------------------------------------------------------------
 POLAR_EXPRESS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
                  (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232))          # arXiv 2505.16932
+
 def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular values moved to about 1
     x, tall = g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6), g_NRC.size(1) > g_NRC.size(2)
     x = x.bfloat16() if x.is_cuda else x
@@ -494,6 +533,7 @@ def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu:
     w = w - lr * (update + decay * w * (update * w > 0))
     for param, new in zip(params, w.split([math.prod(param.shape[:-2]) for param in params])):
         param.copy_(new.view_as(param))
+
 class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
@@ -503,6 +543,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.cat([torch.zeros_like(grad).view(-1, *grad.shape[-2:]) for grad in grads])
             numbers = [torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")]
             group["update"](group["params"], grads, state["momentum"], *numbers)
+
 def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
     """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
     factors = dict.fromkeys(("muon_lr", "adamw_lr", "embed_lr", "head_lr", "weight_decay"), 1.0)
@@ -532,6 +573,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         return [Prodigy([entry | {"base_lr": 1.0} for entry in matrices + rest], betas=(0.9, 0.99))]
     update = torch.compile(muon_update, dynamic=False, fullgraph=True) if cfg.compile else muon_update
     return [Muon(matrices, {"update": update}), adamw(rest)] if cfg.optimizer == "muon" else [adamw(matrices + rest)]
+
 @cache
 def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:  # (learning rate factor, tokens) of each step
     total, seen, rows = cfg.num_iterations * cfg.batch_tokens, 0, []
@@ -546,8 +588,10 @@ def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:  # (learning ra
         rows.append((rate * min(1, (len(rows) + 1) / WARMUP), batch))
         seen += batch
     return tuple(rows)
+
 def products(depth: int, width: int, vocab_size: int) -> int:  # weights: 12 C^2 a layer, and the head
     return 12 * depth * width ** 2 + vocab_size * width
+
 def dial(cfg: Hyperparameters) -> Hyperparameters:
     """The config with width, batch and steps filled in from the depth where they are 0, by the rules of nanochat."""
     width = cfg.model_dim or math.ceil(64 * cfg.depth / cfg.head_dim) * cfg.head_dim
@@ -556,8 +600,10 @@ def dial(cfg: Hyperparameters) -> Hyperparameters:
     batch = cfg.batch_tokens or max(1, best // cfg.pack_tokens) * cfg.pack_tokens
     steps = cfg.num_iterations or max(1, int(cfg.ratio * size / batch))
     return replace(cfg, model_dim=width, batch_tokens=batch, num_iterations=steps)
+
 # -------------------- The run -----------------------------------------------------------------------------------------
 Machine = NamedTuple("Machine", [("device", torch.device), ("rank", int), ("world_size", int), ("name", str)])
+
 def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -568,6 +614,7 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     torch.cuda.set_device(device) if cuda else None
     dist.init_process_group("nccl" if cuda else "gloo") if world_size > 1 else None
     return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name() if cuda else "cpu")
+
 def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
     """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
     compiled = cfg.compile and machine.device.type == "cuda"
@@ -596,13 +643,18 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
                      "data": {shard.path: shard.num_tokens for shard in shards[0] + shards[1]}, "data_sha256": {
                          shard.path: hashlib.sha256(Path(shard.path).read_bytes()).hexdigest() for shard in shards[1]}}
         self.folder = Path(cfg.out_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S', now)}_{name[:-3]}_{os.urandom(3).hex()}")
-        self.write(name, source)
+        try:
+            self.write(name, source)
+        except OSError as error:
+            raise UserError(f"--out_dir={cfg.out_dir} cannot be written ({error}); choose another") from None
         self.log(source.decode() + "\n" + "=" * 100, console=False)
+
     def write(self, name: str, content: bytes):  # renamed when whole, so that a reader never sees half a file
         if self.master:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / f"{name}.tmp").write_bytes(content)
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
     def log(self, text: str, console: bool = True, **changes):  # a line of the log, and changes of run.json
         self.info |= changes
         self.write("run.json", json.dumps(self.info, indent=1).encode())
@@ -610,6 +662,7 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
             with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
                 print(text, file=file)
             print(text, flush=True) if console else None
+
     def log_loss(self, name: str, loss: float, console: bool = True):  # FloatingPointError if it is not finite
         step, ms, steps = self.info["step"], round(1000 * self.seconds), len(plan(self.cfg))
         if name == "val_loss" and math.isfinite(loss):
@@ -619,6 +672,7 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
                  train_time_ms=ms, status="running" if math.isfinite(loss) else "diverged")
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {name} of step {step} is {loss}; lower the learning rates")
+
     def write_checkpoint(self, model: GPT, tokenizer: bytes) -> Path:  # a folder, and `latest`, which names it
         final = self.folder / f"checkpoint/step_{self.info['step']:06d}"
         self.write("checkpoint/.new/meta.json", json.dumps(self.info | {"script": Path(__file__).stem}).encode())
@@ -628,9 +682,11 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
         os.replace(self.folder / "checkpoint/.new", final)
         self.write("checkpoint/latest", final.name.encode())
         return final
+
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:
     pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous     # lets the copy run beside the step
     return tuple(pin(torch.from_numpy(array)).to(device, non_blocking=True) for array in batch)
+
 def batches(cfg: Hyperparameters, shards: list[Shard], machine: Machine):  # yields this rank's packs of each step
     packs = streams(training_documents(cfg, shards), cfg.pack_tokens, cfg.bos_id, whole=False)
     for _, tokens in plan(cfg):
@@ -657,6 +713,7 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
         optimizer.step()
         optimizer.zero_grad()
     return totals
+
 @torch.no_grad()
 def validate(model, cfg: Hyperparameters, val_streams: list, machine: Machine) -> float:
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
@@ -742,5 +799,6 @@ def main() -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
 if __name__ == "__main__":
     sys.exit(main())

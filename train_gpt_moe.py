@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save as safetensors_bytes, save_file
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
 # -------------------- Hyperparameters and command line ----------------------------------------------------------------
 @dataclass(frozen=True)
 class Hyperparameters:                  # ranges in comments are usual values; LIMITS has those that are allowed
@@ -81,6 +82,7 @@ class Hyperparameters:                  # ranges in comments are usual values; L
     resume: str = ""                    # go on from the last such checkpoint of this run, in a new folder
     out_dir: str = "logs"               # each run makes a folder in it
     stages = ("all",)                   # not a flag; for sample.py: this script has a single stage
+
 PRESETS = {
     "small": Hyperparameters(model_dim=768, batch_tokens=65_536, num_iterations=2000, muon_lr=0.025, width_rule="none"),
     "tiny": Hyperparameters("data/local/train_*.bin", "data/local/val_*.bin", val_tokens=65_536, val_stream_tokens=8192,
@@ -94,7 +96,9 @@ LIMITS = {(1, 2**24): "val_tokens val_stream_tokens pack_tokens epochs depth hea
           (0, 1e9): "softcap z_loss weight_decay router_z capacity"}
 BASE_WIDTH, BASE_BATCH = 768, 2**19     # channels, and tokens of a batch, at which the width rules change no rate
 WARMUP, ROPE_BASE, HEAD_CHUNK = 20, 10_000, 32_768      # in steps; of the rotary angles; tokens with logits at a time
+
 class UserError(Exception): """An error that the user can fix. Its text names the thing, the value and the remedy."""
+
 def parse_config(argv: list[str]) -> Hyperparameters:
     """The config of `--preset=NAME` and `--FIELD=VALUE` flags; raises UserError on anything else."""
     kinds = {field.name: field.type for field in fields(Hyperparameters)} | {"preset": Literal[tuple(PRESETS)]}
@@ -121,14 +125,17 @@ def parse_config(argv: list[str]) -> Hyperparameters:
         if getattr(cfg, name) % unit:
             raise UserError(f"--{name}={getattr(cfg, name)} is no multiple of {unit}; see --head_dim, --pack_tokens")
     return cfg
+
 def config_from_dict(values: dict) -> Hyperparameters:
     """The config in a checkpoint's meta.json; raises UserError on unknown, missing or impossible fields."""
     if not isinstance(values, dict) or values.keys() != asdict(Hyperparameters()).keys():
         raise UserError("the checkpoint's config has other fields than this script; use the script that made it")
     texts = {name: value if isinstance(value, str) else json.dumps(value).strip("[]") for name, value in values.items()}
     return parse_config([f"--{name}={text}" for name, text in texts.items()])
+
 # -------------------- Data --------------------------------------------------------------------------------------------
 GPT2_TOKENIZER_SHA256 = "2fc5cf1fe8570ed8946bc342c02ae0f0f1324b740b3a7599419e46842c18e802"
+
 class Shard(NamedTuple):                # a file: a header of 256 int32, then token ids; bos_id begins each document
     path: str
     num_tokens: int
@@ -136,11 +143,13 @@ class Shard(NamedTuple):                # a file: a header of 256 int32, then to
     bos_id: int
     width: int                          # bytes per token
     tokenizer: str                      # sha256 of its tokenizer.json
+
     def read(self) -> np.ndarray:       # (num_tokens,) ids, mapped from the file
         ids = np.memmap(self.path, f"<u{self.width}", "r", offset=1024, shape=(self.num_tokens,))
         if ids.max() >= self.vocab_size:
             raise UserError(f"{self.path} holds id {ids.max()}, but has only {self.vocab_size} ids; make it again")
         return ids
+
 def read_header(path: str) -> Shard:
     """Header of a shard, with zeros read as GPT-2's values; raises UserError if the file is not a whole shard."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
@@ -152,6 +161,7 @@ def read_header(path: str) -> Shard:
     if (magic, version) != (20240520, 1) or not sound or num_tokens < 1 or size != 1024 + num_tokens * shard.width:
         raise UserError(f"{path} is not a whole shard of version 1; make it with data/fineweb.py or data/text.py")
     return shard
+
 def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Shard]]:
     """Training and validation shards of two globs; raises UserError if none match or tokenizers differ."""
     train, val = ([read_header(path) for path in sorted(glob.glob(files))] for files in (train_files, val_files))
@@ -161,6 +171,7 @@ def open_shards(train_files: str, val_files: str) -> tuple[list[Shard], list[Sha
     if len({(shard.tokenizer, shard.vocab_size, shard.bos_id) for shard in train + val}) > 1:
         raise UserError(f"--train_files={train_files} and --val_files={val_files} have several tokenizers; use one")
     return train, val
+
 def read_tokenizer(shard: Shard) -> bytes:
     """tokenizer.json beside a shard; b"" for GPT-2's shards without one, whose vocabulary sample.py finds by itself."""
     path = Path(shard.path).parent / "tokenizer.json"
@@ -168,9 +179,11 @@ def read_tokenizer(shard: Shard) -> bytes:
     if hashlib.sha256(text).hexdigest() != shard.tokenizer and (text or shard.tokenizer != GPT2_TOKENIZER_SHA256):
         raise UserError(f"{path} is not the tokenizer of {shard.path}; copy the right one there")
     return text
+
 def documents(text: np.ndarray, bos_id: int) -> list[np.ndarray]:  # each with the token after it, its last target
     borders = [0, *(np.flatnonzero(text[1:-1] == bos_id) + 1), len(text) - 1]
     return [text[start:end + 1] for start, end in pairwise(borders)]
+
 def streams(docs, length: int, bos_id: int, whole: bool):
     """Yields (inputs (length,) int32, targets (length,) int64) of documents; the last is filled with bos_id, -1."""
     inputs, room = None, 0
@@ -188,26 +201,32 @@ def streams(docs, length: int, bos_id: int, whole: bool):
             start += size
             room -= size
     yield inputs, targets
+
 def training_documents(cfg: Hyperparameters, shards: list[Shard]):  # in file order, then in a new order each epoch
     for epoch, (number, shard) in product(range(cfg.epochs), enumerate(shards)):
         docs = documents(np.append(shard.read(), shard.bos_id), shard.bos_id)
         order = np.random.default_rng((cfg.seed, epoch, number)).permutation(len(docs))
         yield from (docs[i] for i in order) if epoch else docs
+
 def validation_streams(cfg: Hyperparameters, shards: list[Shard]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets) streams that hold each of the first val_tokens tokens once; only longer documents are cut."""
     if (found := sum(shard.num_tokens for shard in shards)) <= cfg.val_tokens:
         raise UserError(f"--val_files={cfg.val_files} holds {found} tokens; add text, or use --val_tokens={found - 1}")
     text = np.concatenate([shard.read() for shard in shards])[:cfg.val_tokens + 1]
     return list(streams(documents(text, shards[0].bos_id), cfg.val_stream_tokens, shards[0].bos_id, whole=True))
+
 # -------------------- Model -------------------------------------------------------------------------------------------
 def norm(x: Tensor) -> Tensor:          # RMS norm over the last axis, without a learned gain
     return F.rms_norm(x, (x.size(-1),))
+
 def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:  # turns channel pairs (j, j + D/2)
     a, b = x_THD.chunk(2, dim=2)
     return x_THD * cos_TD[:, None] + torch.cat([-b, a], dim=2) * sin_TD[:, None]
+
 def block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:  # of each row how many blocks it has, and which, those first
     row = torch.arange(blocks.size(-1), device=blocks.device)       # topk is called; a sort would compile for minutes
     return blocks.sum(-1).int(), torch.topk(blocks * len(row) - row, len(row)).indices.int()
+
 def flex_mask(first_T: Tensor, block: int = 128) -> BlockMask:
     """Token i sees tokens first_T[i] to i. Made inside the compiled model: no recompilation, no (T, T) mask."""
     T, row = len(first_T), torch.arange(math.ceil(len(first_T) / block), device=first_T.device)
@@ -222,6 +241,7 @@ class Stream:                           # where the documents of a stream begin,
         self.index = torch.arange(len(tokens_T), device=tokens_T.device)
         self.doc_start = torch.where(tokens_T == cfg.bos_id, self.index, 0).cummax(0).values
         self.position, self.masks = self.index - self.doc_start, {}             # masks of flex attention by window
+
     def attend(self, layer: int, window: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> Tensor:
         """Attention (T, H, D): a token sees itself and the `window` tokens before it in its document."""
         index, first = self.index, torch.maximum(self.doc_start, self.index - window)
@@ -236,6 +256,7 @@ class Stream:                           # where the documents of a stream begin,
             seen = (index[far] <= index[near, None]) & (index[far] >= first[near, None])
             parts.append(F.scaled_dot_product_attention(q[:, :, near], k[:, :, far], v[:, :, far], attn_mask=seen))
         return torch.cat(parts, 2)[0].transpose(0, 1)
+
 class Linear(nn.Linear):                # keeps its weight in fp32 and uses it in the precision of the input
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -244,10 +265,12 @@ class Move(torch.autograd.Function):     # row i of the result is row take[i] of
     @staticmethod
     def rows(x_NC: Tensor, take: Tensor) -> Tensor:
         return torch.where((take < len(x_NC))[:, None], x_NC[take.clamp(max=len(x_NC) - 1)], 0)
+
     @staticmethod
     def forward(ctx, x_NC: Tensor, take: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)      # the inverse map: gradients are moved, not added up in an order that varies
         return Move.rows(x_NC, take)
+
     @staticmethod
     def backward(ctx, grad_NC: Tensor) -> tuple:
         return Move.rows(grad_NC, *ctx.saved_tensors), None, None
@@ -290,6 +313,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         self.proj = nn.Parameter(torch.empty(E, C, hidden))
         self.register_buffer("bias", torch.zeros(E))                # added to the scores when they are compared
         self.register_buffer("load", torch.zeros(E + 1), persistent=False)  # choices in this step, and those dropped
+
     def choose(self, u_TC: Tensor, context) -> tuple[Tensor, Tensor, Tensor]:
         """Experts (T, top_k) of each token, their weights (T, top_k), and the router's logits (T, E)."""
         cfg, ids = self.cfg, torch.arange(self.cfg.num_experts, device=u_TC.device)
@@ -320,6 +344,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             self.sums[-1] += u_TC.detach().float().sum(0)
         # Several experts share a fixed sum: a gradient that wants less of all would blur the choice. One has a gate.
         return chosen, weights / weights.mean(1, keepdim=True) if cfg.top_k > 1 else weights, logits
+
     @torch.no_grad()
     def learn(self, load: Tensor, batch_tokens: int, step: int):
         """After a step: moves the bias against the load, and each centroid towards the tokens that chose it."""
@@ -330,6 +355,7 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
             self.centroids.copy_(F.normalize(self.centroids + 0.1 * F.normalize(self.sums[:-1], dim=1), dim=1))
             self.sums.zero_()
         self.load.zero_()
+
     def forward(self, u_TC: Tensor, context) -> Tensor:
         """What the experts add to the stream, (T, C). No wait for the GPU, and no shape that depends on the choices."""
         cfg, E = self.cfg, self.cfg.num_experts
@@ -359,27 +385,33 @@ class Experts(nn.Module):                # a bank of MLPs and the router that ch
         y = self.fixed(x) if take_first else self.mlps(x, partial(F.grouped_mm, offs=ends), True)
         y = Move.apply(y, place, order.flatten())
         return (y.view(len(u_TC), cfg.top_k, -1) * weights[:, :, None].to(y.dtype)).sum(1)
+
     def mlps(self, x: Tensor, product, whole: bool) -> Tensor:
         fc, proj = self.banks(x.dtype, whole)
         return product(activation(product(x, fc.mT), self.cfg.mlp), proj.mT)
+
     def fixed(self, x: Tensor) -> Tensor:  # as many slots for each expert; those of other ranks travel there and back
         ranks, local, C = self.cfg.num_experts // len(self.fc), len(self.fc), x.size(1)
         x = all_to_all_single_autograd(x, None, None, self.group) if self.group else x
         x = x.view(ranks, local, -1, C).transpose(0, 1).flatten(1, 2)               # the slots of each expert
         y = self.mlps(x, torch.matmul, False).view(local, ranks, -1, C).transpose(0, 1).reshape(-1, C)
         return all_to_all_single_autograd(y, None, None, self.group) if self.group else y
+
     def loop(self, u_TC: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:    # every expert works for all tokens
         fc, proj = self.banks(u_TC.dtype, True)
         return sum((weights * (chosen == i)).sum(1, keepdim=True).to(u_TC.dtype) *
                    F.linear(activation(F.linear(u_TC, fc[i]), self.cfg.mlp), proj[i]) for i in range(len(fc)))
+
     def banks(self, dtype: torch.dtype, whole: bool) -> list[Tensor]:  # (E, hidden, C), (E, C, hidden) of all or mine
         found = [self.fc.to(dtype), self.proj.to(dtype)]
         for i, part in enumerate(found if whole and self.group else ()):
             found[i] = part.new_empty(self.cfg.num_experts, *part.shape[1:])
             dist.all_gather([*found[i].split(len(part))], part, group=self.group)
         return found
+
 def activation(h: Tensor, mlp: str) -> Tensor:
     return h.relu().square() if mlp == "relu2" else F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
+
 class Block(nn.Module):                 # one layer: attention, then the MLP; each adds to the residual stream
     def __init__(self, cfg: Hyperparameters, layer: int):
         super().__init__()
@@ -396,6 +428,7 @@ class Block(nn.Module):                 # one layer: attention, then the MLP; ea
         hidden = cfg.shared_dim if self.experts else hidden_sizes(cfg)[0]
         self.fc = Linear(C, 2 * hidden if cfg.mlp == "swiglu" else hidden, bias=False) if hidden else None
         self.mlp_proj = Linear(hidden, C, bias=False) if hidden else None
+
     def forward(self, x_TC: Tensor, rope: tuple, context, v1: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream (T, C) after this layer, and the values (T, H, D) of layer 0; layer 0 itself gets None."""
         u = norm(x_TC) * self.scale
@@ -425,9 +458,11 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         for bank in self.experts:       # of which a token uses top_k
             self.matmul_parameters -= bank.fc[cfg.top_k:].numel() + bank.proj[cfg.top_k:].numel()
         self.init_parameters()
+
     @property
     def experts(self) -> list[Experts]:  # of the layers that have some
         return [block.experts for block in self.blocks if block.experts is not None]
+
     @torch.no_grad()
     def init_parameters(self):          # the projections start at zero, so each block starts by adding nothing
         generator = torch.Generator(self.embed.weight.device).manual_seed(self.cfg.seed)
@@ -440,6 +475,7 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         for bank in self.experts:
             if bank.kind == "centroids":
                 bank.centroids.copy_(F.normalize(bank.centroids.normal_(generator=generator), dim=1))
+
     def share_experts(self):            # with expert_ranks each rank keeps a part of every bank; raises UserError
         ranks, packs = self.cfg.expert_ranks, self.cfg.batch_tokens // self.cfg.pack_tokens
         if ranks == 1:
@@ -454,11 +490,14 @@ class GPT(nn.Module):                   # of a config in which everything is fil
             bank.group = group
             bank.fc, bank.proj = (nn.Parameter(whole[low:low + size].clone()) for whole in (bank.fc, bank.proj))
             bank.fc.replicas = bank.proj.replicas = same    # the ranks whose gradients are added up
+
     @torch.no_grad()
     def gather_experts(self):           # the other way, for the checkpoint; all ranks call it
         for bank in self.experts:
             bank.fc, bank.proj = map(nn.Parameter, bank.banks(torch.float32, True))
+
     def set_stage(self, index: int, final: bool = False): pass      # for sample.py, as decode and Cache below
+
     def trunk(self, tokens_T: Tensor, context: "Stream | Cache") -> Tensor:  # what the head reads, (T, C)
         x, v1 = self.embed(tokens_T).to(self.dtype), None
         freq = ROPE_BASE ** -(torch.arange(0, self.cfg.head_dim, 2, device=x.device) / self.cfg.head_dim)
@@ -469,9 +508,11 @@ class GPT(nn.Module):                   # of a config in which everything is fil
         for block in self.blocks:
             x, v1 = block(x, rope, context, v1)
         return norm(x)
+
     def logits(self, x_TC: Tensor) -> Tensor:  # (..., V) in fp32, of what trunk returns
         logits = self.lm_head(x_TC).float() * (BASE_WIDTH / self.cfg.model_dim if self.cfg.width_rule == "mup" else 1.0)
         return cap * torch.tanh(logits / cap) if (cap := self.cfg.softcap) else logits
+
     def score(self, tokens_T: Tensor, targets_T: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
         """Cross-entropy (T,) in nats, 0 where the target is -1, plus other losses; and the likeliest token (T,)."""
         x, parts = self.trunk(tokens_T, context := Stream(self.cfg, tokens_T)), []
@@ -483,16 +524,20 @@ class GPT(nn.Module):                   # of a config in which everything is fil
             parts.append((losses, logits.detach().argmax(1)))
         losses, likeliest = (torch.cat(column) for column in zip(*parts))
         return losses + context.extra, likeliest
+
     def forward(self, tokens_T: Tensor, targets_T: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """Logits (T, V) in fp32 of a stream of documents; with targets (T,) the sum of their losses, see score."""
         if targets_T is not None:
             return self.score(tokens_T, targets_T, z_loss)[0].sum()
         return self.logits(self.trunk(tokens_T, Stream(self.cfg, tokens_T)))
+
     @torch.no_grad()
     def kurtosis(self, tokens_T: Tensor) -> float:  # mean x^4 / (mean x^2)^2 over channels x of the last layer's output
         return self.trunk(tokens_T, Stream(replace(self.cfg, attention="plain"), tokens_T)).float().pow(4).mean().item()
+
     def new_cache(self, batch: int, max_tokens: int, chunk: int = 256) -> "Cache":  # for rows of one document each
         return Cache(self, batch, max_tokens)
+
     @torch.no_grad()
     def decode(self, tokens_BT: Tensor, cache: "Cache", lengths: Tensor | None = None, last: bool = False) -> Tensor:
         """Logits (B, T, V) after T more tokens, of which `lengths` (B,) are real; (B, 1, V) of the last if `last`."""
@@ -513,8 +558,10 @@ class Cache:    # keys and values (layers, B, max_tokens + 1, H, D) of the token
         self.keys, self.values = torch.zeros(shape, dtype=model.dtype, device=device)   # last cell: padding
         self.rows, self.cells = torch.arange(batch, device=device)[:, None], torch.arange(max_tokens + 1, device=device)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+
     def bytes_read(self, tokens: int) -> int:  # in a step
         return self.keys.nbytes + self.values.nbytes
+
     def attend(self, layer: int, window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # as Stream's, of B * T
         q, k, v = (x.view(*self.index.shape, *x.shape[1:]) for x in (q, k, v))
         cell, query = self.index.clamp(max=self.max_tokens), self.index[:, None, :, None]
@@ -522,13 +569,16 @@ class Cache:    # keys and values (layers, B, max_tokens + 1, H, D) of the token
         q, k, v = (x.transpose(1, 2) for x in (q, self.keys[layer], self.values[layer]))
         seen = (self.cells <= query) & (self.cells >= query - window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(0, 1)
+
     def fill(self, other: "Cache", rows_B: Tensor):  # row b becomes row rows_B[b] of another cache of the model
         size = min(self.max_tokens, other.max_tokens)
         self.keys[:, :, :size], self.values[:, :, :size] = other.keys[:, rows_B, :size], other.values[:, rows_B, :size]
         self.length.copy_(other.length[rows_B])
+
 # -------------------- Optimizers, schedule and dial -------------------------------------------------------------------
 POLAR_EXPRESS = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
                  (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232))          # arXiv 2505.16932
+
 def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular values moved to about 1
     x, tall = g_NRC / (g_NRC.norm(dim=(1, 2), keepdim=True) * 1.02 + 1e-6), g_NRC.size(1) > g_NRC.size(2)
     x = x.bfloat16() if x.is_cuda else x
@@ -537,6 +587,7 @@ def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular valu
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, poly, beta=a) if tall else torch.baddbmm(x, poly, x, beta=a)
     return x.float()
+
 def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu: Tensor, decay: Tensor):
     """Muon (Jordan 2024) with cautious decay (arXiv 2411.16085), in place, for parameters of one shape (..., R, C)."""
     w, grad = (torch.cat([x.view(-1, *x.shape[-2:]) for x in group]) for group in (params, grads))
@@ -545,6 +596,7 @@ def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu:
     w = w - lr * (update + decay * w * (update * w > 0))
     for param, new in zip(params, w.split([math.prod(param.shape[:-2]) for param in params])):
         param.copy_(new.view_as(param))
+
 class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
@@ -554,6 +606,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.cat([torch.zeros_like(grad).view(-1, *grad.shape[-2:]) for grad in grads])
             numbers = [torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")]
             group["update"](group["params"], grads, state["momentum"], *numbers)
+
 def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
     """Factors that follow from the sizes. mup (arXiv 2505.02222): none for Muon; GPT.logits divides by the width."""
     factors = dict.fromkeys(("muon_lr", "adamw_lr", "embed_lr", "head_lr", "weight_decay"), 1.0)
@@ -564,6 +617,7 @@ def rate_factors(cfg: Hyperparameters) -> dict[str, float]:
         length = cfg.num_iterations * cfg.batch_tokens / (cfg.ratio * products(12, BASE_WIDTH, cfg.vocab_size))
         factors = dict.fromkeys(factors, batch * width ** -0.5) | {"muon_lr": batch, "weight_decay": batch / length}
     return factors
+
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters; base_lr of a group is its learning rate before the schedule."""
     cfg, factors, shapes = model.cfg, rate_factors(model.cfg), {}
@@ -584,6 +638,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
         return [Prodigy([entry | {"base_lr": 1.0} for entry in matrices + rest], betas=(0.9, 0.99))]
     update = torch.compile(muon_update, dynamic=False, fullgraph=True) if cfg.compile else muon_update
     return [Muon(matrices, {"update": update}), adamw(rest)] if cfg.optimizer == "muon" else [adamw(matrices + rest)]
+
 @cache
 def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:  # (learning rate factor, tokens) of each step
     total, seen, rows = cfg.num_iterations * cfg.batch_tokens, 0, []
@@ -598,8 +653,10 @@ def plan(cfg: Hyperparameters) -> tuple[tuple[float, int], ...]:  # (learning ra
         rows.append((rate * min(1, (len(rows) + 1) / WARMUP), batch))
         seen += batch
     return tuple(rows)
+
 def products(depth: int, width: int, vocab_size: int) -> int:  # weights: 12 C^2 a layer, and the head
     return 12 * depth * width ** 2 + vocab_size * width
+
 def dial(cfg: Hyperparameters) -> Hyperparameters:
     """The config with width, batch and steps filled in from the depth where they are 0, by the rules of nanochat."""
     width = cfg.model_dim or math.ceil(64 * cfg.depth / cfg.head_dim) * cfg.head_dim
@@ -608,8 +665,10 @@ def dial(cfg: Hyperparameters) -> Hyperparameters:
     batch = cfg.batch_tokens or max(1, best // cfg.pack_tokens) * cfg.pack_tokens
     steps = cfg.num_iterations or max(1, int(cfg.ratio * size / batch))
     return replace(cfg, model_dim=width, batch_tokens=batch, num_iterations=steps)
+
 # -------------------- The run -----------------------------------------------------------------------------------------
 Machine = NamedTuple("Machine", [("device", torch.device), ("rank", int), ("world_size", int), ("name", str)])
+
 def setup_machine(cfg: Hyperparameters) -> Machine:
     """Chooses the device and joins the other ranks if torchrun started some (NCCL between GPUs, else gloo)."""
     rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -620,6 +679,7 @@ def setup_machine(cfg: Hyperparameters) -> Machine:
     torch.cuda.set_device(device) if cuda else None
     dist.init_process_group("nccl" if cuda else "gloo") if world_size > 1 else None
     return Machine(device, rank, max(world_size, 1), torch.cuda.get_device_name() if cuda else "cpu")
+
 def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) -> Hyperparameters:
     """The config with everything filled in that was left to machine, training shards and dial; raises UserError."""
     compiled = cfg.compile and machine.device.type == "cuda"
@@ -634,6 +694,7 @@ def resolve_config(cfg: Hyperparameters, machine: Machine, shards: list[Shard]) 
     if machine.world_size > (packs := cfg.batch_tokens // cfg.pack_tokens):
         raise UserError(f"{machine.world_size} ranks share {packs} packs; lower --pack_tokens={cfg.pack_tokens}")
     return cfg
+
 class Run:      # the folder of a run: log.txt, run.json, this script and the checkpoint; only rank 0 writes
     def __init__(self, cfg: Hyperparameters, machine: Machine, argv: list[str], shards: tuple):
         self.cfg, self.master, self.seconds = cfg, machine.rank == 0, 0.0
@@ -647,13 +708,18 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
                      "data": {shard.path: shard.num_tokens for shard in shards[0] + shards[1]}, "data_sha256": {
                          shard.path: hashlib.sha256(Path(shard.path).read_bytes()).hexdigest() for shard in shards[1]}}
         self.folder = Path(cfg.out_dir, f"{time.strftime('%Y-%m-%d_%H-%M-%S', now)}_{name[:-3]}_{os.urandom(3).hex()}")
-        self.write(name, source)
+        try:
+            self.write(name, source)
+        except OSError as error:
+            raise UserError(f"--out_dir={cfg.out_dir} cannot be written ({error}); choose another") from None
         self.log(source.decode() + "\n" + "=" * 100, console=False)
+
     def write(self, name: str, content: bytes):  # renamed when whole, so that a reader never sees half a file
         if self.master:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / f"{name}.tmp").write_bytes(content)
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
     def log(self, text: str, console: bool = True, **changes):  # a line of the log, and changes of run.json
         self.info |= changes
         self.write("run.json", json.dumps(self.info, indent=1).encode())
@@ -661,6 +727,7 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
             with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
                 print(text, file=file)
             print(text, flush=True) if console else None
+
     def log_loss(self, name: str, loss: float, console: bool = True):  # FloatingPointError if it is not finite
         step, ms, steps = self.info["step"], round(1000 * self.seconds), len(plan(self.cfg))
         if name == "val_loss" and math.isfinite(loss):
@@ -670,6 +737,7 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
                  train_time_ms=ms, status="running" if math.isfinite(loss) else "diverged")
         if not math.isfinite(loss):
             raise FloatingPointError(f"the {name} of step {step} is {loss}; lower the learning rates")
+
     def write_checkpoint(self, model: GPT, tokenizer: bytes) -> Path:  # a folder, and `latest`, which names it
         final = self.folder / f"checkpoint/step_{self.info['step']:06d}"
         self.write("checkpoint/.new/meta.json", json.dumps(self.info | {"script": Path(__file__).stem}).encode())
@@ -679,14 +747,17 @@ class Run:      # the folder of a run: log.txt, run.json, this script and the ch
         os.replace(self.folder / "checkpoint/.new", final)
         self.write("checkpoint/latest", final.name.encode())
         return final
+
 def to_device(batch: tuple, device: torch.device) -> tuple[Tensor, ...]:
     pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous     # lets the copy run beside the step
     return tuple(pin(torch.from_numpy(array)).to(device, non_blocking=True) for array in batch)
+
 def batches(cfg: Hyperparameters, shards: list[Shard], machine: Machine):  # yields this rank's packs of each step
     packs = streams(training_documents(cfg, shards), cfg.pack_tokens, cfg.bos_id, whole=False)
     for _, tokens in plan(cfg):
         batch = list(islice(packs, tokens // cfg.pack_tokens))
         yield [to_device(pack, machine.device) for pack in batch[machine.rank::machine.world_size]]
+
 def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, machine: Machine, stop: bool) -> Tensor:
     """Trains on this rank's packs of a batch. Returns the mean loss, how many ranks `stop`, and the banks' loads."""
     rate, batch_tokens = plan(cfg)[step]
@@ -713,6 +784,7 @@ def training_step(forward, optimizers, packs, step: int, cfg: Hyperparameters, m
         optimizer.step()
         optimizer.zero_grad()
     return totals
+
 def log_loads(run: Run, model: GPT, loads: list[np.ndarray]):  # of the last 100 steps in the log, of all in load.svg
     if loads and model.experts:
         total = np.sum(loads[-100:], axis=0)
@@ -722,6 +794,7 @@ def log_loads(run: Run, model: GPT, loads: list[np.ndarray]):  # of the last 100
         for bank, row in zip(model.experts, shares):
             run.log(f"  layer {bank.layer}: {np.round(row, 3).tolist()}", console=False)
         run.write("load.svg", load_picture(model, loads).encode())
+
 def load_picture(model: GPT, loads: list[np.ndarray]) -> str:   # SVG: a panel for each bank, a line for each expert
     parts, chunks = [], np.array_split(np.array(loads), min(100, len(loads)))
     for panel, bank in enumerate(model.experts):
@@ -734,6 +807,7 @@ def load_picture(model: GPT, loads: list[np.ndarray]) -> str:   # SVG: a panel f
                      f'load over the mean, 0 to 3</text><path d="M0 0v120h900M0 80h900" stroke="#bbb"/>{lines}</g>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 {160 * len(model.experts)}" fill="none" '
             'font-family="sans-serif" font-size="12">' + "".join(parts) + "</svg>\n")
+
 def load_initial(cfg: Hyperparameters, model: GPT):  # the weights of --init_from; raises UserError
     if cfg.init_from:
         file = max(Path(cfg.init_from).glob("**/model.safetensors"), default=cfg.init_from)     # of a run: its last
@@ -741,11 +815,14 @@ def load_initial(cfg: Hyperparameters, model: GPT):  # the weights of --init_fro
             model.load_state_dict(load_file(file))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--init_from={cfg.init_from} cannot be used with the other flags: {error}") from None
+
 FREE = {"val_every", "save_every", "resume", "device", "attention", "compile", "out_dir"}    # may differ when resumed
+
 @cache
 def sha256_of(path: Path) -> str:        # of a whole file; cached, since the text is the same in each checkpoint
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
 def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> tuple[dict, dict, list]:
     """Loads the weights of --resume; returns its meta.json, and tensors and numbers of `save`. Raises UserError."""
     flag, name = f"--resume={cfg.resume}", f"optimizer-{rank % cfg.expert_ranks}.safetensors"
@@ -781,6 +858,7 @@ def load_resumed(cfg: Hyperparameters, model: GPT, shards: tuple, rank: int) -> 
                         "interrupting a run") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{flag}: {folder} cannot be used: {error}; name an earlier step_* folder") from None
+
 def go_on(run: Run, optimizers: list, loads: list, meta: dict, tensors: dict, numbers: list):  # from load_resumed
     loads.extend(tensors.pop("loads").cpu().numpy())
     states = [optimizer.state_dict() | {"state": {}} for optimizer in optimizers]
@@ -796,6 +874,7 @@ def go_on(run: Run, optimizers: list, loads: list, meta: dict, tensors: dict, nu
     run.seconds = meta["train_time_ms"] / 1000
     run.info |= {name: meta[name] for name in ("step", "tokens_seen", "val_losses", "val_loss")}
     run.log(f"resumed after step {meta['step']} of {run.cfg.resume}", resumed=run.cfg.resume)
+
 def optimizer_file(optimizers: list, loads: list) -> bytes:  # tensors OPTIMIZER.PARAMETER.KEY and, as JSON, numbers
     tensors, numbers = {"loads": torch.tensor(np.array(loads))}, []
     for number, optimizer in enumerate(optimizers):
@@ -807,6 +886,7 @@ def optimizer_file(optimizers: list, loads: list) -> bytes:  # tensors OPTIMIZER
                         "state": {param: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
                                   for param, values in whole["state"].items()}})
     return safetensors_bytes(tensors, {"numbers": json.dumps(numbers)})
+
 def save(run: Run, model: GPT, optimizers: list, loads: list, tokenizer: bytes, machine: Machine) -> Path | None:
     """Writes a checkpoint, of an unfinished run with what --resume needs. All ranks call it; rank 0 gets its path."""
     step, shas = run.info["step"], {}
@@ -836,6 +916,7 @@ def save(run: Run, model: GPT, optimizers: list, loads: list, tokenizer: bytes, 
     for bank, (fc, proj) in zip(model.experts, mine):
         bank.fc, bank.proj = fc, proj
     return path
+
 @torch.no_grad()
 def validate(model, cfg: Hyperparameters, val_streams: list, machine: Machine) -> float:
     """Mean cross-entropy in nats over the val_tokens targets, summed in float64; the same for any number of ranks."""
@@ -845,6 +926,7 @@ def validate(model, cfg: Hyperparameters, val_streams: list, machine: Machine) -
     if machine.world_size > 1:
         dist.all_reduce(total)
     return total.item() / cfg.val_tokens
+
 def train(cfg: Hyperparameters, argv: list[str]) -> int:
     """The experiment: build, compile, train, validate with the clock stopped, save. Returns the exit code."""
     machine, shards = setup_machine(cfg), open_shards(cfg.train_files, cfg.val_files)
@@ -904,6 +986,7 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
                 f"next: {more}", status="finished" if step == steps else "interrupted", peak_memory_gib=memory,
                 recompiles=torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
     return 0 if step == steps else 130
+
 def main() -> int:
     """Runs the command line. Exit code: 0 done, 2 the user can fix it, 3 diverged, 130 interrupted."""
     try:
@@ -922,5 +1005,6 @@ def main() -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
 if __name__ == "__main__":
     sys.exit(main())
