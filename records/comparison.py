@@ -206,7 +206,7 @@ def open_comparison(folder: Path, plan: dict[str, Arm], args, digest: str) -> di
             (folder / name / file).write_bytes(content)
     arms = {name: {"script": f"{name}/{arm.script}", "flags": arm.flags} | ({"edits": arm.edits} if arm.edits else {})
             for name, arm in plan.items()}
-    ledger = {"format": 2, "kind": "comparison", "p": args.p, "looks": [], "setup_sha256": digest, "runs": [],
+    ledger = {"format": 3, "kind": "comparison", "p": args.p, "looks": [], "setup_sha256": digest, "runs": [],
               "arms": arms}
     save_ledger(folder, ledger)
     return ledger

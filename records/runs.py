@@ -256,9 +256,9 @@ def read_record(folder: Path) -> Record:
     path = folder / "runs.json"
     ledger = read_json(path)
     check_fields(ledger, {"kind": str, "arms": dict, "runs": list}, path)
-    if ledger.get("format") not in (1, 2) or ledger["kind"] not in ("record", "comparison"):
+    if ledger.get("format") not in (1, 2, 3) or ledger["kind"] not in ("record", "comparison"):
         raise UserError(f"{path} has format {str(ledger.get('format'))[:20]} and kind {ledger['kind'][:20]!r}; known "
-                        "are formats 1 and 2, and the kinds record and comparison")
+                        "are formats 1 to 3, and the kinds record and comparison")
     if not ledger["arms"] or len(ledger["runs"]) > MAX_RUNS:
         raise UserError(f"{path} has no arms, or more than {MAX_RUNS} runs")
     if ledger["kind"] == "comparison":
@@ -597,6 +597,15 @@ def pairs_of(record: Record, arm: str) -> list[tuple[Run, Run]]:
     return [(ones[seed], others[seed]) for seed in sorted(ones.keys() & others.keys())]
 
 
+def same_losses(record: Record, arm: str) -> bool:
+    """Whether an arm differs from the first one, but has all of its validation losses, in every pair."""
+    pairs = pairs_of(record, arm)
+    return bool(pairs) and all(
+        (a.info["source_sha256"], a.flags) != (b.info["source_sha256"], b.flags)
+        and [(point["step"], point["val_loss"]) for point in a.info["val_losses"]]
+        == [(point["step"], point["val_loss"]) for point in b.info["val_losses"]] for a, b in pairs)
+
+
 def verdicts_of(record: Record, arm: str) -> list[Verdict]:
     """Time, loss, and time at equal loss of an arm against the first one; empty with fewer than LEAST pairs."""
     pairs, level = pairs_of(record, arm), record.ledger["p"]
@@ -619,6 +628,13 @@ def verdict_text(record: Record) -> str:
         bad = [run for run in record.runs if run.arm == arm and run.info["status"] == "diverged"]
         lines += [f"- **{arm} diverged** in {len(bad)} of {len(bad) + len(record.of_arm(arm))} runs. The verdicts are "
                   "over the other pairs."] * bool(bad)
+    for arm in others:                   # older comparisons stay as they are
+        if record.ledger["format"] >= 3 and same_losses(record, arm):
+            pairs = len(pairs_of(record, arm))
+            where = f"all {pairs} pairs" if pairs > 1 else "the one pair"
+            lines.append(f"- **{arm} has the same losses as {first}** in {where}, to the last digit: with these flags "
+                         "the change does not act on the losses. If it should, see whether these flags use what was "
+                         "changed. A preset, for example, may have tables of its own.")
     found = {arm: verdicts_of(record, arm) for arm in others}
     rows = [verdict.row() for verdicts in found.values() for verdict in verdicts]
     if few := [arm for arm in others if not found[arm]]:

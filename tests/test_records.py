@@ -591,6 +591,24 @@ def test_ten_percent_and_a_bad_learning_rate_are_seen(toy, tool):
     assert found["time at equal loss"].verdict == "**worse**"
 
 
+def test_a_change_that_does_not_act_is_named(toy, tool):
+    """An edit that no loss depends on gets a note; a change that acts, noise, and older comparisons get none."""
+    toy("train_a.py").write_text("MARK = 1\n" + STAND_IN.replace("SLOW", "1").replace("noise / 10", "0"))
+    for n, pairs in ((1, "the one pair"), (3, "all 3 pairs")):
+        code, out, _ = tool("compare", "train_a.py", "--arm=dead: MARK = 1 => MARK = 2", "--arm=hot: --lr=1.3",
+                            f"--n={n}", toy.state, "--out=here")
+        assert code == 0 and f"- **dead has the same losses as A** in {pairs}, to the last digit: with these" in out
+        assert out.count("has the same losses") == Path("here/README.md").read_text().count("has the same losses") == 1
+        assert tool("check", "here", "--no_guard")[::2] == (0, [])
+    edit(Path("here/runs.json"), lambda ledger: ledger.update(format=2))
+    assert "same losses" not in runs.verdict_text(runs.read_record(Path("here")))
+    edit(Path("here/runs.json"), lambda ledger: ledger.update(format=3))
+    edit(Path("here/dead_seed1/run.json"), lambda info: info["val_losses"][1].update(val_loss=2.5))
+    assert "same losses" not in runs.verdict_text(runs.read_record(Path("here")))
+    _, out, _ = tool("compare", "train_a.py", "--noise", "--n=3", toy.state)
+    assert "same losses" not in out and "the same in every pair" in verdicts(out)["loss"].verdict
+
+
 def test_the_order_alternates_and_seeds_are_pairwise_the_same(toy, tool):
     toy("train_a.py")
     tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=3", toy.state, "--out=here")
