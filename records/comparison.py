@@ -21,6 +21,7 @@ from runs import (MAX_JSON, NAME, SCRIPT, UserError, Verdict, arm_result, fill, 
 HALF = "half a round"                    # begins the reason why such a run does not count
 STOPPED = "stopped after"                # begins the reason why a run that met --limit does not count
 OWN_FILES = ("readme.md", "runs.json", "table.json", "table.md")     # of the output folder, in lower case
+PROJECT = Path(__file__).resolve().parent.parent
 EDIT = re.compile(r" =>(?: |$)")
 ARM_FORM = 'write --arm="NAME: --flag=value | old text => new text", as --help says'
 
@@ -56,8 +57,7 @@ def check_flags(flags: list[str]):
 
 def make_arm(path: Path, flags: list[str], edits: list[str] = (), name: str = "") -> Arm:
     """An arm that runs the script at `path`, after text edits `old => new`; raises UserError."""
-    if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"{path} is not a training script; name one, as train_gpt.py")
+    check_script(path)
     if not SCRIPT.fullmatch(path.name):
         raise UserError(f"{path} has a name that is not made of letters, digits and blanks; rename it")
     check_flags(flags)
@@ -77,6 +77,16 @@ def make_arm(path: Path, flags: list[str], edits: list[str] = (), name: str = ""
     if edits:
         files[path.name] = (text.replace("\n", "\r\n") if windows else text).encode()
     return Arm(path.name, files, flags, list(edits))
+
+
+def check_script(path: Path):
+    """Raises UserError unless there is a Python file at `path`; names the project's own script of that name."""
+    if path.suffix != ".py" or path.is_dir():
+        raise UserError(f"{path} is not a training script; name one, as train_gpt.py")
+    if not path.is_file():
+        ours = PROJECT / path.name
+        remedy = f"this project's is {ours}" if ours.is_file() else "write the path of a training script"
+        raise UserError(f"there is no file {path.name} in {path.absolute().parent}; {remedy}")
 
 
 def unescape(text: str) -> str:

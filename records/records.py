@@ -35,7 +35,7 @@ from pathlib import Path
 
 import reinforcement
 from checks import check_record, record_order, standing_record, track_problem
-from comparison import check_flags, compare, save_ledger
+from comparison import check_flags, check_script, compare, save_ledger
 from diffs import script_diff
 from launcher import Job, keep_run, log_hashes
 from pictures import history, plot
@@ -538,8 +538,7 @@ def make(args, flags: list[str]) -> int:
     record_folder(args.name, args.track)                 # a bad name is refused before the runs, not after
     if args.n < LEAST:
         raise UserError(f"--n={args.n}: a record needs at least {LEAST} runs")
-    if not args.script.is_file():
-        raise UserError(f"{args.script} is not a training script; name one, as train_gpt.py")
+    check_script(args.script)
     if args.from_standing:
         flags = flags_from_standing(track, args.track, flags)
     given = dict(flag.partition("=")[::2] for flag in [*track["flags"], *flags])

@@ -429,7 +429,10 @@ def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
     (["replay", "nowhere"], "runs.json"),
     (["new", "X", "--track=track_9", "nowhere"], "track_9 is not a track; choose one of"),
     (["new", "X", "--track=track_0_dev", "nowhere"], "nowhere"), (["check", ""], "a path is empty"),
-    (["compare", "nowhere.py", "--b_flags=--lr=2"], "is not a training script"),
+    (["compare", "nowhere.py", "--b_flags=--lr=2"], f"there is no file nowhere.py in {ROOT}; write the path"),
+    (["compare", "data/train_gpt.py", "--b_flags=--lr=2"],
+     f"there is no file train_gpt.py in {ROOT / 'data'}; this project's is {ROOT / 'train_gpt.py'}"),
+    (["compare", "README.md", "--b_flags=--lr=2"], "README.md is not a training script"),
     (["compare", "train_gpt.py"], "nothing to compare A with"),
     (["compare", "train_gpt.py", "train_gpt.py"], "A and B are the same"),
     (["compare", "train_gpt.py", "--noise", "--b_flags=--lr=2"], "--noise is for one script"),
@@ -444,7 +447,7 @@ def test_whatever_stands_in_a_field_there_is_no_traceback(name, archive):
     (["compare", "train_gpt.py", "--arm=x: import => "],
      "times in train_gpt.py; an edit needs a text that occurs exactly"),
     (["compare", "train_gpt.py", "--arm=x: no such words => y"], "occurs 0 times"),
-    (["compare", "train_gpt.py", "--arm=x: y.py"], "y.py is not a training script"),
+    (["compare", "train_gpt.py", "--arm=x: y.py"], f"there is no file y.py in {ROOT}"),
     (["compare", "train_gpt.py", "--arm=x: --lr=2", "--arm=X: --lr=3"], "X is there twice"),
     (["compare", "train_gpt.py", "--arm=x: --lr=2", "--arm=y: --lr=2"], "x and y are the same"),
     (["compare", "train_gpt.py", "--b_flags=--lr=2", "--at_once", "--gpus=2"], "exclude each other"),
@@ -1262,7 +1265,7 @@ def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
     assert "--lr=0.7" in standing and not set(standing) & set(track["flags"])
     assert records.flags_from_standing(track, "track_0_toy", ["--lr=0.9", "--more=1"])[-2:] == ["--lr=0.9", "--more=1"]
     count = Path("count").read_text()
-    for argv, words in ((["First", "train_toy.py"], "exists; choose another NAME"), (["X", "no.py"], "no.py is not a"),
+    for argv, words in ((["First", "train_toy.py"], "exists; choose another NAME"), (["X", "no.py"], "there is no file no.py in "),
                         (["X", "train_toy.py", "--n=2"], "at least 3 runs"), (["../X", "train_toy.py"], "the name"),
                         (["X", "train_toy.py", "--val_files=nowhere/*.bin"], "make the text of this track: "),
                         (["X", "train_toy.py", "--seed=3"], "--seed=3 cannot be passed on")):
