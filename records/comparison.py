@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flags import check_arms
 from launcher import Job, Outcome, keep_run, launch, log_hashes, make_slots, visible_gpus
 from runs import (MAX_JSON, NAME, SCRIPT, UserError, Verdict, arm_result, fill, marked, read_json, read_record,
                   read_run, read_text, regions, results_table, seconds_text, source_files, user_path, verdict_text,
@@ -202,7 +203,10 @@ def compare(args, flags: list[str]) -> int:
 
 
 def open_comparison(folder: Path, plan: dict[str, Arm], args, digest: str) -> dict:
-    """The ledger of a comparison: a new one with copies of the scripts, or the one that was begun here."""
+    """The ledger of a comparison: a new one with copies of the scripts, or the one that was begun here.
+
+    Raises UserError if another one was begun here, or if a script of a new one does not take its flags.
+    """
     if (folder / "runs.json").is_file():
         ledger = read_json(folder / "runs.json")
         if ledger.get("setup_sha256") != digest:
@@ -210,6 +214,7 @@ def open_comparison(folder: Path, plan: dict[str, Arm], args, digest: str) -> di
         known = {run["seed"] for run in read_record(folder).ledger["runs"]}
         print(f"{folder} goes on: {len(known)} of {args.n} rounds were begun", flush=True)
         return ledger | {"p": args.p}
+    check_arms(plan)
     for name, arm in plan.items():       # what runs is a copy, so that editing goes on meanwhile
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file, content in arm.files.items():
@@ -319,6 +324,7 @@ class Comparison:
         if entry["status"] == "finished":
             result = f"loss {run.loss:.6f} in {seconds_text(run.seconds)} s"
         elif entry["status"] != "diverged" and not outcome.stopped:
+            result = f"failed with exit code {outcome.code}, see {self.folder / f'{name}_output.txt'}"
             self.failed[job.arm] = f"arm {job.arm} failed with exit code {outcome.code}: {outcome.last[:300]}"
         if entry["status"] != "finished":
             shutil.copyfile(job.out_dir / "output.txt", self.folder / f"{name}_output.txt")

@@ -866,8 +866,9 @@ def test_a_script_that_diverges_is_a_result(toy, tool):
 def test_a_script_that_refuses_stops_the_comparison_which_then_goes_on(toy, tool):
     toy("train_a.py")
     command = ["compare", "train_a.py", "--noise", "--n=2", toy.state, "--refuse_at=1", "--out=here"]
-    code, _, errors = tool(*command)
+    code, out, errors = tool(*command)
     assert code == 2 and "B failed with exit code 1: toy: no shards here; make some" in errors[0] and len(errors) == 1
+    assert f"round 1/2, B: failed with exit code 1, see {Path('here/B_seed0_output.txt')}\n" in out    # said once
     assert Path("here/B_seed0_output.txt").read_text() == "toy: no shards here; make some\n"
     code, out, _ = tool(*command)
     ledger = json.loads(Path("here/runs.json").read_text())
@@ -900,6 +901,45 @@ def test_an_interrupted_comparison_goes_on(name, status, toy, tool):
     ledger = json.loads(Path("here/runs.json").read_text())
     assert [run["status"] for run in ledger["runs"]] == ["finished"] * 2 + [status] + ["finished"] * 2
     assert tool("check", "here", "--no_guard")[::2] == (0, [])
+
+
+FAMILY = """
+import sys
+class UserError(Exception): pass
+RATES = 1
+def parse_config(argv):
+    flags = dict(flag[2:].split("=") for flag in argv)
+    if set(flags) - {"lr", "out_dir"}:
+        raise UserError("--foo is not a flag;\\n--help lists them")
+    return 1 / float(flags.get("lr", RATES))
+if __name__ == "__main__":
+    open("trained", "w")
+"""
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--foo=3"], "arms A (train_a.py), hot (train_a.py): --foo is not a flag; --help lists them"),
+    (["--arm=bad: --foo=3"], "arm bad (train_a.py): --foo is not a flag; --help lists them"),
+    (["--arm=bad: RATES = 1 => RATES = one"],
+     "arm bad (train_a.py): NameError: name 'one' is not defined (train_a.py, line 4)"),
+    (["--arm=bad: RATES = 1 => RATES = = 1", "--arm=zero: --lr=0"],
+     "arm bad (train_a.py): SyntaxError: invalid syntax (train_a.py, line 4); arm zero (train_a.py): "
+     "ZeroDivisionError: float division by zero (train_a.py, line 9)")])
+def test_flags_and_scripts_are_checked_before_the_first_run(words, said, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train_a.py").write_text(FAMILY)
+    code, out, errors = tool("compare", "train_a.py", "--arm=hot: --lr=2", *words)
+    assert (code, out, errors) == (2, "", [f"records.py: {said}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["train_a.py"]
+    Path("train_a.py").write_text(FAMILY + "# def main\n")
+    tool("compare", "train_a.py", "--arm=hot: --lr=2")
+    assert Path("trained").exists()      # what can be read is started
+
+
+def test_the_training_script_is_checked_before_the_first_run(fast_start, tool):
+    code, out, errors = tool("compare", ROOT / "train_gpt.py", "--arm=long: --num_iterations=0", "--preset=tiny")
+    assert (code, out) == (2, "") and not Path("logs").exists()
+    assert errors == ["records.py: arm long (train_gpt.py): --num_iterations=0 must be at least 1"]
 
 
 def test_another_comparison_is_not_mixed_in(toy, tool):
