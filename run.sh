@@ -12,8 +12,9 @@ Train a small GPT on this machine and read its text.
 usage: ./run.sh [options]
 
 Makes a virtual environment in .venv, prepares data, trains, and prints a sample. Steps that are done already
-are skipped. Without a GPU it trains the preset "tiny" on text of this machine, which takes a few minutes. With
-GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "single" on one GPU, or "speedrun" on several.
+are skipped, and a training that was stopped goes on. Without a GPU it trains the preset "tiny" on text of this
+machine, which takes a few minutes. With GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "single"
+on one GPU, or "speedrun" on several.
 
 options:
   --prompt=TEXT   beginning of the sample, or with --chat the question to answer
@@ -86,7 +87,7 @@ setup() { # installs requirements.txt into .venv, unless its stamp names this fo
     return
   fi
   if [[ -L .venv && ${have% * *} != "$PWD" ]]; then # the environment of another folder: used, but never changed
-    .venv/bin/python -c "" 2>/dev/null || fail ".venv is a link to an environment that does not work; remove it: rm .venv"
+    .venv/bin/python -c "" 2>/dev/null || fail ".venv links to an environment that does not work; remove it: rm .venv"
     say setup ".venv is a link; the environment there is used as it is"
     return
   fi
@@ -142,20 +143,51 @@ newest_checkpoint() { # newest_checkpoint SCRIPT: of its runs; their folders beg
   echo "$newest"
 }
 
-train() { # train PRESET COMMAND...: trains, unless there is a checkpoint of this preset from an earlier call
-  local preset=$1 start=$SECONDS finished # sets the global variable checkpoint, for the sample
+run_after() { # run_after FILE: the first run of train_gpt.py after the time in FILE, if it has a checkpoint
+  local folder time
+  time=$(cat "$1" 2>/dev/null) || return 0
+  for folder in logs/*_train_gpt_??????; do # their names begin with date and time, too
+    [[ $folder > $time ]] || continue
+    [[ ! -d $folder/checkpoint ]] || echo "$folder"
+    return
+  done
+}
+
+resume() { # resume FOLDER COMMAND...: goes on with a run; returns 1 if train_gpt.py refuses that before it begins
+  local folder=$1 code=0
   shift
-  finished=logs/finished_$preset
-  checkpoint=$(cat "$finished" 2>/dev/null || true)
-  if ((!retrain)) && [[ -n $checkpoint && -d $checkpoint ]]; then
+  touch "$started"
+  say train "going on with $folder, which was stopped; ./run.sh --retrain begins a new run"
+  "$@" "--resume=$folder" || code=$?
+  ((code != 0)) || return 0
+  # torchrun turns the 2 of a refused run into a 1. A run that began has written to its run.json.
+  if ((code > 2)) || [[ $folder/run.json -nt $started ]]; then
+    fail "train failed with exit code $code: $* --resume=$folder" "$code"
+  fi
+  say train "$folder cannot go on, the line above says why; training from the beginning"
+  return 1
+}
+
+train() { # train PRESET COMMAND...: trains, or goes on with a stopped run, unless an earlier call came to the end
+  local preset=$1 start=$SECONDS finished=logs/finished_$1 started=logs/started_$1 stopped=""
+  shift
+  checkpoint=$(cat "$finished" 2>/dev/null || true) # a global variable, for the sample
+  ((retrain)) || stopped=$(run_after "$started")
+  if ((!retrain)) && [[ -z $stopped && -n $checkpoint && -d $checkpoint ]]; then
     say train "nothing to train, ${checkpoint%/*} has the $preset model; ./run.sh --retrain trains again"
     return
   fi
-  say train "$(printf '%q ' "$@")" # quoted as a shell needs it
-  run train "$@"
-  checkpoint=$(newest_checkpoint train_gpt)
-  [[ -n $checkpoint ]] || fail "train failed: no logs/*/checkpoint afterwards" 1
+  if [[ -z $stopped ]] || ! resume "$stopped" "$@"; then
+    mkdir -p logs
+    date +logs/%Y-%m-%d_%H-%M-%S >"$started"
+    say train "$(printf '%q ' "$@")" # quoted as a shell needs it
+    run train "$@"
+  fi
+  stopped=$(run_after "$started")
+  [[ -n $stopped ]] || fail "train failed: no logs/*/checkpoint afterwards" 1
+  checkpoint=$stopped/checkpoint
   printf '%s\n' "$checkpoint" >"$finished"
+  rm -f "$started"
   say train "the $preset model is trained ($(took "$start")); its log, curve and checkpoint: ${checkpoint%/*}"
 }
 
@@ -191,7 +223,7 @@ talk() {
 }
 
 main() {
-  prompt="" checkpoint="" device="" retrain=0 gpus=0 setup_only=0 chat=0
+  prompt="" checkpoint="" device="" retrain=0 gpus=0 setup_only=0 chat=0 again=./run.sh
   local option preset=tiny tokenizer=bytes
   for option in "$@"; do
     case $option in
@@ -206,8 +238,9 @@ main() {
       --prompt*) fail "$option: give the text as --prompt='The old house'" ;;
       *) fail "unknown option $option; ./run.sh --help lists the options" ;;
     esac
+    [[ $option == --retrain ]] || again+=" $(printf '%q' "$option")" # that would begin a new run
   done
-  trap 'fail "stopped; ./run.sh goes on with what is missing" 130' INT
+  trap 'fail "stopped; $again goes on with what is missing" 130' INT
 
   setup
   ((!setup_only)) || return 0
@@ -223,7 +256,7 @@ main() {
       train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
     fi
   else
-    ((!gpus)) || say data "no long run without FineWeb: training the tiny preset on one GPU, on the text of this machine"
+    ((!gpus)) || say data "no long run without FineWeb: training the tiny preset on one GPU, on text of this machine"
     prepare_local
     train tiny .venv/bin/python train_gpt.py --preset=tiny \
       --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin' ${device:+"--device=$device"}

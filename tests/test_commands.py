@@ -21,8 +21,9 @@ import pytest
 from conftest import ROOT
 
 BASH = shutil.which("bash")
-SYSTEM_COMMANDS = ("bash", "cat", "chmod", "cksum", "cp", "cut", "dirname", "env", "mkdir", "rm", "sleep", "tail")
-SAMPLE = "sample.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint"
+SYSTEM_COMMANDS = ("bash", "cat", "chmod", "cksum", "cp", "cut", "dirname", "env", "mkdir", "rm", "sleep", "tail",
+                   "touch")
+SAMPLE = "sample.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aaaaaa/checkpoint"
 TRAIN_TINY = "train_gpt.py --preset=tiny --train_files=data/local/train_*.bin --val_files=data/local/val_*.bin"
 TRAIN_SINGLE = "python: train_gpt.py --preset=single"
 TRAIN_SPEEDRUN = "torchrun: --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun"
@@ -31,7 +32,7 @@ INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
            "matplotlib.figure, matplotlib.backends.backend_svg; "
            "torch.cuda.is_available() and __import__('torch._inductor.compile_fx')"]
 DATA_CHAT = "data/chat.py identity:1800 spelling:4500 spellingbee:3000 --turns=4 --tokenizer=bytes --out=data/chat"
-TEACH = "chat_sft.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aa/checkpoint --data=data/chat --lr=0.8"
+TEACH = "chat_sft.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aaaaaa/checkpoint --data=data/chat --lr=0.8"
 CHAT = "chat.py --checkpoint=logs/2026-01-09_10-00-00_chat_sft_aa/checkpoint"
 DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local"
 
@@ -44,6 +45,7 @@ case "$name: $*" in
   *"version_info"*) answer version 3.12; exit 0 ;;
   *"-c import torch; print"*) answer torch_gpus 0; exit 0 ;;
   *": -c ") exit 0 ;;
+  "date: "*) echo "logs/2026-01-0$(answer day 1)_09-00-00"; exit 0 ;;
   "nvidia-smi: -L") exit "$(answer nvidia_smi 1)" ;;
 esac
 [[ $* == "-m pip --version" ]] && exit 0
@@ -58,9 +60,18 @@ case "$*" in
   data/fineweb.py*) exit "$(answer fineweb 0)" ;;
   data/text.py*) exit "$(answer text 0)" ;;
   *train_gpt.py*)
-    sleep "$(answer train_seconds 0)"
+    if [[ $* == *--resume=* ]]; then
+      code=$(answer resume 0)
+      [[ $code == 2 ]] || { sleep 1; run=$*; echo >"${run##*--resume=}/run.json"; }
+      exit "$code"
+    fi
+    run="logs/2026-01-0$(answer day 1)_10-00-00_train_gpt_aaaaaa"
+    if [[ -e "$home/answers/train_seconds" ]]; then
+      mkdir -p "$run/$(answer stopped_with .)"
+      sleep "$(answer train_seconds)"
+    fi
     code=$(answer train 0)
-    ((code != 0)) || mkdir -p "logs/2026-01-0$(answer day 1)_10-00-00_train_gpt_aa/checkpoint"
+    ((code != 0)) || mkdir -p "$run/checkpoint"
     exit "$code" ;;
   chat_sft.py*)
     code=$(answer teach 0)
@@ -84,7 +95,7 @@ class Machine:
             shutil.copy(ROOT / script, self.project / script)
         for command in SYSTEM_COMMANDS:
             (self.bin / command).symlink_to(shutil.which(command))
-        self.add("python3", "nvidia-smi")
+        self.add("python3", "nvidia-smi", "date")
 
     def add(self, *names):
         for name in names:
@@ -157,7 +168,7 @@ def test_a_fresh_machine_without_a_gpu(machine):
     assert phases(done) == ["setup", "data", "train", "sample"]
     assert "Once there was a model." in done.stdout
     assert "noise" not in done.stdout + done.stderr
-    assert "logs/2026-01-01_10-00-00_train_gpt_aa" in done.stdout
+    assert "logs/2026-01-01_10-00-00_train_gpt_aaaaaa" in done.stdout
     for phase in phases(done):  # how long, and what to type next
         last = [line for line in done.stdout.splitlines() if line.startswith(f"[{phase}]")][-1]
         assert re.search(r"\(\d+ s\)", last), last
@@ -182,7 +193,7 @@ def test_retrain_trains_again_and_the_newest_model_is_named(machine):
 
 def test_a_model_that_was_deleted_is_trained_again(machine):
     machine.start()
-    shutil.rmtree(machine.project / "logs/2026-01-01_10-00-00_train_gpt_aa")
+    shutil.rmtree(machine.project / "logs/2026-01-01_10-00-00_train_gpt_aaaaaa")
     assert f"python: {TRAIN_TINY}" in machine.start().calls
 
 
@@ -295,17 +306,72 @@ def test_fineweb_failing_for_another_reason_is_not_taken_for_a_missing_hub(machi
     assert done.calls[-1] == "python: data/fineweb.py 9"
 
 
-def test_ctrl_c_ends_with_one_line_and_code_130(machine):
+def interrupt(machine, *arguments):
+    """Ctrl-C while run.sh trains; returns (exit code, stderr)."""
     machine.answer(train_seconds=20)
     (machine.folder / "calls").write_text("")
-    process = subprocess.Popen([machine.project / "run.sh"], env=machine.environment, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([machine.project / "run.sh", *arguments], env=machine.environment, text=True,
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while f"python: {TRAIN_TINY}" not in machine.calls() and time.monotonic() < deadline:
+    while not any(TRAIN_TINY in call for call in machine.calls()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    time.sleep(0.2)  # the stand-in makes its folders
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all of them
     errors = process.communicate(timeout=15)[1]
-    assert (process.returncode, errors.count("\n")) == (130, 1) and errors.startswith("run.sh: stopped")
+    (machine.answers / "train_seconds").unlink()
+    return process.returncode, errors
+
+
+def test_ctrl_c_ends_with_one_line_and_code_130(machine):
+    code, errors = interrupt(machine, "--retrain", "--cpu", "--prompt=The old house")
+    assert (code, errors) == (130, "run.sh: stopped; ./run.sh --cpu --prompt=The\\ old\\ house goes on with what is "
+                                   "missing\n")
+
+
+@pytest.mark.parametrize("retrain", [(), ("--retrain",)])
+def test_a_stopped_training_goes_on(machine, retrain):
+    if retrain:
+        machine.start()
+        machine.answer(day=2)
+    machine.answer(stopped_with="checkpoint")
+    interrupt(machine, *retrain)
+    run = f"logs/2026-01-0{2 if retrain else 1}_10-00-00_train_gpt_aaaaaa"
+    machine.answer(day=3)
+    done = machine.start()
+    assert done.returncode == 0, done.stderr
+    assert done.calls[-2:] == [f"python: {TRAIN_TINY} --resume={run}",
+                               f"python: sample.py --checkpoint={run}/checkpoint"]
+    assert len([line for line in done.stdout.splitlines() if "going on with" in line and run in line]) == 1
+    assert f"nothing to train, {run} has" in machine.start().stdout
+
+
+def test_a_stopped_training_that_cannot_go_on_begins_anew_and_says_so(machine):
+    machine.answer(stopped_with="checkpoint")
+    interrupt(machine)
+    machine.answer(day=2, resume=2)
+    done = machine.start()
+    assert done.returncode == 0, done.stderr
+    assert done.calls[-2:] == [f"python: {TRAIN_TINY}", f"python: {SAMPLE.replace('01-01', '01-02')}"]
+    assert len([line for line in done.stdout.splitlines() if "cannot go on" in line]) == 1
+    assert "nothing to train, logs/2026-01-02" in machine.start().stdout
+
+
+def test_a_resumed_training_that_fails_ends_the_run_and_can_go_on_again(machine):
+    machine.answer(stopped_with="checkpoint")
+    interrupt(machine)
+    machine.answer(day=2, resume=1)
+    done = machine.start()
+    assert done.returncode == 1 and done.stderr.startswith("run.sh: train failed with exit code 1: ")
+    assert "--resume=logs/2026-01-01" in done.calls[-1]
+    assert "--resume=logs/2026-01-01" in machine.start().calls[-1]
+    assert f"python: {TRAIN_TINY}" in machine.start("--retrain").calls
+
+
+def test_a_training_stopped_without_a_checkpoint_leaves_the_model_before_it(machine):
+    machine.start()
+    machine.answer(day=2)
+    interrupt(machine, "--retrain")
+    assert "nothing to train, logs/2026-01-01" in machine.start().stdout
 
 
 def test_failing_pip_shows_its_last_lines_and_is_tried_again(machine):
