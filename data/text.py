@@ -18,6 +18,12 @@ Validation text is chosen by sha256 too, so copies of a document are never on bo
 The temporary folder needs about as much disk as the result. A gathering process holds one shard in memory.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports needs no traceback
+
 import argparse
 import base64
 import binascii
@@ -33,11 +39,9 @@ import io
 import json
 import lzma
 import multiprocessing
-import os
 import re
 import shlex
 import shutil
-import signal
 import stat
 import sys
 import sysconfig
@@ -1561,6 +1565,8 @@ def run_command(main, fail, interrupted, mistakes=(InputError,)):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name may hold letters that this terminal cannot show
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports are over
         main()
     except mistakes as e:
         fail(e)

@@ -20,13 +20,18 @@ vocabulary if that is at hand (--vocab_dir or tiktoken's cache). It never uses t
 Needs tokenizers, tiktoken, numpy, tqdm.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports needs no traceback
+
 import argparse
 import base64
 import contextlib
 import hashlib
 import heapq
 import json
-import os
 import re
 import shlex
 import sys
