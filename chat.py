@@ -1,6 +1,6 @@
 """Talk to a model that has learned to chat, in the terminal or on a page in your browser.
 
-    python chat.py                                              # the newest checkpoint under logs/
+    python chat.py                                              # the newest chat model under logs/
     python chat.py --checkpoint=logs/<run>
     python chat.py --prompt="How many r are in strawberry?"     # one answer
     python chat.py --web                                        # a page at http://127.0.0.1:8000
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = sample.make_parser("chat.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=sample.path_flag, metavar="FOLDER", help="a checkpoint (step_...), or a run, whose latest "
-        "checkpoint is taken; default: the newest run in --out_dir")
+        "checkpoint is taken; default: the newest chat model in --out_dir")
     add("--prompt", metavar="TEXT", help="answer this message and stop; default: a conversation")
     add("--system", metavar="TEXT", default="", help="a system message, which comes before the conversation (default: "
         "none)")
@@ -250,7 +250,7 @@ class Chat:
 
 def load(args: argparse.Namespace) -> Chat:
     """The model that the flags name; raises UserError if it has no tokens for conversations."""
-    path = sample.resolve_checkpoint(args.checkpoint) if args.checkpoint else sample.find_checkpoint(args.out_dir)
+    path = sample.resolve_checkpoint(args.checkpoint) if args.checkpoint else sample.find_checkpoint(args.out_dir, True)
     meta = sample.read_meta(path)
     tokenizer = sample.read_tokenizer(path, meta, args.vocab_dir)
     if any(name not in tokenizer.specials for name in CHAT_TOKENS):

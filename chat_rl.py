@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = sample.make_parser("chat_rl.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=sample.path_flag, metavar="FOLDER", help="the chat model to improve: a checkpoint or a "
-        "run (default: the newest run in --out_dir)")
+        "run (default: the newest chat model in --out_dir)")
     add("--task", choices=sorted(TASKS), required=True, help="gsm8k: school mathematics, from files in --evals; "
         "spellingbee: how often a letter occurs in a made-up word")
     add("--letters", default="", metavar="LOW-HIGH", help="words of spellingbee have so many letters; longer words are "
@@ -469,7 +469,7 @@ class Run(chat_sft.Run):
 def load(args, tools):
     """(parent, machine, trainer, what checkpoints save as config, format of the chat tasks); raises UserError."""
     import torch
-    parent = chat_sft.find_parent(args)
+    parent = chat_sft.find_parent(args, chat=True)
     tokenizer = sample.Tokenizer(json.loads(parent.tokenizer))
     if not parent.meta.get("chat"):
         raise UserError(f"{parent.folder} has not learned to chat; teach it first: python chat_sft.py "

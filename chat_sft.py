@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = sample.make_parser("chat_sft.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", type=sample.path_flag, metavar="FOLDER", help="the model to teach: a checkpoint or a run "
-        "(default: the newest run in --out_dir)")
+        "(default: the newest base model in --out_dir)")
     add("--data", type=sample.path_flag, default=Path("data/chat"), metavar="FOLDER", help="shards and masks of "
         "data/chat.py (default: %(default)s)")
     add("--epochs", type=int, default=1, help="how often each conversation is read (default: %(default)s)")
@@ -233,9 +233,13 @@ class Parent:
     module: object                       # its training script
     source: Path
 
-def find_parent(args) -> Parent:
-    """The checkpoint that --checkpoint means, and its script, imported; raises UserError."""
-    folder = sample.resolve_checkpoint(args.checkpoint) if args.checkpoint else sample.find_checkpoint(args.out_dir)
+def find_parent(args, chat: bool = False) -> Parent:
+    """The checkpoint that --checkpoint means, and its script, imported; raises UserError.
+
+    Without --checkpoint it is the newest model that has learned to chat, or with `chat` false that has not.
+    """
+    given = args.checkpoint
+    folder = sample.resolve_checkpoint(given) if given else sample.find_checkpoint(args.out_dir, chat)
     meta = sample.read_meta(folder)
     sample.read_tokenizer(folder, meta, args.vocab_dir)             # checks it
     source = sample.find_script(meta["script"], args.script, sample.kept_source(folder, meta))
@@ -695,7 +699,7 @@ class Run:
             self.print(f"next: {shlex.join(words)}")
         elif resumable and not finished:
             flags = [f"--resume={self.folder}"]
-            if not self.args.checkpoint:                            # the newest run is this one by now
+            if not self.args.checkpoint:                            # another base model may be the newest by then
                 flags.append(f"--checkpoint={self.parent.folder}")
             without = " without --stop_after," if self.args.stop_after else ""
             self.print(f"next: the same command{without} with {shlex.join(flags)}")

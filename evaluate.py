@@ -267,7 +267,8 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
         if name in args.tasks:
             here = [task for task in tasks if task_file(args.evals, task)]
             if not here:
-                raise UserError(f"--evals={args.evals} has no data of {name}; fetch it with python data/evals.py")
+                raise UserError(f"--evals={args.evals} has no data of {name}; fetch it with python data/evals.py, or choose "
+                                "scores that need none: --tasks=val,bpb")
             found += here
     return found
 
@@ -674,17 +675,29 @@ def rounded(number: float | None) -> float | None:
     """The number to six decimals."""
     return None if number is None else round(number, 6)
 
+def has_ids_of(subject: Subject, shard) -> bool:
+    """Whether the model has the vocabulary of a shard and more special tokens, as a model that learned to chat has."""
+    try:
+        content = subject.module.read_tokenizer(shard) or sample.gpt2_tokenizer()
+    except subject.module.UserError:
+        return False
+    if not content or not subject.tokenizer:
+        return False
+    own, other = subject.tokenizer, sample.Tokenizer(json.loads(content))
+    return ((own.ranks, own.pattern, own.bos_id) == (other.ranks, other.pattern, other.bos_id)
+            and own.specials.items() >= other.specials.items())
+
 def open_shards(subject: Subject, pattern: str) -> list:
-    """The shards of a glob; raises UserError if there are none or the model has another tokenizer."""
+    """The shards of a glob; raises UserError if there are none or their ids mean other text to the model."""
     found = shard_pattern(pattern)
     try:
         shards, _ = subject.module.open_shards(found, found)
     except subject.module.UserError as error:
         raise UserError(str(error).replace(found, pattern).replace("--train_files=", "--shards=")) from None
     wanted = subject.meta["tokenizer_sha256"]
-    if shards[0].tokenizer != wanted:
-        raise UserError(f"{shards[0].path} has tokenizer {shards[0].tokenizer[:12]}, but {subject.name} has "
-                        f"{wanted[:12]}; choose shards of the same tokenizer with --shards=")
+    if shards[0].tokenizer != wanted and not has_ids_of(subject, shards[0]):
+        raise UserError(f"{shards[0].path} is in another vocabulary than {subject.name} (sha256 of their tokenizers: "
+                        f"{shards[0].tokenizer[:12]}, {wanted[:12]}); choose shards in its vocabulary with --shards=")
     return shards
 
 def validation_loss(subject: Subject, cfg, streams: list) -> dict:
@@ -874,6 +887,8 @@ def score_long_texts(args: argparse.Namespace, subject: Subject, score, texts: L
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """All scores, and the records of all items; the same on every rank. Raises UserError."""
     start = time.perf_counter()
+    if args.checkpoint:
+        find_checkpoint(args)            # a wrong name is said before the lack of data, which takes time to fetch
     tasks = find_tasks(args)
     questions = read_questions(args)
     subject = load_subject(args)

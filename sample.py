@@ -264,13 +264,24 @@ def follow_latest(folder: Path) -> Path:
                         "name a checkpoint with --checkpoint=")
     return named
 
-def find_checkpoint(out_dir: Path | str) -> Path:
-    """The newest checkpoint folder among the runs in `out_dir`, by the time of their `latest`; raises UserError."""
+def find_checkpoint(out_dir: Path | str, chat: bool | None = None) -> Path:
+    """The newest checkpoint folder among the runs in `out_dir`, by the time of their `latest`; raises UserError.
+
+    chat: prefer models that learned to chat (True) or that did not (False); None takes the newest of all.
+    """
     latest = [path for path in Path(out_dir).glob("*/checkpoint/latest") if path.is_file()]
     if not latest:
-        raise UserError(f"--out_dir={out_dir} has no run with a checkpoint; {TRAIN_FIRST}")
-    newest = max(latest, key=lambda path: (path.stat().st_mtime_ns, path))
-    return follow_latest(newest.parent)
+        where = "" if Path(out_dir).is_absolute() else f", which is {Path(out_dir).absolute()},"
+        raise UserError(f"--out_dir={out_dir}{where} has no run with a checkpoint; {TRAIN_FIRST}")
+    latest.sort(key=lambda path: (path.stat().st_mtime_ns, path), reverse=True)
+    for path in latest if chat is not None else ():
+        try:
+            folder = follow_latest(path.parent)
+            if bool(read_meta(folder).get("chat")) == chat:
+                return folder
+        except UserError:                # a damaged checkpoint is none to prefer
+            continue
+    return follow_latest(latest[0].parent)
 
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the latest one of that run; raises UserError."""
@@ -1192,7 +1203,8 @@ def load(args: argparse.Namespace):
     path = resolve_checkpoint(args.checkpoint) if args.checkpoint else find_checkpoint(args.out_dir)
     model, tokenizer, meta = load_checkpoint(path, args.device, args.script, args.precision, args.vocab_dir)
     val_loss = f", validation loss {meta['val_loss']:.4f}" if isinstance(meta.get("val_loss"), float) else ""
-    return model, tokenizer, f"{path}, {meta['script']} after {meta['step']} steps{val_loss}"
+    chat = ", a chat model: chat.py talks with it" if meta.get("chat") else ""
+    return model, tokenizer, f"{path}, {meta['script']} after {meta['step']} steps{val_loss}{chat}"
 
 def export_hf(args: argparse.Namespace):
     """Writes the checkpoint as a Hugging Face model folder; raises UserError."""

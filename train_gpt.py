@@ -1727,14 +1727,15 @@ def parse_config(argv: list[str]) -> Hyperparameters:
     for arg in argv:
         name, equals, value = arg.removeprefix("--").partition("=")
         if not arg.startswith("--") or not equals:
-            raise UserError(f"cannot read {arg!r}; flags look like --field=value, --help lists them")
+            raise UserError(f"cannot read {arg!r}; flags look like --field=value, with =; --help lists them")
         flags[name] = value
     preset = flags.pop("preset", next(iter(PRESETS)))
     if preset not in PRESETS:
         raise UserError(f"--preset={preset} does not exist; choose from {', '.join(PRESETS)}")
     kinds = {field.name: field.type for field in fields(Hyperparameters)}
     for name in flags.keys() - kinds.keys():
-        raise UserError(f"--{name} is not a flag; --help lists them")
+        near = name.replace("-", "_")
+        raise UserError(f"--{name} is not a flag; {f'write --{near}=' if near in kinds else '--help lists them'}")
     values = {name: parse_value(name, value, kinds[name]) for name, value in flags.items()}
     cfg = replace(PRESETS[preset], **values)
     check_config(cfg)
@@ -2736,7 +2737,8 @@ def find_fault(folder: Path, meta: dict, last_step: int) -> str:
         if min(step, *position) < 0 or not history or not meta["files"].keys() <= set(FILES):
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        return "its meta.json is damaged"
+        maker = meta.get("script", SCRIPT.stem)
+        return "its meta.json is damaged" if maker == SCRIPT.stem else f"it is of another script, {maker}.py"
     for name, content in meta["files"].items():
         if not (folder / name).is_file() or file_sha256(folder / name) != content:
             return f"its {name} is damaged"
@@ -2839,6 +2841,10 @@ def run_main(train) -> int:
         if rank == "0" or not rank.isdecimal() or isinstance(error, RankError):
             say(error)
         return 2 if isinstance(error, UserError) else 3
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # what Python still holds for it
+        say("nobody reads the output any more, so the run has stopped; >FILE keeps it")
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
             raise

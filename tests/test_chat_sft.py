@@ -305,12 +305,17 @@ def test_a_run_goes_on_only_with_what_it_began_with(run, parent, talks, tmp_path
 
 
 def test_the_next_command_names_the_first_checkpoint_if_that_was_the_newest(parent, talks, tmp_path, capsys, run):
+    """A run of a base model that is made between a stop and going on must not become the parent."""
     shutil.copytree(parent, tmp_path / "mine" / "base")
     flags = [f"--data={talks}", f"--out_dir={tmp_path / 'mine'}", *FLAGS]
     assert chat_sft.main([*flags, "--stop_after=2"]) == 130
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     given, = (word for word in words if word.startswith("--checkpoint="))
     resume, = (word for word in words if word.startswith("--resume="))
+    shutil.copytree(parent, tmp_path / "mine" / "newer")
+    weights = sample.resolve_checkpoint(tmp_path / "mine" / "newer") / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    (tmp_path / "mine" / "newer" / "checkpoint" / "latest").touch()
     assert chat_sft.main([*flags, resume]) == 2 and "--checkpoint, which was left out" in capsys.readouterr().err
     assert chat_sft.main([*flags, resume, given]) == 0
 

@@ -323,6 +323,11 @@ def test_what_cannot_go_on_is_refused(refused, find, runs, data, tmp_path, run_m
     assert run_main(*flags).code == 0
     refused(*small_flags(data, resume=only_folder(tmp_path / "logs")), words=["step_000002", "--save_every"])
     refused(*small_flags(data, resume=tmp_path / "nothing"), words=["nothing", "no checkpoint"])
+    other = tmp_path / "other" / "checkpoint" / "step_000003"
+    other.mkdir(parents=True)
+    (other.parent / "latest").write_text(other.name)
+    (other / "meta.json").write_text(json.dumps({"script": "train_gpt_simple", "step": 3}))
+    refused(*small_flags(data, resume=tmp_path / "other"), words=["it is of another script, train_gpt_simple.py"])
     saved = only_folder(runs[1][0]) / "checkpoint" / "step_000010"
     alone = shutil.copytree(saved, tmp_path / "x" / "checkpoint" / "step_9")
     refused(*small_flags(data, resume=alone), words=["step_9", "not in the folder of a run"])

@@ -210,6 +210,7 @@ def test_a_cell_that_only_the_model_reads_can_be_removed_with_its_uses(edited, r
     (["--compile"], ["--compile", "--help"]),
     (["--"], ["--help"]),
     (["--Seed=1"], ["Seed"]),
+    (["--num-iterations=3"], ["--num-iterations is not a flag; write --num_iterations="]),
     (["--preset=huge"], ["huge", "speedrun", "tiny"]),
 ])
 def test_unknown_flags(refused, argv, words):

@@ -620,7 +620,8 @@ def refused(run, evals, capsys, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=val,coqa"], ["--tasks=coqa does not exist; choose from val,bpb,hellaswag,core,arc,mmlu"]),
     (["--tasks="], ["--tasks= does not exist"]),
-    (["--evals=nowhere"], ["--evals=nowhere has no data of hellaswag", "python data/evals.py"]),
+    (["--evals=nowhere"], ["--evals=nowhere has no data of hellaswag", "python data/evals.py", "--tasks=val,bpb"]),
+    (["--evals=nowhere", "--checkpoint=no_run"], ["--checkpoint=no_run is not a folder"]),
     (["--stream_tokens=1000"], ["--stream_tokens=1000 must be a multiple of 128"]),
     (["--max_items=10"], ["--max_items=10 must be 0 (all) or above 10"]),
     (["--bpb_tokens=-1"], ["--bpb_tokens=-1 must be"]),
@@ -758,8 +759,23 @@ def test_shards_of_another_tokenizer_are_refused(refused, tmp_path):
     other = tokenizer_json([bytes([255 - i]) for i in range(256)])
     write_shard(tmp_path / "val_000000.bin", make_text(3000, 0), sha256=hashlib.sha256(other).digest())
     for task in ("val", "bpb"):
-        words = ["val_000000.bin has tokenizer ", "--shards="]
+        words = ["val_000000.bin is in another vocabulary than ", "--shards="]
         refused(f"--tasks={task}", f"--shards={tmp_path}/val_*.bin", words=words)
+
+
+def test_a_model_with_more_special_tokens_reads_the_same_shards(shards):
+    """A model that learned to chat has its base model's vocabulary and a few special tokens more."""
+    first = train_gpt.open_shards(f"{shards}/val_*.bin", f"{shards}/val_*.bin")[0][0]
+    base = json.loads(train_gpt.read_tokenizer(first))
+
+    def reads(shard=first, special=None, **changes):
+        tokenizer = sample.Tokenizer(base | {"special_tokens": base["special_tokens"] | (special or {})} | changes)
+        return evaluate.has_ids_of(SimpleNamespace(module=train_gpt, tokenizer=tokenizer), shard)
+    assert reads() and reads(special={"<|user_start|>": 257})
+    assert not reads(special={"<|bos|>": 257, "<|user_start|>": 256}, bos_id=257)
+    assert not reads(ranks=base["ranks"][::-1])
+    assert not reads(replace(first, tokenizer="ab" * 32))           # the file beside the shard is not its tokenizer
+    assert not evaluate.has_ids_of(SimpleNamespace(module=train_gpt, tokenizer=None), first)
 
 
 @pytest.mark.parametrize("content, words", [

@@ -713,6 +713,27 @@ def test_the_newest_checkpoint_is_found(tmp_path, trained):
     assert sample.resolve_checkpoint(trained) == trained
 
 
+def test_chat_models_and_base_models_are_told_apart(tmp_path, trained, monkeypatch):
+    assert "a chat model" not in sample.load(sample.parse_args([f"--checkpoint={trained}"]))[2]
+    for age, (name, chat) in enumerate({"newer": False, "chat": True, "base": False}.items()):
+        shutil.copytree(trained.parent.parent, tmp_path / name)
+        folder = tmp_path / name / "checkpoint"
+        change_meta(folder / trained.name, chat=chat)
+        os.utime(folder / "latest", (1e9 - age, 1e9 - age))
+    for chat, name in ((None, "newer"), (False, "newer"), (True, "chat")):
+        assert sample.find_checkpoint(tmp_path, chat) == tmp_path / name / "checkpoint" / trained.name
+    (tmp_path / "newer" / "checkpoint" / trained.name / "meta.json").write_text("{")
+    assert sample.find_checkpoint(tmp_path, False).parents[1].name == "base"        # a damaged one is passed over
+    shutil.rmtree(tmp_path / "chat")
+    assert sample.find_checkpoint(tmp_path, True).parents[1].name == "newer"        # and there the error is seen
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sample.UserError, match=re.escape(f"--out_dir=logs, which is {tmp_path / 'logs'}, has no run")):
+        sample.find_checkpoint("logs")
+    folder = tmp_path / "base" / "checkpoint" / trained.name
+    change_meta(folder, chat=True)
+    assert sample.load(sample.parse_args([f"--checkpoint={folder}"]))[2].endswith("a chat model: chat.py talks with it")
+
+
 @pytest.mark.parametrize("latest", ["../step_000007", "step_000007/../../other", "/tmp", "..", ".", "", "step_000008",
                                     "step_000007\nstep_000008", "s" * 5000])
 def test_latest_names_a_folder_beside_it_and_nothing_else(capsys, broken, latest):

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree
@@ -269,6 +270,18 @@ def test_a_full_disk(run_main, data, tmp_path, room):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.code == 2 and done.err.count("\n") == 1
     assert "--out_dir" in done.err
+
+
+def test_a_reader_that_leaves_ends_the_run_with_one_line(data, tmp_path):
+    """As in `python train_gpt.py | head -1`."""
+    flags = small_flags(data, out_dir=tmp_path, val_every=1, device="cpu")
+    process = subprocess.Popen([sys.executable, train_gpt.__file__, *flags], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout.readline().startswith("train_gpt.py: 1 x ")
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 2 and errors.count("\n") == 1 and "nobody reads the output any more" in errors, errors
+    assert json.loads((only_folder(tmp_path) / "run.json").read_text())["status"] == "failed"
 
 
 def test_more_ranks_than_packs(refused, data, monkeypatch):
