@@ -203,17 +203,18 @@ def _tokens_of(encoder_json):
 
 
 def tokenizer_file_json(path):
-    """The bytes of the user's tokenizer.json; InputError with one reason if it cannot be used."""
+    """The bytes of the user's tokenizer.json, or of the one in a folder; InputError with one reason if it is unfit."""
     def need(good, problem):
         if not good:
             raise InputError(f"--tokenizer={path}: {problem}; a tokenizer.json of this project has name, pattern, "
                              "ranks, special_tokens and bos_id (gpt2 and bytes are built in)")
+    file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
-        data = _read_small(Path(path), JSON_BYTES)
+        data = _read_small(file, JSON_BYTES)
         spec = json.loads(data)
     except OSError as e:
-        raise InputError(f"--tokenizer={path}: not gpt2, not bytes, and as a file it cannot be read "
-                         f"({e.strerror}); name a tokenizer.json") from None
+        what = "a folder, and its tokenizer.json" if file != Path(path) else "not gpt2, not bytes, and as a file it"
+        raise InputError(f"--tokenizer={path}: {what} cannot be read ({e.strerror}); name a tokenizer.json") from None
     except (ValueError, RecursionError):
         need(False, "not JSON")
     types = {"name": str, "pattern": str, "ranks": list, "special_tokens": dict, "bos_id": int}
@@ -1615,9 +1616,9 @@ def parse_args(argv=None):
         help=f"share of the documents held out, chosen by their sha256; two documents or more give both sides some; "
              f"0: none; default: what the tiny preset validates on ({TINY_VAL_TOKENS:,} tokens), but at least "
              f"{MIN_VAL_SHARE:.1%} and about {MAX_VAL_SHARE:.0%} at most".replace("%", "%%"))
-    add("--tokenizer", metavar="gpt2|bytes|FILE",
-        help="FILE: a tokenizer.json in this project's format; default: gpt2 when its vocabulary is at hand, else "
-             "bytes (256 byte values, needs nothing)")
+    add("--tokenizer", metavar="gpt2|bytes|PATH",
+        help="PATH: a tokenizer.json in this project's format, or the folder that holds it; default: gpt2 when its "
+             "vocabulary is at hand, else bytes (256 byte values, needs nothing)")
     add("--vocab_dir", type=path_argument,
         help="folder with GPT-2's vocab.bpe and encoder.json; default: tiktoken's cache")
     add("--max_doc_tokens", type=int, default=PACK_TOKENS,

@@ -507,6 +507,17 @@ def test_a_tokenizer_of_ones_own(tmp_path):
     assert other["made_by"]["tokenizer_sha256"] != manifest["made_by"]["tokenizer_sha256"]
 
 
+def test_the_folder_of_a_tokenizer_stands_for_it(tmp_path, refuses):
+    pytest.importorskip("tiktoken")
+    write_files(tmp_path / "in", 20, size=300)
+    (tmp_path / "tok").mkdir()
+    refuses([tmp_path / "in", f"--tokenizer={tmp_path}/tok"], ["/tok: a folder, and its tokenizer.json cannot be read"])
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(small_bpe()))
+    done = run_here(tmp_path / "in", f"--out={tmp_path}/out", f"--tokenizer={tmp_path}/tok")
+    assert done.returncode == 0 and "tokenizer small" in done.stdout, done
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tok" / "tokenizer.json").read_bytes()
+
+
 def test_a_large_vocabulary_takes_four_bytes_an_id(tmp_path):
     pytest.importorskip("tiktoken")
     more = [base64.b64encode(f"{i:06d}".encode()).decode() for i in range(70_000)]
