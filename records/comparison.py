@@ -295,12 +295,13 @@ class Comparison:
         return self.names
 
     def start(self, name: str, seed: int) -> Job:
-        """Lists a run as killed, which it is unless it says otherwise, and returns its job."""
+        """Lists a run as killed, which it is unless it says otherwise, says that it begins, and returns its job."""
         entry = {"folder": None, "arm": name, "seed": seed, "status": "killed", "counted": False,
                  "why": "killed while it ran"}
         self.entries[name, seed] = entry
         self.ledger["runs"].append(entry)
         save_ledger(self.folder, self.ledger)
+        print(f"round {seed + 1} of {self.args.n}: {name} begins", flush=True)
         plan = self.ledger["arms"][name]
         return Job(self.folder / plan["script"], [*plan["flags"], f"--seed={seed}"],
                    self.folder / ".running" / f"seed{seed}" / name, name, seed)

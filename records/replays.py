@@ -51,7 +51,7 @@ def replay(args, flags: list[str]) -> int:
 def finished_runs(jobs: Iterator[Job], script: Path, ranks: int) -> list[Run]:
     """The runs of the jobs, one after the other; raises UserError at the first that does not finish."""
     done = []
-    with contextlib.closing(launch(jobs, [{}], ranks)) as started:
+    with contextlib.closing(launch(announced(jobs), [{}], ranks)) as started:
         for job, outcome in started:
             if not outcome.folder or outcome.code:
                 raise UserError(f"{script.name} failed with exit code {outcome.code}: {outcome.last[:300]}; its whole "
@@ -59,6 +59,13 @@ def finished_runs(jobs: Iterator[Job], script: Path, ranks: int) -> list[Run]:
             done.append(read_run(outcome.folder))
             print(f"seed {job.seed}: loss {done[-1].loss:.6f} in {seconds_text(done[-1].seconds)} s", flush=True)
     return done
+
+
+def announced(jobs: Iterator[Job]) -> Iterator[Job]:
+    """The jobs; says of each that it begins."""
+    for job in jobs:
+        print(f"seed {job.seed} begins", flush=True)
+        yield job
 
 
 def shortened_arm(record: Record, num_iterations: int) -> str:

@@ -614,7 +614,11 @@ def test_a_change_that_does_not_act_is_named(toy, tool):
 
 def test_the_order_alternates_and_seeds_are_pairwise_the_same(toy, tool):
     toy("train_a.py")
-    tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=3", toy.state, "--out=here")
+    _, out, _ = tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=3", toy.state, "--out=here")
+    told = [line.split(": loss")[0] for line in out.splitlines() if line.startswith("round")]
+    assert told == ["round 1 of 3: A begins", "round 1/3, A", "round 1 of 3: B begins", "round 1/3, B",
+                    "round 2 of 3: B begins", "round 2/3, B", "round 2 of 3: A begins", "round 2/3, A",
+                    "round 3 of 3: A begins", "round 3/3, A", "round 3 of 3: B begins", "round 3/3, B"]
     ledger = json.loads(Path("here/runs.json").read_text())
     assert [(run["arm"], run["seed"]) for run in ledger["runs"]] == [
         ("A", 0), ("B", 0), ("B", 1), ("A", 1), ("A", 2), ("B", 2)]
@@ -765,7 +769,7 @@ while len(list(Path().glob("seen*"))) < 2:
 """ + path.read_text())
     code, out, errors = tool("compare", "train_a.py", "--arm=x: --lr=1.11", "--n=2", "--gpus=2", "--lr=1.00", toy.state,
                              "--out=here")
-    assert (code, errors) == (0, []) and out.count("round ") == 4
+    assert (code, errors) == (0, []) and out.count(": loss ") == 4
     assert {path.read_text() for path in Path().glob("seen*")} == {"4", "7"}
     assert "2 at a time, each on GPUs of its own" in Path("here/README.md").read_text()
     for flags, words in ((["--gpus=4"], "3 GPUs are visible"), (["--gpus=3", "--ranks=2"], "a multiple of --ranks")):
@@ -1575,6 +1579,8 @@ def test_replay_says_whether_the_loss_comes_out_and_what_differs(toy_track, tool
     tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
     code, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--n=2", "--seed=5")
     assert code == 0 and "device, ranks and data are those of the record" in out
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("seed")] == [
+        "seed 5 begins", "seed 5", "seed 6 begins", "seed 6"]
     assert out.count("lies in") == 4 and "for 95 % of further runs" in out
     edit(toy_track / "2026-12-01_Toy" / "train_toy_seed0" / "run.json", lambda info: info.update(
         device="gpu", versions={"python": "2"}))
