@@ -212,7 +212,9 @@ def open_comparison(folder: Path, plan: dict[str, Arm], args, digest: str) -> di
         if ledger.get("setup_sha256") != digest:
             raise UserError(f"--out={folder} holds another comparison; choose another folder")
         known = {run["seed"] for run in read_record(folder).ledger["runs"]}
-        print(f"{folder} goes on: {len(known)} of {args.n} rounds were begun", flush=True)
+        planned = ledger.get("rounds", args.n)
+        print(f"{folder} goes on: {len(known)} of {args.n} rounds were begun"
+              + f"; it was started with --n={planned}" * (planned != args.n), flush=True)
         return ledger | {"p": args.p}
     check_arms(plan)
     for name, arm in plan.items():       # what runs is a copy, so that editing goes on meanwhile
@@ -221,8 +223,8 @@ def open_comparison(folder: Path, plan: dict[str, Arm], args, digest: str) -> di
             (folder / name / file).write_bytes(content)
     arms = {name: {"script": f"{name}/{arm.script}", "flags": arm.flags} | ({"edits": arm.edits} if arm.edits else {})
             for name, arm in plan.items()}
-    ledger = {"format": 3, "kind": "comparison", "p": args.p, "looks": [], "setup_sha256": digest, "runs": [],
-              "arms": arms}
+    ledger = {"format": 3, "kind": "comparison", "p": args.p, "rounds": args.n, "looks": [], "setup_sha256": digest,
+              "runs": [], "arms": arms}
     save_ledger(folder, ledger)
     return ledger
 

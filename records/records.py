@@ -539,6 +539,10 @@ def make(args, flags: list[str]) -> int:
     if args.n < LEAST:
         raise UserError(f"--n={args.n}: a record needs at least {LEAST} runs")
     check_script(args.script)
+    planned = read_json(out / "runs.json").get("rounds", args.n) if (out / "runs.json").is_file() else args.n
+    if planned != args.n:
+        raise UserError(f"--n={args.n}, but {out} was started with --n={planned}; go on with --n={planned}, for the "
+                        "number of runs of a record is decided before the first one starts")
     if args.from_standing:
         flags = flags_from_standing(track, args.track, flags)
     given = dict(flag.partition("=")[::2] for flag in [*track["flags"], *flags])

@@ -670,7 +670,7 @@ def test_more_pairs_are_added_and_the_second_look_is_admitted(toy, tool):
     command = ["compare", "train_a.py", "--noise", toy.state]
     tool(*command, "--n=2")
     code, out, _ = tool(*command, "--n=3")
-    assert code == 0 and "2 of 3 rounds were begun" in out and out.count("round 3/3") == 2 and "round 1/" not in out
+    assert code == 0 and "2 of 3 rounds were begun; it was started with --n=2\n" in out and out.count("round 3/3") == 2 and "round 1/" not in out
     assert "read after 2, 3 pairs" in out
     assert Path("count").read_text().count("x") == 6
 
@@ -1316,6 +1316,19 @@ def test_one_command_runs_a_script_and_makes_its_record(timed, tool, toy):
         code, _, errors = tool("make", *argv, "--track=track_0_toy")
         assert (code, len(errors)) == (2, 1) and words in errors[0], errors
     assert Path("count").read_text() == count            # refused before any run
+
+
+def test_the_number_of_runs_of_a_record_stays_what_it_was(timed, tool):
+    timed()
+    command = ["make", "Next", "train_toy.py", "--track=track_0_toy", "--lr=0.7", "--refuse_at=4"]
+    assert tool(*command, "--n=4")[0] == 2               # its first run fails
+    count = Path("count").read_text()
+    for n in (3, 5):
+        code, out, errors = tool(*command, f"--n={n}")
+        assert (code, out, len(errors)) == (2, "", 1) and Path("count").read_text() == count
+        assert f"--n={n}, but {Path('logs/make_Next')} was started with --n=4; go on with --n=4" in errors[0]
+    code, out, errors = tool(*command, "--n=4")
+    assert (code, errors) == (0, []) and "1 of 4 rounds were begun\n" in out
 
 
 def test_a_record_of_a_timed_track_needs_runs_of_the_standing_one(timed, tool):
