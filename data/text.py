@@ -1646,7 +1646,9 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of the shuffle (default: %(default)s)")
     add("--shard_tokens", type=int, default=100_000_000, help="tokens in a shard, at most (default: %(default)s)")
     add("--processes", type=int, help="worker processes; does not change the result; default: all cores")
-    add("--force", action="store_true", help="build even if the result is there, or beside shards of another origin")
+    add("--force", action="store_true",
+        help="build even if the result is there, in place of shards of another tokenizer or text, or beside shards of "
+             "another origin")
     argv = sys.argv[1:] if argv is None else argv
     if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
         fail(f"{empty[0]} has no value")
@@ -1703,6 +1705,37 @@ def check_out_dir(out_dir, job, force):
     complete = same and (out_dir / "tokenizer.json").is_file() and all(
         (out_dir / name).is_file() and (out_dir / name).stat().st_size == size for name, size in sizes.items())
     return old if complete else None
+
+
+def check_replaced(out_dir, job, force):
+    """What to print about the files in `out_dir` that `job` replaces: one line, or "" if there is nothing to say.
+
+    Without `force` it fails on those of another tokenizer, of inputs that are not given now, or of another script: a
+    run may still need them.
+    """
+    try:
+        manifest = json.loads(_read_small(out_dir / "manifest.json", JSON_BYTES))
+        old, name, sha256 = manifest["made_by"], manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"]
+        ours = old["script"] == job["script"]
+        before = old["sources"]["inputs"] if ours else ()
+        lost = [str(given) for given in before if given not in job["sources"]["inputs"]]
+        text_changed = ours and any(old[side] != job[side] for side in ("sources", "validation_sources"))
+        flags = [f"--{flag}" for flag in sorted({*old["options"], *job["options"]} if ours else ())
+                 if old["options"].get(flag) != job["options"].get(flag)]
+    except FileNotFoundError:
+        with contextlib.suppress(OSError):
+            found = hashlib.sha256(_read_small(out_dir / "tokenizer.json", JSON_BYTES)).hexdigest()
+            if found != job["tokenizer_sha256"] and not force:
+                fail(f"--out={out_dir}: holds another tokenizer.json; choose another folder, or --force replaces it")
+        return ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"replaced the shards that were in {one_line(shown(out_dir))}/: its manifest.json was damaged"
+    what = [f"of the tokenizer {name}"] * (sha256 != job["tokenizer_sha256"])
+    what += [f"made of {', '.join(lost)}"] * bool(lost) + [f"made by {old['script']}"] * (not ours)
+    if what and not force:
+        fail(f"--out={out_dir}: holds shards {', '.join(what)}; choose another folder, or --force replaces them")
+    what = what or ["of other text"] * text_changed + [f"made with another {', '.join(flags)}"] * bool(flags)
+    return one_line(f"replaced the shards that were in {shown(out_dir)}/: {', '.join(what)}") if what else ""
 
 
 def summarize(manifest, out_dir, seconds):
@@ -1763,7 +1796,10 @@ def main():
     if manifest:
         print(f"{one_line(shown(out_dir))} already holds this result: nothing to do (--force builds it again)")
     else:
+        library_again = not args.inputs and out_dir.resolve() == HERE / "local"  # run.sh makes it, in seconds
+        replaced = check_replaced(out_dir, job.description, args.force or library_again)
         manifest = build(job, out_dir, args.processes, MIN_TOKENS)
+        print(f"{replaced}\n" * bool(replaced), end="")
         print(f"tokenizer: {one_line(tokenizer)} ({one_line(why)})")
         summarize(manifest, out_dir, time.perf_counter() - start)
     print("\n".join(next_step(out_dir, manifest)))

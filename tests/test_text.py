@@ -816,6 +816,56 @@ def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path)
         "train_000000.bin", "val_000000.bin", "tokenizer.json", "manifest.json"}  # older shards are gone
 
 
+def test_shards_of_another_tokenizer_or_text_are_not_replaced_without_a_word(tmp_path, refuses):
+    write_files(tmp_path / "in", 20, size=300)
+    write_files(tmp_path / "other", 20, size=300, seed=2)
+    (tmp_path / "tok.json").write_text(json.dumps(small_bpe()))
+    out = f"--out={tmp_path}/out"
+    assert run_here(tmp_path / "in", out, f"--tokenizer={tmp_path}/tok.json").returncode == 0
+    refuses([tmp_path / "in", out, "--tokenizer=bytes"], ["holds shards of the tokenizer small;", "--force replaces"])
+    refuses([tmp_path / "other", out, f"--tokenizer={tmp_path}/tok.json"], ["holds shards made of in;", "--force"])
+    done = run_here(tmp_path / "in", out, "--tokenizer=bytes", "--force")
+    assert done.returncode == 0 and f"out/: of the tokenizer small\n" in done.stdout
+    (tmp_path / "in" / "new.md").write_text("news")      # one's own text that grows needs no flag
+    done = run_here(tmp_path / "in", out, "--tokenizer=bytes", "--seed=3")
+    assert done.returncode == 0 and "out/: of other text, made with another --seed\n" in done.stdout
+    assert "replaced" not in run_here(tmp_path / "in", out, "--tokenizer=bytes", "--seed=3", "--force").stdout
+    done = run_here(tmp_path / "in", tmp_path / "other", out, "--tokenizer=bytes", f"--val={tmp_path}/other/d0")
+    assert done.returncode == 0 and "out/: of other text, made with another --seed" in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"made_by": {"script": "chat.py"}}))
+    refuses([tmp_path / "in", out, "--tokenizer=bytes"], ["holds shards made by chat.py;"])
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"made_by": {"script": "text.py"}}))
+    done = run_here(tmp_path / "in", out, "--tokenizer=bytes")
+    assert done.returncode == 0 and "out/: its manifest.json was damaged\n" in done.stdout
+
+
+def test_a_vocabulary_is_not_replaced_by_that_of_shards(tmp_path, refuses):
+    write_files(tmp_path / "in", 20, size=300)
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(small_bpe()))
+    out = f"--out={tmp_path}/tok"
+    refuses([tmp_path / "in", out, "--tokenizer=bytes"], ["holds another tokenizer.json", "--force"])
+    assert run_here(tmp_path / "in", out, f"--tokenizer={tmp_path}/tok").returncode == 0
+
+
+def test_the_library_replaces_what_was_in_its_folder_and_says_so(tmp_path, monkeypatch, capsys):
+    """So that run.sh never stops because data/text.py ran with other flags before."""
+    write_files(tmp_path / "python3", 20, size=300)
+    monkeypatch.setattr(text, "HERE", tmp_path)
+    monkeypatch.setattr(text.sysconfig, "get_path", lambda _: str(tmp_path / "python3"))
+    monkeypatch.setattr(sys, "argv", ["text.py", "--tokenizer=bytes"])
+    (tmp_path / "tok.json").write_text(json.dumps(small_bpe()))
+    build(tmp_path / "python3", tmp_path / "local", tokenizer=tmp_path / "tok.json")
+    text.main()
+    assert "local/: of the tokenizer small\n" in capsys.readouterr().out
+    own = ["--tokenizer=bytes", f"--out={tmp_path}/local", f"{tmp_path}/python3/d0"]
+    monkeypatch.setattr(sys, "argv", ["text.py", *own])
+    with pytest.raises(SystemExit):
+        text.main()
+    assert "holds shards made of python3;" in capsys.readouterr().err
+
+
 def test_without_input_the_python_library_is_read(tmp_path):
     """On a stand-in for the library; the real one takes seconds and is what run.sh starts with."""
     library = tmp_path / "python3"
