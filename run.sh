@@ -133,7 +133,7 @@ prepare_fineweb() { # fails if the hub cannot be reached
 prepare_local() {
   local start=$SECONDS
   # Documents are cut into pieces of the length that the tiny preset reads of a document.
-  run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local
+  run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local --brief
   say data "data/local has text of this machine ($(took "$start")); your own: .venv/bin/python data/text.py --help"
 }
 

@@ -1649,6 +1649,7 @@ def parse_args(argv=None):
     add("--force", action="store_true",
         help="build even if the result is there, in place of shards of another tokenizer or text, or beside shards of "
              "another origin")
+    add("--brief", action="store_true", help="print one line; manifest.json holds the other counts")
     argv = sys.argv[1:] if argv is None else argv
     if empty := [arg for arg in argv if re.fullmatch("--.*=--", arg, re.S)]:  # argparse may read it as a list
         fail(f"{empty[0]} has no value")
@@ -1738,10 +1739,14 @@ def check_replaced(out_dir, job, force):
     return one_line(f"replaced the shards that were in {shown(out_dir)}/: {', '.join(what)}") if what else ""
 
 
-def summarize(manifest, out_dir, seconds):
-    """Prints what was read and what was left out, what was made of it, and how fast."""
+def summarize(manifest, out_dir, seconds, brief):
+    """Prints what was read and what was left out, what was made of it, and how fast; brief: one line."""
     counts, files = manifest["made_by"]["counts"], manifest["files"]
     tokens = {split: sum(e["tokens"] for n, e in files.items() if n.startswith(split)) for split in ("train", "val")}
+    if brief:
+        print(f"{_count(counts['documents'], 'document')}: {tokens['train']:,} training tokens and {tokens['val']:,} "
+              f"validation tokens; {one_line(shown(out_dir / 'manifest.json'))} says what was left out")
+        return
     pieces = sum(e["documents"] for e in files.values())
     held_out = sum(e["documents"] for n, e in files.items() if n.startswith("val"))
     found = counts["files"]
@@ -1794,15 +1799,19 @@ def main():
     job = prepare(inputs, out_dir=out_dir, tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
     manifest = check_out_dir(out_dir, job.description, args.force)
     if manifest:
-        print(f"{one_line(shown(out_dir))} already holds this result: nothing to do (--force builds it again)")
+        remedy = "" if args.brief else " (--force builds it again)"
+        print(f"{one_line(shown(out_dir))} already holds this result: nothing to do{remedy}")
     else:
         library_again = not args.inputs and out_dir.resolve() == HERE / "local"  # run.sh makes it, in seconds
         replaced = check_replaced(out_dir, job.description, args.force or library_again)
         manifest = build(job, out_dir, args.processes, MIN_TOKENS)
         print(f"{replaced}\n" * bool(replaced), end="")
-        print(f"tokenizer: {one_line(tokenizer)} ({one_line(why)})")
-        summarize(manifest, out_dir, time.perf_counter() - start)
-    print("\n".join(next_step(out_dir, manifest)))
+        if not args.brief:
+            print(f"tokenizer: {one_line(tokenizer)} ({one_line(why)})")
+        summarize(manifest, out_dir, time.perf_counter() - start, args.brief)
+    lines = next_step(out_dir, manifest)
+    if not args.brief or not lines[-1].startswith("next: "):
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

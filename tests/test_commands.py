@@ -34,7 +34,7 @@ INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
 DATA_CHAT = "data/chat.py identity:1800 spelling:4500 spellingbee:3000 --turns=4 --tokenizer=bytes --out=data/chat"
 TEACH = "chat_sft.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aaaaaa/checkpoint --data=data/chat --lr=0.8"
 CHAT = "chat.py --checkpoint=logs/2026-01-09_10-00-00_chat_sft_aa/checkpoint"
-DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local"
+DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local --brief"
 
 # One stand-in for every command: it looks at its own name and at its arguments.
 STAND_IN = r"""#!@BASH@

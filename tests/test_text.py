@@ -272,7 +272,8 @@ def test_every_file_left_out_is_counted_by_reason(tmp_path):
     manifest = build([folder, folder / "a.txt"], tmp_path / "out", exclude="drafts/")
     assert left_out(manifest) == {
         "hidden file": 1, "file in a folder named .git": 2, "file in a folder named node_modules": 1,
-        "file of another kind .csv": 2, "file of another kind .jpg": 1, "file of another kind (no usual ending)": 2, "pipe, socket or device": 1,
+        "file of another kind .csv": 2, "file of another kind .jpg": 1, "file of another kind (no usual ending)": 2,
+        "pipe, socket or device": 1,
         "JSON file that is not one object a line; convert it to .jsonl": 1, "file that --exclude leaves out": 1,
         "file that is there twice, as a link or named again": 1}
     assert sorted(decode(tmp_path / "out", "train")) == ["one", "some text", "two"]
@@ -814,6 +815,19 @@ def test_command_says_what_to_type_next_and_then_that_nothing_is_to_do(tmp_path)
     assert "nothing to do" not in last.stdout and "21 documents" in last.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "train_000000.bin", "val_000000.bin", "tokenizer.json", "manifest.json"}  # older shards are gone
+
+
+def test_brief_prints_one_line_and_the_manifest_has_the_counts(tmp_path):
+    write_files(tmp_path / "in", 20, size=300)
+    (tmp_path / "in" / "a.gif").write_text("x")
+    flags = (tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes", "--brief")
+    first, again = run_here(*flags), run_here(*flags)
+    assert re.fullmatch(r"20 documents: [\d,]+ training tokens and [\d,]+ validation tokens; \S+/manifest.json says "
+                        r"what was left out\n", first.stdout), first
+    assert left_out(json.loads((tmp_path / "out" / "manifest.json").read_text())) == {"file of another kind .gif": 1}
+    assert re.fullmatch(r"\S+ already holds this result: nothing to do\n", again.stdout), again
+    missing = run_here(tmp_path / "in", f"--out={tmp_path}/out", "--tokenizer=bytes", "--brief", "--val_fraction=0")
+    assert missing.stdout.splitlines()[-1].startswith("no next command: there is no validation text")
 
 
 def test_shards_of_another_tokenizer_or_text_are_not_replaced_without_a_word(tmp_path, refuses):
