@@ -113,7 +113,7 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def replay_report(runs: list[Run], done: list[Run]) -> list[str]:
-    """Lines on the machine, and whether loss and time lie where the record's runs predict one further run."""
+    """Lines on the machine, and on whether loss and time lie where the record's runs predict one; then a verdict."""
     here, there = done[0].info, runs[0].info
     data = [base_names(info["data"]) for info in (there, here)]
     values = [("device", there["device"], here["device"]), ("ranks", there["world_size"], here["world_size"])]
@@ -121,18 +121,38 @@ def replay_report(runs: list[Run], done: list[Run]) -> list[str]:
     lines = [f"differs: {name}: {was} there, {now} here" for name, was, now in values if was != now]
     lines = lines or ["device, ranks and data are those of the record"]
     if len(runs) < 2:
-        return lines + ["the record has one run, so it predicts no interval for another one"]
+        return lines + ["the record has one run, so it predicts no interval for another one, and this replay has no "
+                        "verdict"]
+    places = {}
     for what, get, unit, step in (("loss", lambda run: run.loss, "", LOSS_STEP),
                                   ("training time", lambda run: run.seconds, " s", TIME_STEP)):
         low, high = interval([get(run) for run in runs], 0.95, new=True, floor=step / math.sqrt(12))
         mean = describe(get(run) for run in runs)[1]
+        places[what] = []
         for run in done:
             value = get(run)
             place = "lies in" if low <= value <= high else "is below" if value < low else "is above"
+            places[what].append(place)
             lines.append(f"{what} {value:.4f}{unit} {place} {low:.4f} to {high:.4f}{unit}, the interval that the "
                          f"record's {len(runs)} runs predict for 95 % of further runs (their mean: {mean:.4f}, this "
                          f"run: {100 * (value / mean - 1):+.2f} %)")
-    return lines
+    return lines + [replay_verdict(places["loss"], places["training time"])]
+
+
+def replay_verdict(losses: list[str], times: list[str]) -> str:
+    """A sentence: does the record hold as to loss, and what do the times say? Each list has the place of each run."""
+    outside = [place for place in losses if place != "lies in"]
+    if not outside:
+        verdict = "the record is replicated as to loss"
+    else:
+        side = " and ".join(sorted({place.removeprefix("is ") for place in outside}))
+        verdict = (f"the record is not replicated as to loss, which is {side} the interval in {len(outside)} of "
+                   f"{len(losses)} runs, as by chance in one of 20")
+    if "is above" in times:
+        return f"{verdict}; a longer training time counts only on a machine like the record's that does nothing else"
+    if "is below" in times:
+        return f"{verdict}; a shorter training time, as on another machine, does not speak against the record"
+    return f"{verdict}; the training time is as predicted"
 
 
 if __name__ == "__main__":

@@ -1599,10 +1599,24 @@ def test_replay_says_whether_the_loss_comes_out_and_what_differs(toy_track, tool
         device="gpu", versions={"python": "2"}))
     _, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--lr=3")
     assert "differs: device: gpu there, cpu here" in out and "differs: python 2 there, 3." in out
-    assert "is above" in out
+    assert "is above" in out and "not replicated as to loss, which is above the interval in 1 of 1 runs" in out
     Path("val_000000.bin").write_text("not that file")
     code, _, errors = tool("replay", toy_track / "2026-12-01_Toy", "--val_files=val_*.bin")
     assert code == 2 and "losses on different texts cannot be compared" in errors[0]
+
+
+@pytest.mark.parametrize("slow, words", [
+    (0.7, "the record is replicated as to loss; a shorter training time, as on another machine, does not speak"),
+    (1.4, "the record is replicated as to loss; a longer training time counts only on a machine like the record's"),
+    (1.0, "the record is replicated as to loss; the training time is as predicted")])
+def test_replay_ends_with_a_verdict(slow, words, toy_track, tool):
+    """The logs of the record say that its machine was as much slower or faster."""
+    for path in sorted(Path("logs").glob("*/run.json"))[:3]:
+        edit(path, lambda info: info.update(train_time_ms=round(info["train_time_ms"] / slow)))
+    tool("new", "Toy", "--track=track_1_small", "--date=2026-12-01", *sorted(Path("logs").iterdir())[:3])
+    code, out, _ = tool("replay", toy_track / "2026-12-01_Toy", "--n=2")
+    verdict, place = out.splitlines()[-2:]
+    assert code == 0 and verdict.startswith(words) and place.startswith("logs are in")
 
 
 def test_a_shortened_replay_takes_the_shortened_reference(toy_track, tool):
