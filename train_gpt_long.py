@@ -303,8 +303,8 @@ class Stream:                           # where the documents of a stream begin,
             near, far = slice(low, low + 512), slice(max(0, low - window) if phase is None else 0, low + 512)
             seen = index[far] >= first[near, None]
             if phase is not None:
-                place = index[far] - self.doc_start[near, None]
-                seen = seen | (place >= 0) & ((place // BLOCK - phase - head) % period == 0)
+                chosen = (self.position[far] // BLOCK - phase - head) % period == 0     # (H, 1, keys), cheap
+                seen = seen | (index[far] >= self.doc_start[near, None]) & chosen
             seen = seen & (index[far] <= index[near, None])
             parts.append(F.scaled_dot_product_attention(q[:, :, near], k[:, :, far], v[:, :, far], attn_mask=seen))
         return torch.cat(parts, 2)[0].transpose(0, 1)
