@@ -548,7 +548,8 @@ def make(args, flags: list[str]) -> int:
     given = dict(flag.partition("=")[::2] for flag in [*track["flags"], *flags])
     for name in ("--train_files", "--val_files"):
         if name in given and not matching_files(given[name]):
-            raise UserError(f"{name}={given[name]} matches no file; make the text of this track: {track['commands'][0]}")
+            raise UserError(f"{name}={given[name]} matches no file; make the text of this track: "
+                            f"{track['commands'][0]}")
     if "seconds" in track and standing_record(track_folder(args.track)):
         compared = ["compare", str(args.script), f"--track={args.track}", f"--n={args.n}", f"--out={out}",
                     f"--ranks={track['ranks']}"]
@@ -612,7 +613,8 @@ Arms with a name, one on the command line or one a line in a file (# begins a co
   --arm="both: --lr=1.2 | F.relu(x) => F.gelu(x) | a = 1 => a = 2"
   --arm="mine: my_idea.py | --lr=1.2"          another script
 
-In an edit \\n is a new line, \\| a bar and \\\\ a backslash. All other flags of the command line go to every arm.
+In an edit \\n is a new line, \\| a bar and \\\\ a backslash. All other flags of the command line go to every arm. Before
+the first run, each script is loaded and asked for its flags. A script without parse_config is not asked.
 
 The output folder receives the logs, README.md, table.md, table.json, and what failed runs printed. The same command
 goes on where it was stopped, and adds rounds if --n is larger. An arm that fails is left out of later rounds.""")
@@ -712,7 +714,8 @@ flags of the command line go to the script. Then a record folder is made, as `ne
     add("name", metavar="NAME", help="as in MyIdea; the folder is DATE_NAME")
     add("script", metavar="SCRIPT", type=user_path, help="a training script")
     add("--track", required=True, help="as in track_0_cpu")
-    add("--n", type=int, default=6, help="number of runs, or of pairs (default: %(default)s)")
+    add("--n", type=int, default=6, help="number of runs, or of pairs; it stays when the command goes on (default: "
+        "%(default)s)")
     add("--from_standing", action="store_true", help="also give the script the flags of the standing record; a flag of "
         "the command line replaces the one of the same name")
     add("--out", type=user_path, metavar="FOLDER", help="where the runs go (default: logs/make_NAME)")
