@@ -298,12 +298,12 @@ class Stream:                           # where the documents of a stream begin,
                 self.masks[window, phase] = (flex_mask(first) if phase is None else
                                              far_mask(first, self.doc_start, phase, period, q.size(1)))
             return flex_attention(q, k, v, block_mask=self.masks[window, phase])[0].transpose(0, 1)
-        parts, head = [], torch.arange(q.size(1), device=index.device)[:, None, None]
+        parts, head = [], torch.arange(q.size(1), device=index.device)[None, :, None, None]
         for low in range(0, len(index), 512):   # 512 queries at a time, with the keys that they reach
             near, far = slice(low, low + 512), slice(max(0, low - window) if phase is None else 0, low + 512)
             seen = index[far] >= first[near, None]
             if phase is not None:
-                chosen = (self.position[far] // BLOCK - phase - head) % period == 0     # (H, 1, keys), cheap
+                chosen = (self.position[far] // BLOCK - phase - head) % period == 0     # (1, H, 1, keys)
                 seen = seen | (index[far] >= self.doc_start[near, None]) & chosen
             seen = seen & (index[far] <= index[near, None])
             parts.append(F.scaled_dot_product_attention(q[:, :, near], k[:, :, far], v[:, :, far], attn_mask=seen))
