@@ -66,6 +66,7 @@ KEYWORDS = {"shell": False, "allow_pickle": False, "weights_only": True, "trust_
 ALLOWED = {
     ("sample.py", "exec_module"): "the training script beside sample.py, or the one that --script names",
     ("data/code.py", "exec_module"): "the standard library's module of the same name, see its top",
+    ("records/flags.py", "exec_module"): "the training script that the user compares, which runs right afterwards",
     ("data/text.py", "importlib.import_module"): "_optional: zstandard, pyarrow, by constant names",
     ("dev/cap_memory.py", "runpy.run_path"): "the script that the command line names",
     ("contained.py", "compile"): "a model's program, only with --allow_code, in a process that can do no harm",
