@@ -12,8 +12,8 @@ Train a small GPT on this machine and read its text.
 usage: ./run.sh [options]
 
 Makes a virtual environment in .venv, prepares data, trains, and prints a sample. Steps that are done already
-are skipped, and a training that was stopped goes on. Without a GPU it trains the preset "tiny" on text of this
-machine, which takes a few minutes. With GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "single"
+are skipped, and a training that was stopped goes on. Without a GPU it trains the preset "tiny" on Python's standard
+library, which takes a few minutes. With GPUs it downloads FineWeb shards (about 2 GB) and trains the preset "single"
 on one GPU, or "speedrun" on several.
 
 options:
@@ -134,7 +134,7 @@ prepare_local() {
   local start=$SECONDS
   # Documents are cut into pieces of the length that the tiny preset reads of a document.
   run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local --brief
-  say data "data/local has text of this machine ($(took "$start")); your own: .venv/bin/python data/text.py --help"
+  say data "data/local has the text of Python's standard library ($(took "$start")); your own: .venv/bin/python data/text.py --help"
 }
 
 newest_checkpoint() { # newest_checkpoint SCRIPT: of its runs; their folders begin with date and time, so the last one
@@ -256,7 +256,7 @@ main() {
       train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
     fi
   else
-    ((!gpus)) || say data "no long run without FineWeb: training the tiny preset on one GPU, on text of this machine"
+    ((!gpus)) || say data "no long run without FineWeb: training the tiny preset on one GPU, on Python's standard library"
     prepare_local
     train tiny .venv/bin/python train_gpt.py --preset=tiny \
       --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin' ${device:+"--device=$device"}
