@@ -134,7 +134,7 @@ prepare_local() {
   local start=$SECONDS
   # Documents are cut into pieces of the length that the tiny preset reads of a document.
   run data .venv/bin/python data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local --brief
-  say data "data/local has the text of Python's standard library ($(took "$start")); your own: .venv/bin/python data/text.py --help"
+  say data "data/local is Python's standard library ($(took "$start")); your own text: data/text.py --help"
 }
 
 newest_checkpoint() { # newest_checkpoint SCRIPT: of its runs; their folders begin with date and time, so the last one
