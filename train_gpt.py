@@ -200,12 +200,12 @@ class Hyperparameters:
     vocab_multiple: int = 128            # matrix units like multiples of 128
     bos_id: int = -1                     # begin-of-document id; -1: from the shards
     attn_scale: float = 0.1              # softmax scale in the first stage; grows with the windows
-    rope_base: float = 1024.0            # longest rotary period, in tokens per radian
+    rope_base: float = 1024.0            # rotary angles: the slowest turn by one radian in so many tokens
     earlier_windows: tuple[int, ...] = ()           # long windows of the run before this one; set by --init_from
     # optimizer
     lr: float = 1.0                      # factor on every learning rate of PARAMETERS
     momentum: tuple[float, ...] = (0.85, 0.95)      # Muon momentum: low, high
-    momentum_warmup: int = 300           # steps from low to high; steps, for short runs want a short memory
+    momentum_warmup: int = 300           # steps from low to high, in steps because a short run wants a short memory
     momentum_cooldown: float = 0.039     # back to low over this last fraction of num_iterations
     # machine
     device: str = "auto"                 # cuda, cpu or mps; auto: cuda if there is one, else cpu
@@ -337,10 +337,10 @@ def fill_pack(pieces: list, length: int, bos_id: int, vocab_size: int) -> tuple[
         targets[filled + len(after):filled + size] = bos_id         # the shard ends with this document
         filled += size
     inputs[filled::DOC_TOKENS] = bos_id
-    highest = max(inputs.max(), targets.max())
-    if highest >= vocab_size:
-        raise RankError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {highest}, outside the vocabulary of "
-                        f"{vocab_size}; make the shard again")
+    if (highest := max(inputs.max(), targets.max())) >= vocab_size:
+        ids = max(pieces, key=lambda piece: piece[0][piece[1]:sum(piece[1:]) + 1].max())[0]
+        file = getattr(ids, "filename", "a shard")
+        raise RankError(f"{file} holds id {highest}, but the last one is {vocab_size - 1}; make the shard again")
     return inputs, targets
 
 def next_pack(docs, pack_tokens: int, max_doc_tokens: int, position: LoaderPosition) -> tuple[list, LoaderPosition]:
@@ -969,7 +969,7 @@ def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2, apply):
 
     grad (N, rows, cols) any dtype; master, momentum fp32 of the same shape; second (N, rows, 1) or (N, 1, cols); lr
     (N, 1, 1) spectral norm per step; decay, mu, beta2 scalars; apply a bool tensor: whether master changes. Decay acts
-    only where the update shrinks the weight (cautious, arXiv 2411.16085).
+    only where the update shrinks the weight (cautious, arXiv 2510.12402).
     """
     g = grad.float()
     momentum.lerp_(g, 1 - mu)

@@ -332,10 +332,10 @@ def fill_pack(pieces: list, length: int, bos_id: int, vocab_size: int) -> tuple[
         targets[filled + len(after):filled + size] = bos_id         # the shard ends with this document
         filled += size
     inputs[filled::DOC_TOKENS] = bos_id
-    highest = max(inputs.max(), targets.max())
-    if highest >= vocab_size:
-        raise RankError(f"{getattr(pieces[0][0], 'filename', 'a shard')} holds id {highest}, outside the vocabulary of "
-                        f"{vocab_size}; make the shard again")
+    if (highest := max(inputs.max(), targets.max())) >= vocab_size:
+        ids = max(pieces, key=lambda piece: piece[0][piece[1]:sum(piece[1:]) + 1].max())[0]
+        file = getattr(ids, "filename", "a shard")
+        raise RankError(f"{file} holds id {highest}, but the last one is {vocab_size - 1}; make the shard again")
     return inputs, targets
 
 def next_pack(docs, pack_tokens: int, max_doc_tokens: int, position: LoaderPosition) -> tuple[list, LoaderPosition]:
@@ -964,7 +964,7 @@ def normuon_update(grad, master, momentum, second, lr, decay, mu, beta2, apply):
 
     grad (N, rows, cols) any dtype; master, momentum fp32 of the same shape; second (N, rows, 1) or (N, 1, cols); lr
     (N, 1, 1) spectral norm per step; decay, mu, beta2 scalars; apply a bool tensor: whether master changes. Decay acts
-    only where the update shrinks the weight (cautious, arXiv 2411.16085).
+    only where the update shrinks the weight (cautious, arXiv 2510.12402).
     """
     g = grad.float()
     momentum.lerp_(g, 1 - mu)

@@ -7,8 +7,8 @@
 
 In the layers of --expert_layers a router chooses top_k of num_experts MLPs for each token, never from later ones. A
 bias on its choice keeps experts equally busy (arXiv 2408.15664). docs/moe.md says what this gains and costs.
-Axes in names: T tokens, C channels or columns, H heads, D channels of a head, V vocabulary, B cache rows, N matrices,
-E experts, R = T * top_k choices in the order of tokens.
+Axes: T tokens, C channels or columns, R rows, H heads, D channels of a head, V vocabulary, B cache rows, N matrices,
+E experts; of experts, R is T * top_k choices in the order of tokens.
 """
 import glob, hashlib, inspect, json, math, os, shlex, signal, sys, time
 from dataclasses import asdict, dataclass, fields, replace
@@ -63,12 +63,12 @@ class Hyperparameters:                  # ranges in comments are usual values; L
     ratio: float = 10.5                 # training tokens per weight, used when num_iterations is 0; 8 to 20
     width_rule: Literal["nanochat", "mup", "none"] = "nanochat"     # how rates follow from sizes, see rate_factors
     optimizer: Literal["muon", "adamw", "prodigy"] = "muon"         # of matrices; the rest has AdamW, or Prodigy
-    muon_lr: float = 0.02               # of matrices under Muon: spectral norm of a step; 0.005 to 0.05
+    muon_lr: float = 0.02               # of matrices under Muon: size of a step, see muon_update; 0.005 to 0.05
     adamw_lr: float = 0.002             # of matrices under AdamW; 0.0003 to 0.005
     embed_lr: float = 0.3               # of the embedding; 0.05 to 0.5
     head_lr: float = 0.008              # of the head; 0.002 to 0.02
     weight_decay: float = 0.2           # of matrices, per unit of the learning rate; 0: off
-    decay_rule: Literal["rate", "independent"] = "rate"     # independent: the width rule does not change the decay
+    decay_rule: Literal["rate", "independent"] = "rate"     # independent: what scales the rate leaves the decay
     schedule: Literal["wsd", "cosine", "linear", "seesaw"] = "wsd"  # seesaw (arXiv 2510.14717) also grows the batch
     cooldown: float = 0.6               # last fraction of the run in which wsd falls, 0.2 to 1
     lr_floor: float = 0.05              # fraction of the rate that is left at the end; 0: none
@@ -204,7 +204,8 @@ def streams(docs, length: int, bos_id: int, whole: bool):
 
 def training_documents(cfg: Hyperparameters, shards: list[Shard]):  # in file order, then in a new order each epoch
     for epoch, (number, shard) in product(range(cfg.epochs), enumerate(shards)):
-        docs = documents(np.append(shard.read(), shard.bos_id), shard.bos_id)
+        ids = shard.read()
+        docs = documents(np.append(ids, ids.dtype.type(shard.bos_id)), shard.bos_id)    # of the same width
         order = np.random.default_rng((cfg.seed, epoch, number)).permutation(len(docs))
         yield from (docs[i] for i in order) if epoch else docs
 
@@ -589,10 +590,11 @@ def orthogonalize(g_NRC: Tensor) -> Tensor:  # N matrices with all singular valu
     return x.float()
 
 def muon_update(params: list, grads: list, momentum_NRC: Tensor, lr: Tensor, mu: Tensor, decay: Tensor):
-    """Muon (Jordan 2024) with cautious decay (arXiv 2411.16085), in place, for parameters of one shape (..., R, C)."""
+    """Muon (Jordan 2024) with cautious decay (arXiv 2510.12402), in place, for parameters of one shape (..., R, C)."""
     w, grad = (torch.cat([x.view(-1, *x.shape[-2:]) for x in group]) for group in (params, grads))
     momentum_NRC += (1 - mu) * (grad - momentum_NRC)
-    update = orthogonalize(grad + mu * (momentum_NRC - grad)) * max(1, w.size(1) / w.size(2)) ** 0.5
+    update = orthogonalize(grad + mu * (momentum_NRC - grad))       # Nesterov: a look ahead along the momentum
+    update = update * max(1, w.size(1) / w.size(2)) ** 0.5          # tall matrices take larger steps
     w = w - lr * (update + decay * w * (update * w > 0))
     for param, new in zip(params, w.split([math.prod(param.shape[:-2]) for param in params])):
         param.copy_(new.view_as(param))
@@ -957,8 +959,8 @@ def train(cfg: Hyperparameters, argv: list[str]) -> int:
     validate(forward, cfg, val_streams, machine) if resumed else log_validation()   # after resuming only to compile it
     run.info["compile_seconds"] = (time.perf_counter() - began) * cfg.compile
     graphs, interrupted = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
-    for name in (signal.SIGINT, signal.SIGTERM):                    # save what there is
-        signal.signal(name, lambda *_: interrupted.append(True))
+    for name in (signal.SIGINT, signal.SIGTERM):                    # save what there is; a second signal kills
+        signal.signal(name, lambda number, _: interrupted.append(signal.signal(number, signal.SIG_DFL)))
     unread, began = [], time.perf_counter()
     for step, batch in islice(enumerate(batches(cfg, shards[0], machine), 1), run.info["step"], None):
         unread.append(training_step(forward, optimizers, batch, step - 1, cfg, machine, bool(interrupted)))

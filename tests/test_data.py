@@ -146,8 +146,10 @@ def test_an_id_outside_the_vocabulary_is_refused(run_main, tmp_path, name, posit
 
 def test_ids_too_large_for_a_signed_number_are_refused(script, tmp_path):
     shard = train_gpt.read_header(write_shard(tmp_path / "a.bin", [BOS, 5, 2**31 + 5, 7], w5=4))
-    with pytest.raises(script.UserError, match="outside the vocabulary"):
-        script.fill_pack([(shard.read(), 0, 4)], 8, BOS, VOCAB)
+    sound = train_gpt.read_header(write_shard(tmp_path / "sound.bin", [BOS, 5, 6, 7], w5=4))
+    for pieces in ([(shard.read(), 0, 4)], [(sound.read(), 0, 4), (shard.read(), 0, 4)]):
+        with pytest.raises(script.UserError, match=rf"{tmp_path / 'a.bin'} holds id {2**31 + 5}, but the last one is"):
+            script.fill_pack(pieces, 8, BOS, VOCAB)
 
 
 def test_too_few_tokens_for_the_schedule_are_noticed_at_the_start(refused, tmp_path):

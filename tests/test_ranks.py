@@ -187,7 +187,7 @@ def test_what_one_rank_finds_wrong_is_said_once(start_ranks, tmp_path):
     processes = start_ranks(2, main_of, small_flags(folder, out_dir=tmp_path / "logs"))
     processes[1].join(30)
     said = "".join(process.output.read_text() for process in processes)
-    assert said.count("outside the vocabulary") == 1 and processes[1].exitcode == 2
+    assert said.count("but the last one is") == 1 and processes[1].exitcode == 2
 
 
 def test_what_all_ranks_find_wrong_is_said_once(start_ranks, data, tmp_path):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -481,6 +482,29 @@ def test_ctrl_c_saves_what_there_is(data, tmp_path, start_ranks):
     info = json.loads((only_folder(logs) / "run.json").read_text())
     model, _, meta = sample.load_checkpoint(sample.find_checkpoint(logs), "cpu")
     assert info["status"] == "interrupted" and meta["step"] == info["step"] >= 3 and meta["val_loss"] is None
+
+
+def run_stuck(argv):
+    """The same with a step that does not end; the file `stuck` says that it has begun."""
+    def step(*_):
+        Path(argv[0].partition("=")[2], "stuck").touch()
+        while True:
+            time.sleep(0.05)
+    simple.training_step = step
+    return run_simple(argv)
+
+
+def test_a_second_signal_ends_a_step_that_takes_too_long(data, tmp_path, start_ranks):
+    process, = start_ranks(1, run_stuck, [f"--out_dir={tmp_path}", *flags(data, num_iterations=3)])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "stuck").exists():
+        assert process.is_alive() and time.monotonic() < deadline, process.output.read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.3)
+    assert process.is_alive()            # it would save after this step
+    os.kill(process.pid, signal.SIGTERM)
+    assert join([process]) == [-signal.SIGTERM]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(data, run_main, tmp_path, monkeypatch):
