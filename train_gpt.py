@@ -200,7 +200,7 @@ class Hyperparameters:
     vocab_multiple: int = 128            # matrix units like multiples of 128
     bos_id: int = -1                     # begin-of-document id; -1: from the shards
     attn_scale: float = 0.1              # softmax scale in the first stage; grows with the windows
-    rope_base: float = 1024.0            # rotary angles: the slowest turn by one radian in so many tokens
+    rope_base: float = 1024.0            # tokens in which the slowest rotary pair turns by one radian
     earlier_windows: tuple[int, ...] = ()           # long windows of the run before this one; set by --init_from
     # optimizer
     lr: float = 1.0                      # factor on every learning rate of PARAMETERS
