@@ -143,28 +143,28 @@ newest_checkpoint() { # newest_checkpoint SCRIPT: of its runs; their folders beg
   echo "$newest"
 }
 
-run_after() { # run_after FILE: the first run of train_gpt.py after the time in FILE, if it has a checkpoint
+run_after() { # run_after FILE SCRIPT: the first run of the script after the time in FILE, if it has a checkpoint
   local folder time
   time=$(cat "$1" 2>/dev/null) || return 0
-  for folder in logs/*_train_gpt_??????; do # their names begin with date and time, too
+  for folder in logs/*_"$2"_??????; do # their names begin with date and time, too
     [[ $folder > $time ]] || continue
     [[ ! -d $folder/checkpoint ]] || echo "$folder"
     return
   done
 }
 
-resume() { # resume FOLDER COMMAND...: goes on with a run; returns 1 if train_gpt.py refuses that before it begins
-  local folder=$1 code=0
-  shift
+resume() { # resume PHASE FOLDER COMMAND...: goes on with a run; returns 1 if the script refuses that before it begins
+  local phase=$1 folder=$2 code=0
+  shift 2
   touch "$started"
-  say train "going on with $folder, which was stopped; ./run.sh --retrain begins a new run"
+  say "$phase" "going on with $folder, which was stopped; ./run.sh --retrain begins a new run"
   "$@" "--resume=$folder" || code=$?
   ((code != 0)) || return 0
   # torchrun turns the 2 of a refused run into a 1. A run that began has written to its run.json.
   if ((code > 2)) || [[ $folder/run.json -nt $started ]]; then
-    fail "train failed with exit code $code: $* --resume=$folder" "$code"
+    fail "$phase failed with exit code $code: $* --resume=$folder" "$code"
   fi
-  say train "$folder cannot go on, the line above says why; training from the beginning"
+  say "$phase" "$folder cannot go on, the line above says why; training from the beginning"
   return 1
 }
 
@@ -172,18 +172,18 @@ train() { # train PRESET COMMAND...: trains, or goes on with a stopped run, unle
   local preset=$1 start=$SECONDS finished=logs/finished_$1 started=logs/started_$1 stopped=""
   shift
   checkpoint=$(cat "$finished" 2>/dev/null || true) # a global variable, for the sample
-  ((retrain)) || stopped=$(run_after "$started")
+  ((retrain)) || stopped=$(run_after "$started" train_gpt)
   if ((!retrain)) && [[ -z $stopped && -n $checkpoint && -d $checkpoint ]]; then
     say train "nothing to train, ${checkpoint%/*} has the $preset model; ./run.sh --retrain trains again"
     return
   fi
-  if [[ -z $stopped ]] || ! resume "$stopped" "$@"; then
+  if [[ -z $stopped ]] || ! resume train "$stopped" "$@"; then
     mkdir -p logs
     date +logs/%Y-%m-%d_%H-%M-%S >"$started"
     say train "$(printf '%q ' "$@")" # quoted as a shell needs it
     run train "$@"
   fi
-  stopped=$(run_after "$started")
+  stopped=$(run_after "$started" train_gpt)
   [[ -n $stopped ]] || fail "train failed: no logs/*/checkpoint afterwards" 1
   checkpoint=$stopped/checkpoint
   printf '%s\n' "$checkpoint" >"$finished"
@@ -198,7 +198,7 @@ sample() {
 }
 
 teach() { # teach PRESET TOKENIZER: teaches $checkpoint to chat, unless that was done; sets the global variable taught
-  local start=$SECONDS finished=logs/finished_chat_$1 base=""
+  local start=$SECONDS finished=logs/finished_chat_$1 started=logs/started_chat_$1 base="" stopped=""
   taught=""
   if ((!retrain)) && [[ -f $finished ]]; then
     { read -r base && read -r taught; } <"$finished" || true
@@ -210,10 +210,15 @@ teach() { # teach PRESET TOKENIZER: teaches $checkpoint to chat, unless that was
   # More spelling than questions: copying a word letter by letter is the harder task.
   run data .venv/bin/python data/chat.py identity:1800 spelling:4500 spellingbee:3000 --turns=4 \
     "--tokenizer=$2" --out=data/chat
-  run teach .venv/bin/python chat_sft.py "--checkpoint=$checkpoint" --data=data/chat --lr=0.8 \
-    ${device:+"--device=$device"}
+  set -- .venv/bin/python chat_sft.py "--checkpoint=$checkpoint" --data=data/chat --lr=0.8 ${device:+"--device=$device"}
+  ((retrain)) || stopped=$(run_after "$started" chat_sft)
+  if [[ -z $stopped ]] || ! resume teach "$stopped" "$@"; then
+    date +logs/%Y-%m-%d_%H-%M-%S >"$started"
+    run teach "$@"
+  fi
   taught=$(newest_checkpoint chat_sft)
   printf '%s\n' "$checkpoint" "$taught" >"$finished"
+  rm -f "$started"
   say teach "the model has learned to chat ($(took "$start")); its log, curve and checkpoint: ${taught%/*}"
 }
 
@@ -221,6 +226,10 @@ talk() {
   say chat "talk to it again: .venv/bin/python chat.py --checkpoint=$taught; /help lists its commands"
   run chat .venv/bin/python chat.py "--checkpoint=$taught" ${prompt:+"--prompt=$prompt"} ${device:+"--device=$device"}
 }
+
+# Waiting threads of OpenMP keep a core busy. For so short a time they leave it to other programs, and a quiet machine
+# is as fast (dev/LOG.md, 2026-11-29).
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}
 
 main() {
   prompt="" checkpoint="" device="" retrain=0 gpus=0 setup_only=0 chat=0 again=./run.sh
@@ -256,7 +265,7 @@ main() {
       train speedrun .venv/bin/torchrun --standalone --nproc_per_node=gpu train_gpt.py --preset=speedrun
     fi
   else
-    ((!gpus)) || say data "no long run without FineWeb: training the tiny preset on one GPU, on Python's standard library"
+    ((!gpus)) || say data "no long run without FineWeb: the tiny preset on one GPU, on Python's standard library"
     prepare_local
     train tiny .venv/bin/python train_gpt.py --preset=tiny \
       --train_files='data/local/train_*.bin' --val_files='data/local/val_*.bin' ${device:+"--device=$device"}

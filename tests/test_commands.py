@@ -33,7 +33,7 @@ INSTALL = ["python: -m pip install --no-input --no-compile -r requirements.txt",
            "torch.cuda.is_available() and __import__('torch._inductor.compile_fx')"]
 DATA_CHAT = "data/chat.py identity:1800 spelling:4500 spellingbee:3000 --turns=4 --tokenizer=bytes --out=data/chat"
 TEACH = "chat_sft.py --checkpoint=logs/2026-01-01_10-00-00_train_gpt_aaaaaa/checkpoint --data=data/chat --lr=0.8"
-CHAT = "chat.py --checkpoint=logs/2026-01-09_10-00-00_chat_sft_aa/checkpoint"
+CHAT = "chat.py --checkpoint=logs/2026-01-09_10-00-00_chat_sft_aaaaaa/checkpoint"
 DATA_LOCAL = "data/text.py --tokenizer=bytes --max_doc_tokens=512 --out=data/local --brief"
 
 # One stand-in for every command: it looks at its own name and at its arguments.
@@ -75,7 +75,8 @@ case "$*" in
     exit "$code" ;;
   chat_sft.py*)
     code=$(answer teach 0)
-    ((code != 0)) || mkdir -p logs/2026-01-09_10-00-00_chat_sft_aa/checkpoint
+    [[ $* == *--resume=* || ! -e "$home/answers/teach_stopped" ]] || code=130
+    ((code != 0 && code != 130)) || mkdir -p logs/2026-01-09_10-00-00_chat_sft_aaaaaa/checkpoint
     exit "$code" ;;
   chat.py*) echo "Hello! I am minutegpt." ;;
   sample.py*) echo "Once there was a model." ;;
@@ -372,6 +373,18 @@ def test_a_training_stopped_without_a_checkpoint_leaves_the_model_before_it(mach
     machine.answer(day=2)
     interrupt(machine, "--retrain")
     assert "nothing to train, logs/2026-01-01" in machine.start().stdout
+
+
+def test_a_stopped_teaching_goes_on(machine):
+    machine.answer(teach_stopped=1)
+    assert machine.start("--chat").returncode == 130
+    done = machine.start("--chat")
+    assert done.returncode == 0, done.stderr
+    run = "logs/2026-01-09_10-00-00_chat_sft_aaaaaa"
+    assert done.calls[-2].startswith("python: chat_sft.py ") and done.calls[-2].endswith(f" --resume={run}")
+    assert len([line for line in done.stdout.splitlines() if line.startswith(f"[teach] going on with {run}")]) == 1
+    assert "nothing to teach" in machine.start("--chat").stdout
+    assert "--resume" not in "".join(machine.start("--chat", "--retrain").calls)
 
 
 def test_failing_pip_shows_its_last_lines_and_is_tried_again(machine):
