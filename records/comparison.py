@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flags import check_arms
 from launcher import Job, Outcome, keep_run, launch, log_hashes, make_slots, visible_gpus
-from runs import (MAX_JSON, NAME, SCRIPT, UserError, Verdict, arm_result, fill, marked, read_json, read_record,
+from runs import (LEAST, MAX_JSON, NAME, SCRIPT, UserError, Verdict, arm_result, fill, marked, read_json, read_record,
                   read_run, read_text, regions, results_table, seconds_text, source_files, user_path, verdict_text,
                   verdicts_of, write_text)
 
@@ -191,6 +191,8 @@ def compare(args, flags: list[str]) -> int:
     digest = hashlib.sha256(key.encode()).hexdigest()
     folder = args.out or Path("logs") / f"compare_{'_'.join(stems)[:80]}_{digest[:8]}"
     comparison = Comparison(folder, open_comparison(folder, plan, args, digest), args)
+    if args.n < LEAST and not args.noise:
+        print(f"--n={args.n} will give no verdict, which takes {LEAST} rounds", flush=True)
     try:
         comparison.run()
     finally:

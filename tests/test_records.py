@@ -1005,6 +1005,7 @@ def test_two_pairs_give_no_verdict(toy, tool):
     _, out, _ = tool("compare", "train_a.py", "--b_flags=--lr=1.3", "--n=2", toy.state)
     assert not verdicts(out) and "no verdict for B: it takes 3 finished rounds together with A" in out
     assert "| B | 2 |" in out
+    assert out.index("--n=2 will give no verdict, which takes 3 rounds") < out.index("round 1 of 2: A begins")
 
 
 def test_time_at_equal_loss_by_hand(tmp_path):
