@@ -22,6 +22,12 @@ Every token of every conversation is in a shard or counted as cut. Questions of 
 Needs numpy, tqdm; tiktoken for all tokenizers but bytes.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports needs no traceback
+
 import argparse
 import ast
 import base64
@@ -29,7 +35,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import re
 import shlex

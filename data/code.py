@@ -21,13 +21,18 @@ every machine. Documents of more than --max_doc_tokens are split, as data/text.p
 Needs numpy, tqdm, tiktoken, and pip to download.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C during the imports needs no traceback
+
 import argparse
 import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess

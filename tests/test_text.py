@@ -1036,7 +1036,7 @@ def test_interruption_keeps_the_old_shards(tmp_path, processes):
     assert digests(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("name", ["text.py", "tokenizer.py"])
+@pytest.mark.parametrize("name", ["text.py", "tokenizer.py", "chat.py", "code.py"])
 def test_an_interruption_of_the_imports_shows_no_traceback(tmp_path, name):
     (tmp_path / "tqdm.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
     done = subprocess.run([sys.executable, SCRIPT.with_name(name), tmp_path], capture_output=True, text=True,
