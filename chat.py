@@ -250,7 +250,8 @@ class Chat:
 
 def load(args: argparse.Namespace) -> Chat:
     """The model that the flags name; raises UserError if it has no tokens for conversations."""
-    path = sample.resolve_checkpoint(args.checkpoint) if args.checkpoint else sample.find_checkpoint(args.out_dir, True)
+    given = args.checkpoint
+    path = sample.resolve_checkpoint(given) if given else sample.find_checkpoint(args.out_dir, chat=True)
     meta = sample.read_meta(path)
     tokenizer = sample.read_tokenizer(path, meta, args.vocab_dir)
     if any(name not in tokenizer.specials for name in CHAT_TOKENS):

@@ -137,12 +137,6 @@ prepare_local() {
   say data "data/local is Python's standard library ($(took "$start")); your own text: data/text.py --help"
 }
 
-newest_checkpoint() { # newest_checkpoint SCRIPT: of its runs; their folders begin with date and time, so the last one
-  local folder newest=""
-  for folder in logs/*_"$1"_*/checkpoint; do [[ ! -d $folder ]] || newest=$folder; done
-  echo "$newest"
-}
-
 run_after() { # run_after FILE SCRIPT: the first run of the script after the time in FILE, if it has a checkpoint
   local folder time
   time=$(cat "$1" 2>/dev/null) || return 0
@@ -216,7 +210,9 @@ teach() { # teach PRESET TOKENIZER: teaches $checkpoint to chat, unless that was
     date +logs/%Y-%m-%d_%H-%M-%S >"$started"
     run teach "$@"
   fi
-  taught=$(newest_checkpoint chat_sft)
+  stopped=$(run_after "$started" chat_sft)
+  [[ -n $stopped ]] || fail "teach failed: no logs/*/checkpoint afterwards" 1
+  taught=$stopped/checkpoint
   printf '%s\n' "$checkpoint" "$taught" >"$finished"
   rm -f "$started"
   say teach "the model has learned to chat ($(took "$start")); its log, curve and checkpoint: ${taught%/*}"
